@@ -1,0 +1,34 @@
+VENV := .venv
+PY := $(VENV)/bin/python
+
+.PHONY: demo test check bench format clean
+
+# The marker is touched when the environment matches pyproject.toml and constraints.txt.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	test -x $(PY) || python3.12 -m venv $(VENV) || python3 -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[megatron,hf,dev]'
+	touch $@
+
+demo: $(VENV)/.ready
+	$(VENV)/bin/dsv4 demo
+
+test: $(VENV)/.ready
+	$(PY) -m pytest
+
+check: $(VENV)/.ready
+	$(VENV)/bin/ruff format --check src tests benchmarks
+	$(VENV)/bin/ruff check src tests benchmarks
+	$(VENV)/bin/pyright src
+
+format: $(VENV)/.ready
+	$(VENV)/bin/ruff format src tests benchmarks
+	$(VENV)/bin/ruff check --fix src tests benchmarks
+
+bench: $(VENV)/.ready
+	$(PY) -m pip install --quiet --no-deps megatron-bridge==0.6.2
+	$(PY) benchmarks/codecs.py
+	$(PY) benchmarks/layer.py
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info

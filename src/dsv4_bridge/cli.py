@@ -1,0 +1,289 @@
+"""The `dsv4` command: verbs only, each a few lines over a function of the same name.
+
+Exit codes: 0 done; 1 the check ran and found differences; 2 unusable input or arguments.
+"""
+
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .errors import BridgeError
+
+app = typer.Typer(
+    name="dsv4",
+    help="Move DeepSeek-V4 between Hugging Face and Megatron-Core, byte-exact, streaming, on a CPU.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+class Level(StrEnum):
+    """How closely `verify` looks."""
+
+    names = "names"
+    values = "values"
+    bytes = "bytes"
+
+
+class ExportEncoding(StrEnum):
+    """Encodings that `export` writes."""
+
+    source = "source"
+    fp8 = "fp8"
+    bf16 = "bf16"
+
+
+class RepackEncoding(StrEnum):
+    """Encodings that `repack` writes."""
+
+    fp8 = "fp8"
+    bf16 = "bf16"
+
+
+class Payload(StrEnum):
+    """What a toy's weights are."""
+
+    natural = "natural"
+    random = "random"
+    extreme = "extreme"
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Workers = Annotated[int, typer.Option("--workers", min=1, max=256, help="Files written at a time.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is in the way.")]
+Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the Hub.")]
+Lossy = Annotated[bool, typer.Option("--allow-lossy", help="Permit values to be rounded; the report says by how much.")]
+DropPassengers = Annotated[
+    bool, typer.Option("--drop-passengers", help="Leave out tensors that Megatron has no place for.")
+]
+
+
+@app.command()
+def demo(
+    keep: Annotated[Path | None, typer.Option("--keep", help="Folder to leave the checkpoints in.")] = None,
+) -> None:
+    """The whole story on a tiny checkpoint: make, import, export, verify."""
+    from .demo import demo as run_demo
+
+    run_demo(keep)
+
+
+@app.command()
+def toy(
+    dst: Path,
+    variant: Annotated[str, typer.Option("--variant", help="Released variant to imitate.")] = "Flash",
+    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    payload: Annotated[Payload, typer.Option("--payload", help="Gaussian, random codes, or every legal extreme.")] = (
+        Payload.natural
+    ),
+    ragged: Annotated[bool, typer.Option("--ragged", help="Widths that are no multiples of 128.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Make a small random checkpoint in the released format of a variant."""
+    from .inspecting import inspect as look
+    from .toy import make_toy
+
+    made = look(make_toy(dst, variant, seed, payload=payload.value, ragged=ragged))
+    facts = {
+        "path": made.path,
+        "variant": variant,
+        "seed": seed,
+        "tensors": made.tensors,
+        "bytes": made.bytes,
+    }
+    _print(facts, as_json, f"{dst}: a toy {variant}, {made.tensors} tensors, {made.bytes / 1e6:.1f} MB")
+
+
+@app.command()
+def inspect(ckpt: str, revision: Revision = None, as_json: Json = False) -> None:
+    """What is this: variant, encodings, coverage, sizes, what is missing or unknown."""
+    from .hub import resolve
+    from .inspecting import inspect as look
+    from .render import inspect_table
+
+    report = look(resolve(ckpt, revision))
+    _print(report.to_json(), as_json, inspect_table(report))
+    _finish(report.sound)
+
+
+@app.command()
+def plan(
+    ckpt: str,
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """What goes where: tensors, encodings, bytes on both sides; CKPT is a folder or a variant's name."""
+    from .planning import plan as make_plan
+    from .render import plan_table
+
+    if not Path(ckpt).exists() and "/" in ckpt and revision:
+        from .hub import resolve
+
+        ckpt = str(resolve(ckpt, revision, weights=False))
+    report = make_plan(ckpt)
+    _print(report.to_json() if as_json else {}, as_json, "" if as_json else plan_table(report))
+    _finish(not report.findings)
+
+
+@app.command("import")
+def import_(
+    hf: str,
+    out: Path,
+    workers: Workers = 1,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    revision: Revision = None,
+    drop_passengers: DropPassengers = False,
+    allow_lossy: Lossy = False,
+    as_json: Json = False,
+) -> None:
+    """HF folder or hub id -> Megatron torch_dist checkpoint."""
+    from .bridge import import_hf
+    from .hub import resolve
+
+    options = _options(workers, resume, overwrite)
+    report = import_hf(resolve(hf, revision), out, options, drop_passengers=drop_passengers, allow_lossy=allow_lossy)
+    _print_report(report, out, as_json)
+
+
+@app.command()
+def export(
+    megatron: Path,
+    out: Path,
+    like: Annotated[str | None, typer.Option("--like", help="Released folder or hub id it came from.")] = None,
+    encoding: Annotated[ExportEncoding, typer.Option("--encoding")] = ExportEncoding.source,
+    workers: Workers = 1,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    revision: Revision = None,
+    drop_passengers: DropPassengers = False,
+    allow_lossy: Lossy = False,
+    as_json: Json = False,
+) -> None:
+    """Megatron checkpoint -> HF folder; what did not change returns byte for byte."""
+    from .bridge import export_hf
+    from .hub import resolve
+
+    released = resolve(like, revision) if like else None
+    options = _options(workers, resume, overwrite)
+    report = export_hf(
+        megatron,
+        out,
+        released,
+        encoding.value,
+        options,
+        drop_passengers=drop_passengers,
+        allow_lossy=allow_lossy,
+    )
+    _print_report(report, out, as_json)
+
+
+@app.command()
+def repack(
+    hf: str,
+    out: Path,
+    encoding: Annotated[RepackEncoding, typer.Option("--encoding")],
+    workers: Workers = 1,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    revision: Revision = None,
+    allow_lossy: Lossy = False,
+    as_json: Json = False,
+) -> None:
+    """Re-encode a released checkpoint, only where lossless unless asked."""
+    from .bridge import repack as run_repack
+    from .hub import resolve
+
+    options = _options(workers, resume, overwrite)
+    report = run_repack(resolve(hf, revision), out, encoding.value, options, allow_lossy=allow_lossy)
+    _print_report(report, out, as_json)
+
+
+@app.command()
+def verify(
+    a: str,
+    b: str,
+    level: Annotated[Level, typer.Option("--level")] = Level.values,
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Are two checkpoints the same? Exit code 1 if they differ."""
+    from .hub import resolve
+    from .render import TerminalProgress, verify_table
+    from .verifying import verify as compare
+
+    one, other = (Path(x) if Path(x).exists() else resolve(x, revision) for x in (a, b))
+    report = compare(one, other, level.value, TerminalProgress())
+    _print(report.to_json(), as_json, verify_table(report))
+    _finish(report.same)
+
+
+@app.command()
+def doctor(folder: Annotated[Path | None, typer.Argument()] = None, as_json: Json = False) -> None:
+    """Can this machine do the work; FOLDER is where outputs would go."""
+    from dataclasses import asdict
+
+    from .doctor import doctor as examine
+    from .render import doctor_table
+
+    if folder is not None and not folder.is_dir():
+        raise BridgeError(f"examining {folder}: not a folder")
+    checks = examine(folder)
+    _print({"checks": [asdict(c) for c in checks]}, as_json, doctor_table(checks))
+    _finish(all(c.state != "bad" for c in checks))
+
+
+def _options(workers: int, resume: bool, overwrite: bool) -> Any:
+    from .convert import Options
+    from .render import TerminalProgress
+
+    if resume and overwrite:
+        raise BridgeError("--resume continues an earlier run, --overwrite starts over: give one of them")
+    return Options(workers, resume, overwrite, TerminalProgress())
+
+
+def _print(data: dict[str, Any], as_json: bool, shown: Any) -> None:
+    if as_json:
+        sys.stdout.write(json.dumps(data, default=str) + "\n")
+        return
+    from .render import show
+
+    show(shown)
+
+
+def _print_report(report: Any, out: Path, as_json: bool) -> None:
+    from .render import conversion_table
+
+    _print({"out": str(out)} | report.to_json(), as_json, conversion_table(report, out))
+
+
+def _finish(good: bool) -> None:
+    if not good:
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point: runs a verb, turns every BridgeError into one message and exit code 2."""
+    try:
+        code = app(standalone_mode=False)
+    except BridgeError as error:
+        sys.stderr.write(f"dsv4: {error}\n")
+        code = 2
+    except typer.TyperException as error:  # bad arguments
+        message = getattr(error, "format_message", error.__str__)()
+        sys.stderr.write(f"dsv4: {message} (dsv4 --help lists verbs and options)\n")
+        code = 2
+    except (KeyboardInterrupt, typer.Abort):
+        sys.stderr.write("dsv4: interrupted; a conversion continues with --resume\n")
+        code = 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        code = 0
+    sys.exit(code or 0)

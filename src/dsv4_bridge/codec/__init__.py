@@ -1,0 +1,39 @@
+"""The encodings of released DeepSeek-V4 weights, to and from bf16, byte for byte.
+
+| encoding | payload                        | scale                                    | bf16 exact for |
+|----------|--------------------------------|------------------------------------------|----------------|
+| MXFP4    | E2M1, uint8 [R, K/2], 2 a byte | E8M0 uint8 [R, K/32]                     | E 0..252       |
+| FP8      | E4M3, uint8 [R, K]             | E8M0 uint8 [ceil(R/128), ceil(K/128)]    | E 3..246       |
+| FP8      | E4M3, uint8 [R, K]             | float32 [ceil(R/128), ceil(K/128)]       | one rounding   |
+| bf16     | uint16 bit patterns [R, K]     | none                                     |                |
+
+E2M1 codes 0..7 are 0, .5, 1, 1.5, 2, 3, 4, 6 and 8..15 the same negated (8 is -0); the low nibble
+is the even column. E4M3 goes up to 448 (0x7E); 0x7F and 0xFF are NaN and are refused. E8M0 byte E
+is the scale 2^(E-127).
+
+- `mxfp4`, `fp8`: fast `decode` and `encode` between numpy arrays. The caller supplies the output
+  buffers (reusing them matters more than the kernel) and the threads (kernels release the GIL).
+- `recode`: MXFP4 to FP8 without going through bf16, with a certificate of losslessness.
+- `reference`: the readable definition, in torch, that the fast codecs are held equal to.
+
+Every function takes a whole tensor or a stripe of its rows that starts at a multiple of 128, with
+the scale rows of that stripe. What cannot be represented raises `CodecError`, whose `problem` says
+where and what; the caller, who knows the tensor's name, adds it.
+"""
+
+from dsv4_bridge.codec import fp8, mxfp4, recode
+from dsv4_bridge.codec.recode import Certificate, bf16_to_fp8, f32_scale_as_e8m0, mxfp4_to_fp8
+from dsv4_bridge.codec.report import CodecError, EncodeStats, Problem
+
+__all__ = [
+    "Certificate",
+    "CodecError",
+    "EncodeStats",
+    "Problem",
+    "bf16_to_fp8",
+    "f32_scale_as_e8m0",
+    "fp8",
+    "mxfp4",
+    "mxfp4_to_fp8",
+    "recode",
+]

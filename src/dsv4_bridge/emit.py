@@ -1,0 +1,351 @@
+"""Items to bytes: what one segment of an output file is made of, and what making it cost.
+
+A segment is plain data. `emit` writes it to a stream, taking values from any source and, for
+quantised encodings, the scales of a checkpoint to be like.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .codec import Certificate, CodecError, EncodeStats, fp8, mxfp4, mxfp4_to_fp8
+from .encodings import ENCODINGS, QUANTISED
+from .errors import BridgeError
+from .items import Item
+from .store.hf import HFCheckpoint
+from .store.safetensors import SafetensorsFolder, TensorInfo
+from .store.stream import Stream
+from .values import HFValues, Scratch, Values, cuts, stripe_rows
+
+
+class Literal(NamedTuple):
+    """Bytes known beforehand: headers, frames, objects."""
+
+    data: bytes
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return len(self.data)
+
+
+class Frame(NamedTuple):
+    """Bytes made when they are needed: heads and tails of Megatron items, thousands of them alike."""
+
+    make: Callable[[], bytes]
+    nbytes: int
+
+
+class Rows(NamedTuple):
+    """Rows `start` to `stop` of an item, plain."""
+
+    item: Item
+    encoding: str
+    start: int
+    stop: int
+    nbytes: int
+
+
+class Weight(NamedTuple):
+    """The stored weight of an item under an encoding."""
+
+    item: Item
+    encoding: str
+    nbytes: int
+
+
+class Scale(NamedTuple):
+    """The stored scale of an item under an encoding."""
+
+    item: Item
+    encoding: str
+    nbytes: int
+
+
+class Copy(NamedTuple):
+    """The bytes of a tensor of a folder, as they are."""
+
+    folder: SafetensorsFolder
+    info: TensorInfo
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.info.nbytes
+
+
+Segment = Literal | Frame | Rows | Weight | Scale | Copy
+
+
+@dataclass
+class Report:
+    """What a conversion did; reports of files add up.
+
+    Attributes:
+        tensors: weights written (scales not counted).
+        bytes_written: size of the output.
+        encoded: row key -> what encoding its tensors did to scales and values.
+        recoded: row key -> certificate of its MXFP4 tensors recoded to FP8.
+        rounded: row key -> float32 values rounded to bf16.
+    """
+
+    tensors: int = 0
+    bytes_written: int = 0
+    encoded: dict[str, EncodeStats] = field(default_factory=dict)
+    recoded: dict[str, Certificate] = field(default_factory=dict)
+    rounded: dict[str, int] = field(default_factory=dict)
+
+    def merge(self, other: "Report") -> None:
+        """Add another report."""
+        self.tensors += other.tensors
+        self.bytes_written += other.bytes_written
+        for name in ("encoded", "recoded", "rounded"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            for key, value in theirs.items():
+                mine[key] = mine[key] + value if key in mine else value
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain types, for the journal and `--json`."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Report":
+        """The inverse of `to_json`."""
+        return cls(
+            data["tensors"],
+            data["bytes_written"],
+            {k: EncodeStats(**v) for k, v in data["encoded"].items()},
+            {k: Certificate(**_tuples(v)) for k, v in data["recoded"].items()},
+            dict(data["rounded"]),
+        )
+
+
+def _tuples(data: dict[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+
+
+@dataclass
+class Emitter:
+    """Writes segments; one a worker.
+
+    Attributes:
+        values: where decoded items come from.
+        passengers: where the items come from that Megatron has no place for.
+        like: checkpoint whose scales are kept where they fit, or None for fresh scales.
+        allow_lossy: permit recoding that changes values.
+        keep_rounding: whether encoding new values into the encoding of `like` may round them (that
+            is what exporting a trained model means); recoding to another encoding may not.
+    """
+
+    values: Values
+    passengers: HFValues | None = None
+    like: HFCheckpoint | None = None
+    allow_lossy: bool = False
+    keep_rounding: bool = True
+    scratch: Scratch = field(default_factory=Scratch)
+
+    def emit(self, segments: tuple[Segment, ...], stream: Stream) -> Report:
+        """Write the segments of one file in order.
+
+        Raises:
+            BridgeError: a tensor that cannot be represented, by name.
+        """
+        report = Report()
+        offset = 0
+        scales: dict[str, bytes] = {}  # made, and not yet at their place
+        waiting: dict[str, tuple[int, bytes]] = {}  # written as in `like`: offset and bytes
+        for segment in segments:
+            match segment:
+                case Literal(data):
+                    stream.write(data)
+                case Frame(make, _):
+                    stream.write(make())
+                case Copy(folder, info):
+                    self._copy(folder, info, stream)
+                case Rows(item, encoding, start, stop, _):
+                    self._plain(item, encoding, start, stop, stream, report)
+                case Weight(item, encoding, _):
+                    report.tensors += 1
+                    scale = self._weight(item, encoding, stream, report)
+                    if item.name in waiting:
+                        at, written = waiting.pop(item.name)
+                        if scale != written:
+                            stream.patch(at, scale)
+                    elif encoding in QUANTISED:
+                        scales[item.name] = scale
+                case Scale(item, encoding, _):
+                    if item.name in scales:
+                        stream.write(scales.pop(item.name))
+                    else:
+                        provisional = self._expected_scale(item, encoding) or bytes(segment.nbytes)
+                        waiting[item.name] = (offset, provisional)
+                        stream.write(provisional)
+            offset += segment.nbytes
+        report.bytes_written = offset
+        return report
+
+    def _copy(self, folder: SafetensorsFolder, info: TensorInfo, stream: Stream) -> None:
+        for start, stop in cuts(0, info.nbytes, 4 << 20):
+            raw = self.scratch.take("copy", "u1", (stop - start,))
+            folder.read_into(info, start, raw)
+            stream.write(raw)
+
+    def _plain(self, item: Item, encoding: str, start: int, stop: int, stream: Stream, report: Report) -> None:
+        for stripe in self._source(item).stripes(item, start, stop, self.scratch):
+            plain, rounded = to_plain(item, stripe, encoding, self.scratch)
+            if rounded:
+                self._count_rounding(item, rounded, report)
+            stream.write(plain)
+
+    def _source(self, item: Item) -> Values:
+        return self.passengers if item.passenger and self.passengers else self.values
+
+    def _weight(self, item: Item, encoding: str, stream: Stream, report: Report) -> bytes:
+        source = self._source(item)
+        stored = source.encoding(item)
+        if isinstance(source, HFValues):
+            bound = source.checkpoint.bound[item.name]
+            if stored == encoding:
+                self._copy(source.checkpoint.folder, bound.weight, stream)
+                return self._whole_scale(source, item) if bound.scale else b""
+            if stored == "mxfp4" and encoding == "fp8":
+                return self._recode(item, source, stream, report)
+            if stored == "fp8_f32":
+                self._count_f32_decode(item, source, report)
+        if encoding in QUANTISED:
+            return self._encode(item, encoding, source, stream, report)
+        self._plain(item, encoding, 0, item.shape[0], stream, report)
+        return b""
+
+    def _encode(self, item: Item, encoding: str, source: Values, stream: Stream, report: Report) -> bytes:
+        how = ENCODINGS[encoding]
+        like = self._like(item, encoding)
+        scales: list[bytes] = []
+        total = EncodeStats()
+        first = 0
+        for stripe in source.stripes(item, 0, item.shape[0], self.scratch):
+            values, rounded = to_plain(item, stripe, "bf16", self.scratch)
+            if rounded:
+                self._count_rounding(item, rounded, report)
+            last = first + len(values)
+            out = self.scratch.take("codes", "u1", (last - first, how.weight_shape(item.shape)[1]))
+            scale_type = "<f4" if encoding == "fp8_f32" else "u1"
+            scale = self.scratch.take("new_scale", scale_type, how.scale_shape(values.shape))
+            old = like.scale(like.checkpoint.bound[item.name], first, last, self.scratch, "old_scale") if like else None
+            encode = mxfp4.encode if encoding == "mxfp4" else fp8.encode
+            try:
+                total = total + encode(values, old, out, scale)
+            except CodecError as error:
+                raise BridgeError(f"encoding {item.name} as {encoding}: {error}") from None
+            stream.write(out)
+            scales.append(scale.tobytes())
+            first = last
+        _add(report.encoded, item.row.key, total)
+        if total.rounded_values and not self.allow_lossy and (like is None or not self.keep_rounding):
+            raise BridgeError(
+                f"encoding {item.name} as {encoding} would change {total.rounded_values} of {item.numel} values "
+                f"(largest error {total.max_abs_error:.3g}); --allow-lossy accepts that and reports the error"
+            )
+        return b"".join(scales)
+
+    def _recode(self, item: Item, source: HFValues, stream: Stream, report: Report) -> bytes:
+        bound = source.checkpoint.bound[item.name]
+        scales: list[bytes] = []
+        total = Certificate()
+        for first, last in cuts(0, item.shape[0], stripe_rows(item.shape)):
+            raw = source.raw(bound, first, last, self.scratch)
+            old = source.scale(bound, first, last, self.scratch, "old_scale")
+            shape = (last - first, item.shape[1])
+            out = self.scratch.take("codes", "u1", shape)
+            scale = self.scratch.take("new_scale", "u1", ENCODINGS["fp8"].scale_shape(shape))
+            try:
+                part = mxfp4_to_fp8(raw, old, out, scale, allow_lossy=self.allow_lossy)
+            except CodecError as error:
+                raise BridgeError(f"recoding {bound.weight_name} from mxfp4 to fp8: {error}") from None
+            if part.first_failing_block is not None and not self.allow_lossy:
+                row, column = part.first_failing_block
+                raise BridgeError(
+                    f"recoding {bound.weight_name} from mxfp4 to fp8: the 128x128 block at row {first + row * 128}, "
+                    f"column {column * 128} holds values too far apart for one FP8 scale; "
+                    "--allow-lossy rounds them and reports the error"
+                )
+            total = total + part
+            stream.write(out)
+            scales.append(scale.tobytes())
+        _add(report.recoded, item.row.key, total)
+        return b"".join(scales)
+
+    def _like(self, item: Item, encoding: str) -> HFValues | None:
+        bound = self.like.bound.get(item.name) if self.like else None
+        return HFValues(self.like) if self.like and bound and bound.encoding == encoding else None
+
+    def _expected_scale(self, item: Item, encoding: str) -> bytes | None:
+        """The scale an item will most likely have: its own if it is copied, else that of `like`."""
+        source = self._source(item)
+        if isinstance(source, HFValues) and source.encoding(item) == encoding:
+            return self._whole_scale(source, item)
+        like = self._like(item, encoding)
+        return self._whole_scale(like, item) if like else None
+
+    def _whole_scale(self, source: HFValues, item: Item) -> bytes:
+        bound = source.checkpoint.bound[item.name]
+        return source.scale(bound, 0, item.shape[0], self.scratch, "whole_scale").tobytes()
+
+    def _count_rounding(self, item: Item, rounded: int, report: Report) -> None:
+        if not self.allow_lossy:
+            raise BridgeError(
+                f"writing {item.name} as bf16 would round {rounded} float32 values; "
+                "--allow-lossy accepts that and reports the count"
+            )
+        report.rounded[item.row.key] = report.rounded.get(item.row.key, 0) + rounded
+
+    def _count_f32_decode(self, item: Item, source: HFValues, report: Report) -> None:
+        # A float32 scale of at most five significant bits times a code of four is exact in bf16.
+        scale = np.frombuffer(self._whole_scale(source, item), "<u4")
+        inexact = int(np.count_nonzero(scale & 0x7FFFF))
+        if not inexact:
+            return
+        if not self.allow_lossy:
+            raise BridgeError(
+                f"writing {item.name} as bf16: {inexact} of {scale.size} float32 scales have too many digits, so its "
+                "values would be rounded (relative error up to 2^-9); --allow-lossy accepts that and reports it"
+            )
+        report.rounded[item.row.key] = report.rounded.get(item.row.key, 0) + inexact * 128 * 128
+
+
+def _add(totals: dict[str, Any], key: str, value: Any) -> None:
+    totals[key] = totals[key] + value if key in totals else value
+
+
+def to_plain(item: Item, values: np.ndarray, encoding: str, scratch: Scratch) -> tuple[np.ndarray, int]:
+    """Values in the raw type of a plain encoding, and how many float32 values were rounded.
+
+    Raises:
+        BridgeError: an expert id out of range, or a float that bf16 cannot hold.
+    """
+    if encoding in ("i32", "i64"):
+        return _expert_ids(item, values, encoding), 0
+    kind = "bf16" if values.dtype == np.uint16 else "f32"
+    if kind == encoding:
+        return values, 0
+    out = scratch.take("plain", "<u2" if encoding == "bf16" else "<f4", values.shape)
+    if encoding == "f32":
+        np.left_shift(values.astype(np.uint32), 16, out=out.view("<u4"))
+        return out, 0
+    bits = values.view("<u4")
+    rounded = int(np.count_nonzero(bits & 0xFFFF))
+    nearest = ((bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    if np.any((nearest & 0x7F80) == 0x7F80):
+        raise BridgeError(f"writing {item.name} as bf16: it holds NaN, infinite or too large float32 values")
+    out[...] = nearest
+    return out, rounded
+
+
+def _expert_ids(item: Item, values: np.ndarray, encoding: str) -> np.ndarray:
+    # Never through a float: bf16 turns 383 into 384 (trap 25).
+    info = np.iinfo(np.int32)
+    if values.size and not (info.min <= values.min() and values.max() <= info.max):
+        raise BridgeError(f"reading {item.name}: ids from {values.min()} to {values.max()} are no int32 expert ids")
+    return values.astype("<i4" if encoding == "i32" else "<i8")

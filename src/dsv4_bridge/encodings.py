@@ -1,0 +1,83 @@
+"""How a tensor lies on disk under each encoding: element types and the shape of its scales.
+
+| encoding | weight | scale | scale covers |
+|---|---|---|---|
+| mxfp4 | I8, two E2M1 codes a byte along the last axis | F8_E8M0 | 32 values of a row |
+| fp8 | F8_E4M3 | F8_E8M0 | a tile of 128x128 |
+| fp8_f32 | F8_E4M3 | F32 | a tile of 128x128 |
+| bf16, f32, i64, i32 | plain | - | - |
+
+Geometry only; codec/ holds the arithmetic.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from .dtypes import DTYPES
+
+TILE = 128
+GROUP = 32
+
+
+class Stored(NamedTuple):
+    """One tensor on disk: name, safetensors dtype, shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the data in bytes."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """One way to store a tensor: dtype of its elements and of its scale (None: no scale)."""
+
+    name: str
+    dtype: str
+    scale_dtype: str | None = None
+
+    def weight_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape on disk of a tensor of logical `shape`."""
+        return (*shape[:-1], shape[-1] // 2) if self.name == "mxfp4" else shape
+
+    def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the scale of a tensor of logical `shape` `[rows, columns]`."""
+        rows, columns = shape
+        return (rows, columns // GROUP) if self.name == "mxfp4" else (-(-rows // TILE), -(-columns // TILE))
+
+
+ENCODINGS: dict[str, Encoding] = {
+    e.name: e
+    for e in (
+        Encoding("mxfp4", "I8", "F8_E8M0"),
+        Encoding("fp8", "F8_E4M3", "F8_E8M0"),
+        Encoding("fp8_f32", "F8_E4M3", "F32"),
+        Encoding("bf16", "BF16"),
+        Encoding("f32", "F32"),
+        Encoding("i64", "I64"),
+        Encoding("i32", "I32"),
+    )
+}
+# Encodings in which a class of the table may be found; the first is what Megatron's side holds.
+ALLOWED: Mapping[str, tuple[str, ...]] = {
+    "linear": ("bf16", "fp8", "fp8_f32", "f32"),
+    "expert": ("bf16", "mxfp4", "fp8", "fp8_f32", "f32"),
+    "plain": ("bf16", "f32"),
+    "f32": ("f32", "bf16"),
+    "int": ("i32", "i64"),
+}
+QUANTISED = frozenset({"mxfp4", "fp8", "fp8_f32"})
+
+
+def of_dtype(dtype: str, scale_dtype: str | None) -> str | None:
+    """Encoding of a weight of `dtype` whose scale has `scale_dtype`; None if there is no such."""
+    for encoding in ENCODINGS.values():
+        if encoding.dtype == dtype and (encoding.scale_dtype == scale_dtype or encoding.scale_dtype is None):
+            return encoding.name
+    return None

@@ -1,0 +1,248 @@
+"""Rows times spec: the exact tensors of one model. Pure data, no file is touched.
+
+`expand` gives one `Item` a logical tensor (a weight and its scale are one item). From an item
+follow its tensors on disk (`stored`) and its place in a Megatron checkpoint (`regions`).
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from typing import NamedTuple
+
+from .encodings import ENCODINGS, Stored
+from .spec import ModelSpec
+from .table import ROWS, Row
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A place that rows are expanded for: the model itself, a decoder layer, a draft block.
+
+    Attributes:
+        kind: `model`, `layer`, `mtp` or `dspark`.
+        index: layer or draft block number (0 for the model).
+        ratio: compress ratio of its attention.
+        hashed: routes by token id.
+    """
+
+    kind: str
+    index: int
+    ratio: int
+    hashed: bool
+
+    @property
+    def prefix(self) -> str:
+        """Prefix of its released names."""
+        return {"model": "", "layer": f"layers.{self.index}."}.get(self.kind, f"mtp.{self.index}.")
+
+
+class Item(NamedTuple):
+    """One logical tensor: `name` is the released name of its weight, `shape` its logical shape."""
+
+    row: Row
+    block: Block
+    expert: int | None
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def passenger(self) -> bool:
+        """Whether Megatron's model has no place for it."""
+        return self.row.megatron is None or self.block.kind == "dspark"
+
+    @property
+    def numel(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+
+class Region(NamedTuple):
+    """Where (part of) an item lies in a Megatron checkpoint: a box of a global tensor."""
+
+    key: str
+    global_shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All items of one model, in checkpoint order."""
+
+    spec: ModelSpec
+    own_mtp_head: bool
+    items: tuple[Item, ...]
+
+    @cached_property
+    def by_name(self) -> dict[str, Item]:
+        """Released weight name -> item."""
+        return {item.name: item for item in self.items}
+
+    def stored(self, encodings: Mapping[str, str]) -> Iterator[Stored]:
+        """Every tensor on disk when each encoding class is stored as `encodings` says."""
+        for item in self.items:
+            yield from stored(item, encodings[item.row.encoding])
+
+
+def blocks(spec: ModelSpec) -> tuple[Block, ...]:
+    """Model, decoder layers and draft blocks in checkpoint order."""
+    count = spec.num_hidden_layers
+    draft = "dspark" if spec.dspark else "mtp"
+    return (
+        Block("model", 0, 0, False),
+        *(Block("layer", i, spec.ratio(i), i < spec.num_hash_layers) for i in range(count)),
+        *(Block(draft, k, spec.ratio(count + k), False) for k in range(spec.draft_blocks)),
+    )
+
+
+def expand(spec: ModelSpec, own_mtp_head: bool = False) -> Plan:
+    """Expand the table for one model.
+
+    Args:
+        spec: its numbers.
+        own_mtp_head: whether the first MTP block ships its own embedding and head (Base).
+    """
+    items: list[Item] = []
+    for block in blocks(spec):
+        sizes = _symbols(spec, block.ratio)
+        rows = [r for r in ROWS if _applies(r, block, spec, own_mtp_head)]
+        for per_expert, group in groupby(rows, key=lambda r: r.per_expert):
+            facts = [(r, block.prefix + r.released, tuple(_size(d, sizes) for d in r.shape)) for r in group]
+            if not per_expert:
+                items += [Item(row, block, None, name, shape) for row, name, shape in facts]
+                continue
+            halves = [(row, *name.split("{expert}"), shape) for row, name, shape in facts]
+            for e in range(spec.n_routed_experts):
+                items += [Item(row, block, e, f"{a}{e}{b}", shape) for row, a, b, shape in halves]
+    return Plan(spec, own_mtp_head, tuple(items))
+
+
+def _applies(row: Row, block: Block, spec: ModelSpec, own_mtp_head: bool) -> bool:
+    first, last = block.index == 0, block.index == spec.draft_blocks - 1
+    in_scope = {
+        "model": block.kind == "model",
+        "block": block.kind != "model",
+        "mtp": block.kind == "mtp",
+        "mtp_own": block.kind == "mtp" and first and own_mtp_head,
+        "dspark_first": block.kind == "dspark" and first,
+        "dspark_last": block.kind == "dspark" and last,
+    }[row.scope]
+    return (
+        in_scope
+        and {
+            "always": True,
+            "compressed": block.ratio != 0,
+            "csa": block.ratio == 4,
+            "hash": block.hashed,
+            "routed": not block.hashed,
+        }[row.when]
+    )
+
+
+def _symbols(spec: ModelSpec, ratio: int) -> dict[str, int]:
+    sizes = {name: value for name, value in vars(spec).items() if isinstance(value, int)}
+    sizes |= {
+        "ratio": ratio,
+        "compress_width": 2 if ratio == 4 else 1,
+        "hc_mix": spec.hc_mult * (spec.hc_mult + 2),
+    }
+    if spec.dspark:
+        rank = spec.dspark.markov_rank
+        sizes |= {
+            "dspark_stages": spec.dspark.stages,
+            "markov_rank": rank,
+            "confidence_width": spec.hidden_size + rank,
+        }
+    return sizes
+
+
+def _size(dim: str, sizes: Mapping[str, int]) -> int:
+    product, *divisors = dim.split("/")
+    value = math.prod(sizes[f] if f in sizes else int(f) for f in product.split("*"))
+    return value // math.prod(sizes[d] for d in divisors)
+
+
+# ---------------------------------------------------------------- on disk, released format
+
+
+def scale_name(weight: str) -> str:
+    """Released name of the scale beside a weight."""
+    return weight.removesuffix(".weight") + ".scale"
+
+
+def stored(item: Item, encoding: str) -> tuple[Stored, ...]:
+    """The tensors on disk of one item: its weight, then its scale if the encoding has one."""
+    how = ENCODINGS[encoding]
+    weight = Stored(item.name, how.dtype, how.weight_shape(item.shape))
+    if how.scale_dtype is None:
+        return (weight,)
+    return (weight, Stored(scale_name(item.name), how.scale_dtype, how.scale_shape(item.shape)))
+
+
+def shard_of(item: Item, spec: ModelSpec) -> int:
+    """Number of the released shard that holds an item, from 1: embed, layers, the rest, draft blocks."""
+    if item.block.kind == "model":
+        return 1 if item.row.key == "embed" else spec.num_hidden_layers + 2
+    if item.block.kind == "layer":
+        return item.block.index + 2
+    return spec.num_hidden_layers + 3 + item.block.index
+
+
+def shard_name(number: int, spec: ModelSpec) -> str:
+    """File name of a released shard."""
+    return f"model-{number:05d}-of-{spec.num_hidden_layers + 2 + spec.draft_blocks:05d}.safetensors"
+
+
+# ---------------------------------------------------------------- in a Megatron checkpoint
+
+
+def megatron_dtype(item: Item) -> str:
+    """Safetensors dtype that the Megatron side holds: BF16, F32 or I32."""
+    return {"f32": "F32", "int": "I32"}.get(item.row.encoding, "BF16")
+
+
+def megatron_prefix(item: Item) -> str:
+    """Prefix of an item's on-disk Megatron names (the MTP body is `transformer_layer` on disk)."""
+    kind, index = item.block.kind, item.block.index
+    if kind == "model":
+        return ""
+    if kind == "layer":
+        return f"decoder.layers.{index}."
+    return f"mtp.layers.{index}." + ("transformer_layer." if item.row.scope == "block" else "")
+
+
+def regions(item: Item, spec: ModelSpec) -> tuple[Region, ...]:
+    """The boxes of global Megatron tensors that hold an item, in order of its rows.
+
+    Experts lie in one tensor `[experts, rows, columns]`; gate and up are stacked by rows, gate
+    first; the three-element hyper-connection scale is three tensors of one element.
+    """
+    row, shape = item.row, item.shape
+    if item.passenger or row.megatron is None:
+        return ()
+    prefix = megatron_prefix(item)
+    if isinstance(row.megatron, tuple):
+        part = (shape[0] // len(row.megatron), *shape[1:])
+        zeros = (0,) * len(part)
+        return tuple(Region(prefix + name, part, zeros, part) for name in row.megatron)
+    index, count = row.part
+    offsets = (index * shape[0], *(0,) * (len(shape) - 1))
+    whole = (count * shape[0], *shape[1:])
+    if item.expert is not None:
+        experts = spec.n_routed_experts
+        return (Region(prefix + row.megatron, (experts, *whole), (item.expert, *offsets), (1, *shape)),)
+    return (Region(prefix + row.megatron, whole, offsets, shape),)
+
+
+def extra_state_keys(plan: Plan) -> tuple[str, ...]:
+    """Keys of the `_extra_state` objects that a Megatron loader asks for, a superset over backends."""
+    keys: dict[str, None] = {}
+    for item in plan.items:
+        if item.passenger or not item.row.state or item.row.part[0]:
+            continue
+        module = f"{megatron_prefix(item)}{item.row.megatron}".removesuffix(".weight")
+        shard = "0_1" if item.expert is None else f"{item.expert}_{plan.spec.n_routed_experts}"
+        keys[f"{module}._extra_state/shard_{shard}"] = None
+    return tuple(keys)

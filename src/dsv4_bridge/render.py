@@ -1,0 +1,225 @@
+"""Tables and progress for people; nothing here decides anything."""
+
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from .doctor import Check
+from .emit import Report
+from .inspecting import InspectReport
+from .planning import PlanReport
+from .verifying import VerifyReport
+
+_QUIET_SECONDS = 10.0
+
+
+def show(what: Any) -> None:
+    """Print to stdout; wide when it is no terminal, so that nothing is cut."""
+    Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(what)
+
+
+class TerminalProgress:
+    """A bar with bytes, speed and time left on a terminal; a plain line every ten seconds otherwise."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        self._bar: Progress | None = None
+        self._done = self._total = 0
+        self._began = self._said = 0.0
+        self._label = ""
+
+    def start(self, label: str, total: int, done: int) -> None:
+        self._label, self._total, self._done = label, total, done
+        self._began = self._said = time.monotonic()
+        if self._console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+            self._bar = Progress(*columns, TimeRemainingColumn(), console=self._console)
+            self._task = self._bar.add_task(label, total=total, completed=done)
+            self._bar.start()
+
+    def advance(self, nbytes: int) -> None:
+        self._done += nbytes
+        if self._bar:
+            self._bar.advance(self._task, nbytes)
+        elif time.monotonic() - self._said > _QUIET_SECONDS:
+            self._said = time.monotonic()
+            speed = self._done / (self._said - self._began) / 1e9
+            share = 100 * self._done / max(1, self._total)
+            line = (
+                f"{self._label}: {share:5.1f} %  {self._done / 1e9:.1f} of {self._total / 1e9:.1f} GB  {speed:.2f} GB/s"
+            )
+            self._console.print(line, highlight=False)
+
+    def stop(self) -> None:
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
+
+
+def size(nbytes: int | float) -> str:
+    """Bytes for people, powers of ten."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(nbytes) < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} TB"
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", pad_edge=False)
+    for column in columns:
+        right = column.startswith(">")
+        table.add_column(column.lstrip(">"), justify="right" if right else "left", no_wrap=right)
+    return table
+
+
+def verify_table(report: VerifyReport) -> Group:
+    """The tally by row, the differences, the verdict."""
+    table = _table(f"verify --level {report.level}", "row", ">tensors", ">bytes", ">identical", "")
+    for key, row in report.rows.items():
+        mark = Text("same", "green") if row.identical == row.tensors else Text("DIFFERS", "bold red")
+        table.add_row(key, f"{row.tensors:,}", size(row.bytes), f"{row.identical:,}", mark)
+    total = report.total()
+    share = 100 * total.identical_bytes / total.bytes if total.bytes else 100 * (report.same)
+    table.add_section()
+    table.add_row("all", f"{total.tensors:,}", size(total.bytes), f"{total.identical:,}", f"{share:.6g} % of bytes")
+    lines = [Text(f"  {d.name}: {d.what}") for d in report.differences[:20]]
+    if report.differing > 20:
+        lines.append(Text(f"  … and {report.differing - 20} more (--json lists them)"))
+    if report.same:
+        verdict = Text(f"identical: every tensor of {report.a} and {report.b}", "bold green")
+    else:
+        verdict = Text(f"{report.differing:,} tensors differ between {report.a} and {report.b}", "bold red")
+    return Group(table, *lines, verdict)
+
+
+def inspect_table(report: InspectReport) -> Group:
+    """What a checkpoint is."""
+    table = _table(f"{report.path}", "row", ">tensors", ">values", ">bytes", "encoding")
+    for key, row in report.rows.items():
+        table.add_row(key, f"{row.tensors:,}", f"{row.values:,}", size(row.bytes), ", ".join(row.encodings))
+    facts = [
+        f"variant     {report.variant}",
+        f"format      {report.format}, names: {report.naming}",
+        f"tensors     {report.tensors:,} in {size(report.bytes)} ({report.bytes:,} bytes)",
+        f"parameters  {report.parameters:,}",
+        f"mtp.*       {report.draft}",
+        f"passengers  {len(report.passengers)}" + (f" ({report.passengers[0]} …)" if report.passengers else ""),
+    ]
+    lines = [Text(f) for f in facts] + [Text(f"note        {n}") for n in report.notes]
+    found = [Text(f"  {f}", "red") for f in report.findings]
+    verdict = Text("every tensor is claimed", "bold green") if report.sound else Text("NOT sound:", "bold red")
+    return Group(table, *lines, verdict, *found)
+
+
+def plan_table(report: PlanReport) -> Group:
+    """What goes where."""
+    title = f"plan of {report.what} ({report.variant})"
+    table = _table(
+        title,
+        "row",
+        ">tensors",
+        "shape",
+        "stored",
+        ">released",
+        "Megatron name (first)",
+        "dtype",
+        ">Megatron",
+    )
+    for r in report.rows:
+        shape = "x".join(map(str, r.shape))
+        table.add_row(
+            r.key,
+            f"{r.tensors:,}",
+            shape,
+            r.encoding,
+            size(r.released_bytes),
+            r.megatron,
+            r.dtype,
+            size(r.megatron_bytes),
+        )
+    table.add_section()
+    table.add_row(
+        "all",
+        f"{sum(r.tensors for r in report.rows):,}",
+        "",
+        "",
+        size(report.released_bytes),
+        "",
+        "",
+        size(report.megatron_bytes),
+    )
+    lines = [
+        Text(f"released  {report.tensors:,} tensors, {report.released_bytes:,} bytes in {len(report.shards)} shards"),
+        Text(f"megatron  {report.megatron_bytes:,} bytes + {report.passenger_bytes:,} bytes of passengers"),
+    ]
+    if report.compared and not report.findings:
+        lines.append(Text("headers   every tensor is as planned", "green"))
+    lines += [Text(f"  {f}", "red") for f in report.findings]
+    return Group(table, *lines)
+
+
+def conversion_table(report: Report, out: Path) -> Group:
+    """What a conversion did."""
+    lines = [Text(f"{out}: {size(report.bytes_written)} written")]
+    parts: list[Any] = []
+    if report.encoded:
+        table = _table(
+            "encoded",
+            "row",
+            ">blocks",
+            ">source scale kept",
+            ">fresh scale",
+            ">values rounded",
+            ">largest error",
+        )
+        for key, s in report.encoded.items():
+            cells = (s.blocks, s.kept, s.fresh, s.rounded_values)
+            table.add_row(key, *(f"{c:,}" for c in cells), f"{s.max_abs_error:.3g}")
+        parts.append(table)
+    if report.recoded:
+        table = _table(
+            "MXFP4 to FP8 certificate",
+            "row",
+            ">blocks",
+            ">exact",
+            ">largest scale spread",
+            ">values rounded",
+            ">largest error",
+        )
+        for key, c in report.recoded.items():
+            table.add_row(
+                key,
+                f"{c.blocks:,}",
+                f"{c.exact:,}",
+                str(c.spread),
+                f"{c.rounded_values:,}",
+                f"{c.max_abs_error:.3g}",
+            )
+        parts.append(table)
+    for key, count in report.rounded.items():
+        lines.append(Text(f"  {key}: up to {count:,} values rounded to bf16", "yellow"))
+    return Group(*parts, *lines)
+
+
+def doctor_table(checks: Iterable[Check]) -> Table:
+    """One line a check."""
+    table = _table("doctor", "what", "found", "", "hint")
+    style = {"ok": "green", "missing": "yellow", "bad": "bold red"}
+    for c in checks:
+        table.add_row(c.what, c.found, Text(c.state, style[c.state]), c.hint if c.state != "ok" else "")
+    return table

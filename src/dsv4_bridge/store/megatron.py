@@ -1,0 +1,145 @@
+"""A Megatron checkpoint folder, bound to the plan."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..encodings import ALLOWED, ENCODINGS
+from ..errors import BridgeError
+from ..items import Plan, expand, regions
+from ..run_config import FILE, read_run_config
+from ..spec import ModelSpec
+from .hf import Finding, HFCheckpoint, open_hf
+from .torch_dist import TorchDistReader, open_torch_dist
+
+TRACKER = "latest_checkpointed_iteration.txt"
+# What a released checkpoint has and Megatron's model has no place for, and the small files beside it.
+ALONG = "hf"
+PASSENGERS = "passengers.safetensors"
+
+# Top-level keys of a training checkpoint that are not the model's.
+_NOT_MODEL = (
+    "optimizer",
+    "chained_",
+    "rng_state",
+    "rerun_state",
+    "common_state",
+    "opt_param_scheduler",
+    "param_groups",
+)
+
+
+@dataclass(frozen=True)
+class MegatronCheckpoint:
+    """An opened torch_dist checkpoint.
+
+    Attributes:
+        path: the iteration folder.
+        reader: its tensors.
+        spec: the model's numbers.
+        source: facts of the import, empty for checkpoints written by others.
+        plan: the items it holds (no MTP where it has none), passengers included.
+        along: the folder of passengers and small files that travels with it.
+        findings: disagreements with the plan.
+    """
+
+    path: Path
+    reader: TorchDistReader
+    spec: ModelSpec
+    source: Mapping[str, Any]
+    plan: Plan
+    along: Path
+    findings: tuple[Finding, ...]
+
+    def close(self) -> None:
+        """Close its files."""
+        self.reader.close()
+
+
+def looks_megatron(path: Path) -> bool:
+    """Whether a path is a Megatron checkpoint root or iteration folder."""
+    return (path / TRACKER).exists() or (path / ".metadata").exists()
+
+
+def open_megatron(path: Path, like: HFCheckpoint | None = None, strict: bool = True) -> MegatronCheckpoint:
+    """Open a checkpoint folder (root or iteration).
+
+    Args:
+        path: the folder.
+        like: released checkpoint that gives the model's numbers where the folder has no
+            run_config.yaml of ours.
+        strict: raise on any disagreement with the plan.
+
+    Raises:
+        BridgeError: unreadable, not a DeepSeek-V4 of these numbers, or (strict) any finding.
+    """
+    reader = open_torch_dist(path)
+    try:
+        folder = Path(reader.path)
+        known = read_run_config(folder / FILE) or read_run_config(folder.parent / FILE)
+        if known is None and like is None:
+            raise BridgeError(
+                f"opening {path}: it has no {FILE} of this tool; name the released checkpoint with --like, "
+                "its config.json gives the model's numbers"
+            )
+        spec, source = known or (like.spec, {})  # type: ignore[union-attr]
+        if like is not None and known is not None and like.spec.without_draft() != spec.without_draft():
+            raise BridgeError(f"opening {path}: its {FILE} and {like.folder.path / 'config.json'} describe two models")
+        if not any(k.startswith("mtp.") for k in reader.tensors) and spec.mtp_layers:
+            spec = spec.without_draft()
+        own = bool(source.get("own_mtp_head")) if known else bool(like and like.plan.own_mtp_head)
+        plan = expand(spec, own and spec.mtp_layers > 0)
+        found = MegatronCheckpoint(folder, reader, spec, source, plan, folder / ALONG, _findings(reader, plan))
+        if strict and found.findings:
+            lines = "\n".join(f"  {f}" for f in found.findings)
+            raise BridgeError(f"opening {path}: its tensors are not those of this model:\n{lines}")
+    except BaseException:
+        reader.close()
+        raise
+    return found
+
+
+def open_along(checkpoint: MegatronCheckpoint) -> HFCheckpoint | None:
+    """The passengers that travel with a checkpoint, None if it has none."""
+    if not (checkpoint.along / PASSENGERS).is_file():
+        return None
+    return open_hf(checkpoint.along, partial=True)
+
+
+def _findings(reader: TorchDistReader, plan: Plan) -> tuple[Finding, ...]:
+    wrong: dict[tuple[str, str, str], list[str]] = {}
+    claimed: set[str] = set()
+    for item in plan.items:
+        for region in regions(item, plan.spec):
+            key, seen = region.key, region.key in claimed
+            claimed.add(key)
+            entry = reader.tensors.get(key)
+            if entry is None:
+                if not seen:
+                    wrong.setdefault(("missing", item.row.key, ""), []).append(key)
+                continue
+            shape = tuple(entry.shape)
+            padded = item.row.cut == "vocabulary" and shape[1:] == region.global_shape[1:]
+            if shape != region.global_shape and not (padded and shape[0] >= region.global_shape[0]):
+                detail = f"is {list(shape)}, expected {list(region.global_shape)}"
+                if not seen:
+                    wrong.setdefault(("shape", item.row.key, detail), []).append(key)
+            allowed = [ENCODINGS[e].dtype for e in ALLOWED[item.row.encoding] if ENCODINGS[e].scale_dtype is None]
+            if entry.dtype not in allowed and not seen:
+                detail = f"is {entry.dtype}, expected {' or '.join(allowed)}"
+                wrong.setdefault(("dtype", item.row.key, detail), []).append(key)
+    for key in reader.tensors:
+        if key not in claimed and not key.startswith(_NOT_MODEL):
+            wrong.setdefault(("unknown", _why(key), ""), []).append(key)
+    return tuple(Finding(kind, row, tuple(names), detail) for (kind, row, detail), names in wrong.items())
+
+
+def _why(key: str) -> str:
+    if key.endswith(("_w", "_v")):
+        return "split gate/up keys (singleton_local_shards=True); save with False"
+    if key.startswith("decoder.layers.") and not key.split(".")[2].isdigit():
+        return "pipeline-stacked layers (hetereogenous_dist_checkpoint=False)"
+    if ".mtp_model_layer." in key:
+        return "hybrid-model naming of MTP (mtp_model_layer on disk)"
+    return "no tensor of this model"

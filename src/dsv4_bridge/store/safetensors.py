@@ -1,0 +1,284 @@
+"""A folder of safetensors shards: read by header and by byte range, never mapped, never unpickled.
+
+Only headers are held in memory; data is read into buffers that the caller owns, so that resident
+memory does not follow the size of the checkpoint.
+"""
+
+import json
+import math
+import os
+import struct
+import threading
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..dtypes import DTYPES
+from ..errors import BridgeError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_MAX_HEADER = 100_000_000  # the safetensors library's own limit
+_MAX_INDEX = 256_000_000
+
+
+class TensorInfo(NamedTuple):
+    """Where a tensor lies: safetensors dtype, shape, file name, first byte in that file, size."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    start: int
+    nbytes: int
+
+
+class Shard(NamedTuple):
+    """One shard's header: tensors in the order of their data, `__metadata__`, raw header bytes."""
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+    header: bytes
+    size: int
+
+
+def read_header(path: Path) -> Shard:
+    """Read and check one shard's header.
+
+    Raises:
+        BridgeError: not a safetensors file, truncated, or a header that contradicts itself.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
+            if not 2 <= length <= min(_MAX_HEADER, size - 8):
+                raise BridgeError(f"reading {path}: {_not_safetensors(start, size, length)}")
+            header = file.read(length)
+    except OSError as error:
+        raise BridgeError(f"reading {path}: {error.strerror or error}") from None
+    entries = parse_json(header, str(path))
+    metadata = entries.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise BridgeError(f"reading {path}: __metadata__ is not an object of strings")
+    first = 8 + length
+    found = [(name, *_entry(path, name, entry)) for name, entry in entries.items()]
+    found.sort(key=lambda e: (e[3], e[4]))
+    tensors: dict[str, TensorInfo] = {}
+    at = 0
+    for name, dtype, shape, begin, end in found:
+        if begin != at:
+            raise BridgeError(f"reading {path}: tensor {name!r} begins at byte {begin} of the data, expected {at}")
+        tensors[name] = TensorInfo(dtype, shape, path.name, first + begin, end - begin)
+        at = end
+    if first + at != size:
+        kind = "truncated" if size < first + at else "has trailing bytes"
+        raise BridgeError(
+            f"reading {path}: the shard is {kind}: its header describes {first + at} bytes, it has {size}"
+        )
+    return Shard(tensors, metadata, start + header, size)
+
+
+def _not_safetensors(start: bytes, size: int, length: int) -> str:
+    if start[:2] == b"PK" or start[:1] == b"\x80":
+        return "this is a pickle (a PyTorch .bin or .pt file), not safetensors; refusing to load code"
+    if size < 10:
+        return f"the file has {size} bytes, too few for a safetensors shard"
+    return f"its header claims {length} bytes (the file has {size}); corrupt, or no safetensors file"
+
+
+def parse_json(raw: bytes, where: str) -> dict[str, Any]:
+    """Parse a JSON object, refusing a key given twice."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            twice = next(k for i, (k, _) in enumerate(pairs) if any(k == other for other, _ in pairs[:i]))
+            raise BridgeError(f"reading {where}: the name {twice!r} is given twice")
+        return found
+
+    try:
+        value = json.loads(raw.decode(), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise BridgeError(f"reading {where}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise BridgeError(f"reading {where}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
+    fields = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = fields.get("dtype"), _sizes(fields.get("shape")), _sizes(fields.get("data_offsets"))
+    if shape is None or offsets is None or len(offsets) != 2:
+        raise BridgeError(f"reading {path}: tensor {name!r} has no usable dtype, shape and data_offsets")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        known = ", ".join(DTYPES)
+        raise BridgeError(f"reading {path}: tensor {name!r} has dtype {str(dtype)[:40]!r}; known are {known}")
+    size = math.prod(shape) * DTYPES[dtype].itemsize
+    if size != offsets[1] - offsets[0]:
+        raise BridgeError(
+            f"reading {path}: tensor {name!r}, {dtype} {list(shape)}, spans {offsets[1] - offsets[0]} bytes of data, "
+            f"expected {size}"
+        )
+    return dtype, shape, offsets[0], offsets[1]
+
+
+def _sizes(value: Any) -> tuple[int, ...] | None:
+    if isinstance(value, list) and len(value) <= 16 and all(type(n) is int and 0 <= n < 1 << 62 for n in value):
+        return tuple(value)
+    return None
+
+
+class SafetensorsFolder:
+    """The shards of one folder.
+
+    Attributes:
+        path: the folder.
+        shards: file name -> header.
+        tensors: tensor name -> where it lies.
+        index: raw bytes of the index file, None for a single-file checkpoint.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.index, weight_map = read_index(path)
+        files = sorted(set(weight_map.values())) if weight_map else [_only_file(path)]
+        missing = [f for f in files if not (path / f).is_file()]
+        if missing:
+            raise BridgeError(
+                f"opening {path}: {len(missing)} of {len(files)} shards that the index names are missing: "
+                f"{', '.join(missing[:4])}{' …' if len(missing) > 4 else ''}; finish the download"
+            )
+        self.shards = {file: read_header(path / file) for file in files}
+        self.tensors: dict[str, TensorInfo] = {}
+        for file, shard in self.shards.items():
+            for name, info in shard.tensors.items():
+                if name in self.tensors:
+                    raise BridgeError(f"opening {path}: tensor {name!r} is in {self.tensors[name].file} and in {file}")
+                self.tensors[name] = info
+        if weight_map:
+            _check_index(path, weight_map, self.tensors)
+        self._files: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def read_into(self, info: TensorInfo, offset: int, out: np.ndarray) -> None:
+        """Fill `out` (contiguous, any dtype) with the tensor's bytes from byte `offset` on."""
+        view = memoryview(out).cast("B") if out.nbytes else memoryview(b"")
+        at, done = info.start + offset, 0
+        while done < len(view):
+            count = os.preadv(self._fd(info.file), [view[done:]], at + done)
+            if count == 0:
+                raise BridgeError(f"reading {self.path / info.file}: the file ended early; it changed while being read")
+            done += count
+
+    def read(self, name: str) -> np.ndarray:
+        """A whole (small) tensor, raw numpy dtype."""
+        info = self.tensors[name]
+        out = np.empty(info.shape, DTYPES[info.dtype].numpy)
+        self.read_into(info, 0, out)
+        return out
+
+    def will_need(self, info: TensorInfo) -> None:
+        """Ask the kernel to start reading a tensor."""
+        os.posix_fadvise(self._fd(info.file), info.start, info.nbytes, os.POSIX_FADV_WILLNEED)
+
+    def _fd(self, file: str) -> int:
+        fd = self._files.get(file)
+        if fd is None:
+            with self._lock:
+                fd = self._files.get(file)
+                if fd is None:
+                    fd = self._files[file] = os.open(self.path / file, os.O_RDONLY | os.O_CLOEXEC)
+        return fd
+
+    def close(self) -> None:
+        """Close every shard."""
+        with self._lock:
+            for fd in self._files.values():
+                os.close(fd)
+            self._files.clear()
+
+
+def read_index(path: Path) -> tuple[bytes | None, dict[str, str]]:
+    """Raw bytes and weight map of a folder's index; `(None, {})` if there is none.
+
+    Raises:
+        BridgeError: unreadable, or it points outside the folder.
+    """
+    file = path / INDEX
+    try:
+        if not file.exists():
+            return None, {}
+        if file.stat().st_size > _MAX_INDEX:
+            raise BridgeError(f"reading {file}: {file.stat().st_size} bytes are too many for an index")
+        raw = file.read_bytes()
+    except OSError as error:
+        raise BridgeError(f"reading {file}: {error.strerror or error}") from None
+    weight_map = parse_json(raw, str(file)).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise BridgeError(f"reading {file}: it has no 'weight_map' object")
+    for name, shard in weight_map.items():
+        plain = isinstance(shard, str) and shard not in ("", ".", "..") and "/" not in shard and "\0" not in shard
+        if not plain or "\\" in shard or not shard.endswith(".safetensors"):
+            raise BridgeError(
+                f"reading {file}: tensor {name!r} is said to be in {str(shard)[:80]!r}; "
+                "a shard is a .safetensors file of the same folder"
+            )
+    return raw, weight_map
+
+
+def _only_file(path: Path) -> str:
+    try:
+        files = sorted(p.name for p in path.iterdir())
+    except OSError as error:
+        raise BridgeError(f"opening {path}: {error.strerror or error}") from None
+    shards = [f for f in files if f.endswith(".safetensors")]
+    if SINGLE in shards or len(shards) == 1:
+        return SINGLE if SINGLE in shards else shards[0]
+    if shards:
+        raise BridgeError(f"opening {path}: {len(shards)} shards but no {INDEX}; the folder is incomplete")
+    pickles = [f for f in files if f.endswith((".bin", ".pt", ".pth"))]
+    if pickles:
+        raise BridgeError(f"opening {path}: {pickles[0]} is a pickle and may run code; only safetensors are read")
+    raise BridgeError(f"opening {path}: no {INDEX} and no .safetensors file; this is not a Hugging Face checkpoint")
+
+
+def _check_index(path: Path, weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> None:
+    lost = [n for n, file in weight_map.items() if n not in tensors or tensors[n].file != file]
+    extra = [n for n in tensors if n not in weight_map]
+    if lost or extra:
+        said = [f"{len(lost)} not where the index says ({_some(lost)})"] if lost else []
+        said += [f"{len(extra)} in a shard but not in the index ({_some(extra)})"] if extra else []
+        raise BridgeError(f"opening {path}: index and shard headers disagree: {'; '.join(said)}")
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
+
+
+# ---------------------------------------------------------------- writing
+
+
+def make_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """Length prefix and header for tensors `(name, dtype, shape)` laid out in the order given.
+
+    Padded with spaces to a multiple of 8, as the safetensors library does.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    at = 0
+    for name, dtype, shape in tensors:
+        end = at + math.prod(shape) * DTYPES[dtype].itemsize
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    raw = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def make_index(weight_map: Mapping[str, str], total_size: int) -> bytes:
+    """Bytes of an index file."""
+    body = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+    return (json.dumps(body, indent=2) + "\n").encode()

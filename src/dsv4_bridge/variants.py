@@ -1,0 +1,201 @@
+"""The released variants: their numbers, which encoding each class of tensor has, how to tell them.
+
+| variant | experts | linears | draft blocks |
+|---|---|---|---|
+| Flash, Pro | MXFP4 | FP8, E8M0 scales | one MTP block |
+| Flash-Base, Pro-Base | FP8, F32 scales | FP8, F32 scales | one MTP block with its own embedding and head |
+| Flash-0731, Pro-0813 | MXFP4 | FP8, E8M0 scales | three DSpark stages (passengers) |
+| Flash-FP8, Pro-FP8 | FP8, E8M0 scales | FP8, E8M0 scales | one MTP block |
+| Flash-BF16, Pro-BF16 | BF16 | BF16 | one MTP block |
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+from .spec import DSparkSpec, ModelSpec, replace_spec
+
+_FLASH = ModelSpec(
+    vocab_size=129280,
+    hidden_size=4096,
+    num_hidden_layers=43,
+    num_attention_heads=64,
+    num_key_value_heads=1,
+    head_dim=512,
+    qk_rope_head_dim=64,
+    q_lora_rank=1024,
+    o_lora_rank=1024,
+    o_groups=8,
+    moe_intermediate_size=2048,
+    n_routed_experts=256,
+    n_shared_experts=1,
+    num_experts_per_tok=6,
+    num_hash_layers=3,
+    num_nextn_predict_layers=1,
+    index_n_heads=64,
+    index_head_dim=128,
+    index_topk=512,
+    sliding_window=128,
+    hc_mult=4,
+    hc_sinkhorn_iters=20,
+    hc_eps=1e-6,
+    rms_norm_eps=1e-6,
+    swiglu_limit=10.0,
+    routed_scaling_factor=1.5,
+    scoring_func="sqrtsoftplus",
+    topk_method="noaux_tc",
+    norm_topk_prob=True,
+    hidden_act="silu",
+    attention_bias=False,
+    attention_dropout=0.0,
+    tie_word_embeddings=False,
+    initializer_range=0.02,
+    max_position_embeddings=1048576,
+    bos_token_id=0,
+    eos_token_id=1,
+    rope_theta=10000.0,
+    compress_rope_theta=160000.0,
+    rope_factor=16.0,
+    rope_beta_fast=32.0,
+    rope_beta_slow=1.0,
+    rope_original_max_position_embeddings=65536,
+    compress_ratios=(0, 0, *(4, 128) * 20, 4, 0),
+)
+_PRO = replace_spec(
+    _FLASH,
+    hidden_size=7168,
+    num_hidden_layers=61,
+    num_attention_heads=128,
+    q_lora_rank=1536,
+    o_groups=16,
+    moe_intermediate_size=3072,
+    n_routed_experts=384,
+    index_topk=1024,
+    routed_scaling_factor=2.5,
+    compress_ratios=(128, 128, *(4, 128) * 29, 4, 0),
+)
+_FLASH_0731 = replace_spec(
+    _FLASH,
+    dspark=DSparkSpec(5, 128799, (40, 41, 42), 256),
+    compress_ratios=(*_FLASH.compress_ratios, 0, 0),
+)
+_PRO_0813 = replace_spec(
+    _PRO,
+    dspark=DSparkSpec(5, 128799, (58, 59, 60), 512),
+    compress_ratios=(*_PRO.compress_ratios, 0, 0),
+)
+
+# What each encoding class of the table is on disk (codec/ defines the encodings).
+_PLAIN = {"plain": "bf16", "f32": "f32", "int": "i64"}
+FP4 = {**_PLAIN, "linear": "fp8", "expert": "mxfp4"}
+FP8 = {**_PLAIN, "linear": "fp8", "expert": "fp8"}
+BASE = {**_PLAIN, "linear": "fp8_f32", "expert": "fp8_f32"}
+BF16 = {**_PLAIN, "linear": "bf16", "expert": "bf16"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One released (or repacked) checkpoint kind.
+
+    Attributes:
+        name: short name, as in the table above.
+        hub_id: repository on the Hub.
+        spec: its numbers.
+        encodings: encoding class -> encoding on disk.
+        expert_dtype: config.json's key of that name, None where absent.
+        own_mtp_head: whether the MTP block ships its own embedding and head (Base).
+    """
+
+    name: str
+    hub_id: str
+    spec: ModelSpec
+    encodings: Mapping[str, str]
+    expert_dtype: str | None
+    own_mtp_head: bool = False
+
+
+_HUB = "deepseek-ai/DeepSeek-V4-"
+_SGL = "sgl-project/DeepSeek-V4-"
+VARIANTS: dict[str, Variant] = {
+    v.name: v
+    for v in (
+        Variant("Flash", _HUB + "Flash", _FLASH, FP4, "fp4"),
+        Variant("Flash-Base", _HUB + "Flash-Base", _FLASH, BASE, "fp8", own_mtp_head=True),
+        Variant("Flash-0731", _HUB + "Flash-0731", _FLASH_0731, FP4, "fp4"),
+        Variant("Flash-FP8", _SGL + "Flash-FP8", _FLASH, FP8, None),
+        Variant("Flash-BF16", "", _FLASH, BF16, None),
+        Variant("Pro", _HUB + "Pro", _PRO, FP4, "fp4"),
+        Variant("Pro-Base", _HUB + "Pro-Base", _PRO, BASE, "fp8", own_mtp_head=True),
+        Variant("Pro-0813", _HUB + "Pro-0813", _PRO_0813, FP4, "fp4"),
+        Variant("Pro-FP8", _SGL + "Pro-FP8", _PRO, FP8, None),
+        Variant("Pro-BF16", "", _PRO, BF16, None),
+    )
+}
+
+# Fields that do not tell one architecture from another.
+_FREE = {"num_nextn_predict_layers", "compress_ratios", "dspark", "initializer_range", "attention_dropout"}
+
+
+def recognise(spec: ModelSpec, encodings: Mapping[str, str], own_mtp_head: bool) -> str:
+    """Name of the variant that has these numbers and encodings, else `custom (…)`.
+
+    Args:
+        spec: from config.json.
+        encodings: encoding class -> encoding found in the headers.
+        own_mtp_head: whether `mtp.0.head.weight` is there.
+    """
+    family = family_of(spec)
+    for variant in VARIANTS.values():
+        same = (
+            family_of(variant.spec) == family
+            and variant.encodings == encodings
+            and variant.own_mtp_head == own_mtp_head
+            and variant.spec.dspark == spec.dspark
+        )
+        if same:
+            return variant.name
+    return f"custom ({family or 'other size'}: experts {encodings.get('expert')}, linears {encodings.get('linear')})"
+
+
+def family_of(spec: ModelSpec) -> str | None:
+    """`Flash` or `Pro` where every architectural number is theirs, else None."""
+    for name, known in (("Flash", _FLASH), ("Pro", _PRO)):
+        layers = known.num_hidden_layers
+        if spec.compress_ratios[:layers] == known.compress_ratios[:layers] and all(
+            getattr(spec, f.name) == getattr(known, f.name) for f in fields(ModelSpec) if f.name not in _FREE
+        ):
+            return name
+    return None
+
+
+def tiny(variant: Variant, ragged: bool = False) -> ModelSpec:
+    """A model of every layer kind that converts in a second, in the manner of `variant`.
+
+    Args:
+        variant: what to imitate: its layer kinds, draft blocks and factors.
+        ragged: widths that are no multiples of 128. Released ones all are, and hide ragged edges.
+    """
+    spec = variant.spec
+    start = (128, 128) if spec.ratio(0) == 128 else (0, 0)
+    widths = {
+        "hidden_size": 224 if ragged else 256,
+        "head_dim": 64,
+        "q_lora_rank": 96 if ragged else 128,
+        "o_lora_rank": 48 if ragged else 32,
+        "moe_intermediate_size": 160 if ragged else 128,
+        "index_head_dim": 24 if ragged else 32,
+        "vocab_size": 520 if ragged else 512,
+    }
+    return replace_spec(
+        spec,
+        **widths,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        qk_rope_head_dim=16,
+        o_groups=4,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        index_n_heads=8,
+        index_topk=8,
+        dspark=DSparkSpec(5, 511, (3, 4, 5), 16) if spec.dspark else None,
+        compress_ratios=(*start, 4, 128, 4, 128, *(0,) * spec.draft_blocks),
+    )

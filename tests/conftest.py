@@ -1,0 +1,57 @@
+"""Shared fixtures: reference data, toy checkpoints, the command in this process or another."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+DATA = Path(__file__).parent / "data"
+
+
+def config_path(name: str) -> Path:
+    return DATA / f"DeepSeek-V4-{name}.config.json"
+
+
+def inventory(name: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Every tensor of a released variant: name -> (dtype, shape)."""
+    expanded = {}
+    for entry in json.loads((DATA / f"DeepSeek-V4-{name}.tensors.json").read_text())["tensors"]:
+        for layer in entry.get("layers", [None]):
+            for expert in range(entry["experts"]) if "experts" in entry else [None]:
+                expanded[entry["name"].format(layer=layer, expert=expert)] = (entry["dtype"], tuple(entry["shape"]))
+    return expanded
+
+
+def same_files(a: Path, b: Path) -> list[str]:
+    """Relative names of the files that are not byte-identical in both folders."""
+    names = {str(p.relative_to(f)) for f in (a, b) for p in f.rglob("*") if p.is_file()}
+    return sorted(
+        n
+        for n in names
+        if not ((a / n).is_file() and (b / n).is_file()) or (a / n).read_bytes() != (b / n).read_bytes()
+    )
+
+
+def dsv4(*args: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run the command in its own process."""
+    command = [sys.executable, "-c", "from dsv4_bridge.cli import main; main()", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | env, timeout=300, check=False)
+
+
+@pytest.fixture(scope="session")
+def toy_flash(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from dsv4_bridge import make_toy
+
+    return make_toy(tmp_path_factory.mktemp("toy") / "flash", "Flash", 7)
+
+
+@pytest.fixture(scope="session")
+def toy_megatron(toy_flash: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from dsv4_bridge import import_hf
+
+    out = tmp_path_factory.mktemp("toy") / "megatron"
+    import_hf(toy_flash, out)
+    return out
