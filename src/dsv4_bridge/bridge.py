@@ -77,7 +77,7 @@ def import_job(checkpoint: HFCheckpoint, *, drop_passengers: bool = False, allow
         TRACKER: b"0",
     }
     return Job(
-        label=f"import {folder.name}",
+        label=f"import {_shown(folder)}",
         files=(*layout.files, *([along] if along else [])),
         emitter=lambda: Emitter(HFValues(checkpoint), allow_lossy=allow_lossy),
         identity={"kind": "import", "source": hf_identity(checkpoint)},
@@ -235,7 +235,7 @@ def repack_job(checkpoint: HFCheckpoint, encoding: str, *, allow_lossy: bool = F
 
     layout = hf_layout(checkpoint.plan, encode)
     return Job(
-        label=f"repack {checkpoint.folder.path.name} as {encoding}",
+        label=f"repack {_shown(checkpoint.folder.path)} as {encoding}",
         files=layout.files,
         emitter=lambda: Emitter(HFValues(checkpoint), allow_lossy=allow_lossy, keep_rounding=False),
         identity={
@@ -304,6 +304,13 @@ def hf_identity(checkpoint: HFCheckpoint) -> str:
 def _file_stamps(folder: Path) -> Mapping[str, tuple[int, int]]:
     stats = {p.name: p.stat() for p in folder.iterdir() if p.is_file()}
     return {name: (s.st_size, s.st_mtime_ns) for name, s in stats.items()}
+
+
+def _shown(folder: Path) -> str:
+    """A folder's name; the repository's where it is a snapshot in the Hub's cache."""
+    if folder.parent.name == "snapshots":
+        return folder.parent.parent.name.removeprefix("models--").replace("--", "/")
+    return folder.resolve().name
 
 
 def _apart(source: Path, out: Path) -> None:

@@ -60,6 +60,9 @@ Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is in the way.")]
 Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the Hub.")]
 Lossy = Annotated[bool, typer.Option("--allow-lossy", help="Permit values to be rounded; the report says by how much.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Read and convert everything, write nothing: a full check of the input.")
+]
 DropPassengers = Annotated[
     bool, typer.Option("--drop-passengers", help="Leave out tensors that Megatron has no place for.")
 ]
@@ -104,11 +107,11 @@ def toy(
 @app.command()
 def inspect(ckpt: str, revision: Revision = None, as_json: Json = False) -> None:
     """What is this: variant, encodings, coverage, sizes, what is missing or unknown."""
-    from .hub import resolve
+    from .hub import describe
     from .inspecting import inspect as look
     from .render import inspect_table
 
-    report = look(resolve(ckpt, revision))
+    report = look(*describe(ckpt, revision))
     _print(report.to_json(), as_json, inspect_table(report))
     _finish(report.sound)
 
@@ -119,15 +122,17 @@ def plan(
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
-    """What goes where: tensors, encodings, bytes on both sides; CKPT is a folder or a variant's name."""
+    """What goes where: tensors, encodings, bytes on both sides; CKPT is a folder, hub id or variant's name."""
+    from .planning import known_variant
     from .planning import plan as make_plan
     from .render import plan_table
 
-    if not Path(ckpt).exists() and "/" in ckpt and revision:
-        from .hub import resolve
+    if not Path(ckpt).exists() and (revision or known_variant(ckpt) is None) and "/" in ckpt:
+        from .hub import describe
 
-        ckpt = str(resolve(ckpt, revision, weights=False))
-    report = make_plan(ckpt)
+        report = make_plan(*describe(ckpt, revision))
+    else:
+        report = make_plan(ckpt)
     _print(report.to_json() if as_json else {}, as_json, "" if as_json else plan_table(report))
     _finish(not report.findings)
 
@@ -139,6 +144,7 @@ def import_(
     workers: Workers = 1,
     resume: Resume = False,
     overwrite: Overwrite = False,
+    dry_run: DryRun = False,
     revision: Revision = None,
     drop_passengers: DropPassengers = False,
     allow_lossy: Lossy = False,
@@ -148,9 +154,9 @@ def import_(
     from .bridge import import_hf
     from .hub import resolve
 
-    options = _options(workers, resume, overwrite)
+    options = _options(workers, resume, overwrite, dry_run)
     report = import_hf(resolve(hf, revision), out, options, drop_passengers=drop_passengers, allow_lossy=allow_lossy)
-    _print_report(report, out, as_json)
+    _print_report(report, out, as_json, dry_run)
 
 
 @app.command()
@@ -162,6 +168,7 @@ def export(
     workers: Workers = 1,
     resume: Resume = False,
     overwrite: Overwrite = False,
+    dry_run: DryRun = False,
     revision: Revision = None,
     drop_passengers: DropPassengers = False,
     allow_lossy: Lossy = False,
@@ -172,7 +179,7 @@ def export(
     from .hub import resolve
 
     released = resolve(like, revision) if like else None
-    options = _options(workers, resume, overwrite)
+    options = _options(workers, resume, overwrite, dry_run)
     report = export_hf(
         megatron,
         out,
@@ -182,7 +189,7 @@ def export(
         drop_passengers=drop_passengers,
         allow_lossy=allow_lossy,
     )
-    _print_report(report, out, as_json)
+    _print_report(report, out, as_json, dry_run)
 
 
 @app.command()
@@ -193,6 +200,7 @@ def repack(
     workers: Workers = 1,
     resume: Resume = False,
     overwrite: Overwrite = False,
+    dry_run: DryRun = False,
     revision: Revision = None,
     allow_lossy: Lossy = False,
     as_json: Json = False,
@@ -201,9 +209,9 @@ def repack(
     from .bridge import repack as run_repack
     from .hub import resolve
 
-    options = _options(workers, resume, overwrite)
+    options = _options(workers, resume, overwrite, dry_run)
     report = run_repack(resolve(hf, revision), out, encoding.value, options, allow_lossy=allow_lossy)
-    _print_report(report, out, as_json)
+    _print_report(report, out, as_json, dry_run)
 
 
 @app.command()
@@ -240,13 +248,13 @@ def doctor(folder: Annotated[Path | None, typer.Argument()] = None, as_json: Jso
     _finish(all(c.state != "bad" for c in checks))
 
 
-def _options(workers: int, resume: bool, overwrite: bool) -> Any:
+def _options(workers: int, resume: bool, overwrite: bool, dry_run: bool) -> Any:
     from .convert import Options
     from .render import TerminalProgress
 
     if resume and overwrite:
         raise BridgeError("--resume continues an earlier run, --overwrite starts over: give one of them")
-    return Options(workers, resume, overwrite, TerminalProgress())
+    return Options(workers, resume, overwrite, TerminalProgress(), dry_run)
 
 
 def _print(data: dict[str, Any], as_json: bool, shown: Any) -> None:
@@ -258,10 +266,11 @@ def _print(data: dict[str, Any], as_json: bool, shown: Any) -> None:
     show(shown)
 
 
-def _print_report(report: Any, out: Path, as_json: bool) -> None:
+def _print_report(report: Any, out: Path, as_json: bool, dry_run: bool) -> None:
     from .render import conversion_table
 
-    _print({"out": str(out)} | report.to_json(), as_json, conversion_table(report, out))
+    facts = {"out": str(out), "dry_run": dry_run} | report.to_json()
+    _print(facts, as_json, conversion_table(report, out, dry_run=dry_run))
 
 
 def _finish(good: bool) -> None:

@@ -6,7 +6,7 @@ nested `rope_parameters`). Both read into one `ModelSpec`; a missing field is an
 it, never a default. Pitfalls: facts of trap 9, 51 and 52 (each has a test).
 """
 
-import json
+import stat
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 from .errors import BridgeError
 from .spec import MAX_COUNT, DSparkSpec, ModelSpec, short, validated
+from .strict_json import parse_json, too_deep
 
 LAYER_TYPES = {
     "sliding_attention": 0,
@@ -22,6 +23,8 @@ LAYER_TYPES = {
 }
 _TYPE_OF_RATIO = {ratio: name for name, ratio in LAYER_TYPES.items()}
 
+
+_MAX_BYTES = 1 << 22  # released ones have 2,000
 
 # Read from the same key in both dialects, with their types.
 _SAME: dict[str, type] = {
@@ -57,17 +60,18 @@ def dialect_of(config: Mapping[str, Any]) -> str:
 def read_config(path: Path) -> dict[str, Any]:
     """Parse a config.json into a dict; BridgeError if it is not a JSON object."""
     try:
-        if path.stat().st_size > 1 << 24:
-            raise BridgeError(f"reading {path}: it has {path.stat().st_size} bytes, far too many for a config")
-        config = json.loads(path.read_bytes())
+        facts = path.stat()
+        if not stat.S_ISREG(facts.st_mode):
+            raise BridgeError(f"reading {path}: not a regular file")
+        if facts.st_size > _MAX_BYTES:
+            raise BridgeError(f"reading {path}: it has {facts.st_size} bytes, far too many for a config")
+        config = parse_json(path.read_bytes(), str(path))
     except FileNotFoundError:
         raise BridgeError(f"reading {path}: no such file; a checkpoint folder needs a config.json") from None
     except OSError as error:
         raise BridgeError(f"reading {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise BridgeError(f"reading {path}: not valid JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise BridgeError(f"reading {path}: expected a JSON object, got {type(config).__name__}")
+    if too_deep(config):
+        raise BridgeError(f"reading {path}: not a usable config (nested too deep)")
     return config
 
 
@@ -107,7 +111,7 @@ def refuse_other_models(config: Mapping[str, Any], where: str) -> None:
     kind = config.get("model_type")
     v41 = [k for k in ("text_config", "engram_layer_ids", "engram_vocab_size") if k in config]
     if kind in ("deepseek_v41", "deepseek_v41_text") or v41:
-        found = ", ".join(v41) or f"model_type {kind!r}"
+        found = ", ".join(v41) or f"model_type {short(kind)}"
         raise BridgeError(
             f"{where}: this is DeepSeek-V4.1 ({found}), another architecture: compressed attention with shared "
             "key/value sources (ratios 0, 1, 2), Engram tables, FP8 tiles of 32x32, no hash layers. "
@@ -116,11 +120,14 @@ def refuse_other_models(config: Mapping[str, Any], where: str) -> None:
     vision = sorted(k for k in config if isinstance(k, str) and k.startswith("vision"))
     if vision:
         raise BridgeError(
-            f"{where}: this is DeepSeek-V4-Flash-Vision-Exp ({', '.join(vision[:4])}), which adds a vision tower, "
-            "image routing biases (gate.bias_vl) and rms_norm_eps 1e-20. Only the text models are supported"
+            f"{where}: this is DeepSeek-V4-Flash-Vision-Exp ({', '.join(k[:40] for k in vision[:4])}), which adds a "
+            "vision tower, image routing biases (gate.bias_vl) and rms_norm_eps 1e-20. "
+            "Only the text models are supported"
         )
     if kind != "deepseek_v4":
-        raise BridgeError(f"{where}: model_type is {kind!r}, expected 'deepseek_v4'; this tool knows only DeepSeek-V4")
+        raise BridgeError(
+            f"{where}: model_type is {short(kind)}, expected 'deepseek_v4'; this tool knows only DeepSeek-V4"
+        )
 
 
 def _take(config: Mapping[str, Any], name: str, kind: Any, where: str) -> Any:
@@ -232,10 +239,13 @@ def _dspark(config: Mapping[str, Any], where: str) -> DSparkSpec | None:
 
 def _ratios(config: Mapping[str, Any], where: str, layers: int, draft: int) -> tuple[int, ...]:
     if not 0 < layers <= MAX_COUNT["num_hidden_layers"] or not 0 <= draft <= 64:
-        raise BridgeError(f"{where}: num_hidden_layers is {short(layers)} with {short(draft)} draft blocks")
+        raise BridgeError(
+            f"{where}: num_hidden_layers is {short(layers)} and num_nextn_predict_layers {short(draft)}, "
+            f"expected 1 to {MAX_COUNT['num_hidden_layers']} and 0 to 64"
+        )
     types, ratios = config.get("layer_types"), config.get("compress_ratios")
     if types is not None:
-        if not isinstance(types, list) or any(t not in LAYER_TYPES for t in types):
+        if not isinstance(types, list) or any(not isinstance(t, str) or t not in LAYER_TYPES for t in types):
             raise BridgeError(f"{where}: layer_types has an entry other than {', '.join(LAYER_TYPES)}")
         rates = _compress_rates(config, where)
         named = [rates[t] for t in types]

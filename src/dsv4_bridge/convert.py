@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,12 +89,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Options:
-    """How to run a job: worker threads, continue an earlier run, replace an earlier output."""
+    """How to run a job: worker threads, continue an earlier run, replace an earlier output, write nothing."""
 
     workers: int = 1
     resume: bool = False
     overwrite: bool = False
     progress: Progress = field(default_factory=Silent)
+    dry_run: bool = False
 
 
 def run(job: Job, out: Path, options: Options) -> Report:
@@ -104,15 +105,21 @@ def run(job: Job, out: Path, options: Options) -> Report:
         BridgeError: the folder is in the way, the disk is too small, or a tensor cannot be
             converted; in the last case nothing stays behind.
     """
-    with _named_errors(job, out):
-        work = out / WORK
+    work = out / WORK
+    with _named_errors(job, out), _leave_no_folders(out):
+        copies = sum(_readable(p) for p in job.copies.values())
         done = _prepare(job, out, work, options)
         report = Report()
         for entry in done.values():
             report.merge(Report.from_json(entry))
         left = [f for f in job.files if f.name not in done]
-        need = sum(f.nbytes for f in left) + sum(p.stat().st_size for p in job.copies.values())
-        _check_space(out, need, job)
+        need = sum(f.nbytes for f in left) + copies
+        try:
+            _check_space(out, need, job)
+        except BridgeError:
+            if not options.resume:
+                shutil.rmtree(work, ignore_errors=True)
+            raise
         options.progress.start(job.label, job.nbytes, job.nbytes - sum(f.nbytes for f in left))
         try:
             report.merge(_write_files(job, left, work, options))
@@ -120,12 +127,23 @@ def run(job: Job, out: Path, options: Options) -> Report:
         except BridgeError:
             # The input cannot be converted: a restart would not help.
             shutil.rmtree(work, ignore_errors=True)
-            with contextlib.suppress(OSError):
-                out.rmdir()
             raise
         finally:
             options.progress.stop()
         return report
+
+
+@contextlib.contextmanager
+def _leave_no_folders(out: Path) -> Iterator[None]:
+    """After a failure, remove the folders that were made for `out` and hold nothing."""
+    made = [p for p in (out, *out.parents) if not p.exists()]
+    try:
+        yield
+    except BaseException:
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def dry_run(job: Job, progress: Progress | None = None) -> Report:
@@ -137,18 +155,22 @@ def dry_run(job: Job, progress: Progress | None = None) -> Report:
         for file in job.files:
             report.merge(emitter.emit(file.segments, CountingStream(progress.advance)))
     finally:
+        emitter.close()
         progress.stop()
     return report
 
 
 def _write_files(job: Job, files: Iterable[OutFile], work: Path, options: Options) -> Report:
     total, lock, local, stop = Report(), threading.Lock(), threading.local(), threading.Event()
+    emitters: list[Emitter] = []
 
     def one(file: OutFile) -> None:
         if stop.is_set():
             return
         if not hasattr(local, "emitter"):
             local.emitter, local.buffers = job.emitter(), Buffers()
+            with lock:
+                emitters.append(local.emitter)
         path = work / file.name
         path.parent.mkdir(parents=True, exist_ok=True)
         stream = FileStream(path.with_name(path.name + ".part"), local.buffers, options.progress.advance)
@@ -166,22 +188,28 @@ def _write_files(job: Job, files: Iterable[OutFile], work: Path, options: Option
             _append(work / _JOURNAL, {"file": file.name, "size": file.nbytes, "report": report.to_json()})
             total.merge(report)
 
-    if options.workers <= 1:
-        for file in files:
-            one(file)
-        return total
-    with ThreadPoolExecutor(options.workers) as pool:
+    try:
+        if options.workers <= 1:
+            for file in files:
+                one(file)
+        else:
+            _in_threads(one, files, options.workers, stop)
+    finally:
+        for emitter in emitters:
+            emitter.close()
+    return total
+
+
+def _in_threads(one: Callable[[OutFile], None], files: Iterable[OutFile], workers: int, stop: threading.Event) -> None:
+    with ThreadPoolExecutor(workers) as pool:
         futures = [pool.submit(one, file) for file in files]
         try:
-            finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            wait(futures, return_when=FIRST_EXCEPTION)
         except BaseException:
             stop.set()
             raise
-        for future in finished:
-            future.result()
         for future in futures:
             future.result()
-    return total
 
 
 # ---------------------------------------------------------------- before
@@ -249,6 +277,12 @@ def _read_journal(job: Job, out: Path, work: Path) -> dict[str, Any]:
     return done
 
 
+def _readable(path: Path) -> int:
+    """Size of a file that can be opened; found out before hours of work, not after."""
+    with path.open("rb") as file:
+        return os.fstat(file.fileno()).st_size
+
+
 def _check_space(out: Path, need: int, job: Job) -> None:
     probe = next(p for p in (out, *out.parents) if p.exists())
     free = shutil.disk_usage(probe).free
@@ -262,6 +296,10 @@ def _check_space(out: Path, need: int, job: Job) -> None:
 
 
 def _finish(job: Job, out: Path, work: Path) -> None:
+    for name, source in job.copies.items():
+        target = work / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
     keep = {WORK}
     names = [f.name for f in job.files]
     # A previous checkpoint goes first, its markers before its data.
@@ -269,10 +307,6 @@ def _finish(job: Job, out: Path, work: Path) -> None:
     for old in sorted(out.iterdir(), key=lambda p: p.name not in _MARKS):
         if old.name not in keep and not any(n == old.name or n.startswith(old.name + "/") for n in placed):
             shutil.rmtree(old) if old.is_dir() else old.unlink()
-    for name, source in job.copies.items():
-        target = work / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target)
     for name in (*names, *job.copies):
         target = out / name
         target.parent.mkdir(parents=True, exist_ok=True)

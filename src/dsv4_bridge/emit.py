@@ -4,6 +4,7 @@ A segment is plain data. `emit` writes it to a stream, taking values from any so
 quantised encodings, the scales of a checkpoint to be like.
 """
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
@@ -15,9 +16,13 @@ from .encodings import ENCODINGS, QUANTISED
 from .errors import BridgeError
 from .items import Item
 from .store.hf import HFCheckpoint
+from .store.reading import Readahead
 from .store.safetensors import SafetensorsFolder, TensorInfo
 from .store.stream import Stream
 from .values import HFValues, Scratch, Values, cuts, stripe_rows
+
+_AHEAD = 48 << 20  # bytes of output whose input is being read ahead
+_WORTH_ASKING = 1 << 20
 
 
 class Literal(NamedTuple):
@@ -145,6 +150,11 @@ class Emitter:
     allow_lossy: bool = False
     keep_rounding: bool = True
     scratch: Scratch = field(default_factory=Scratch)
+    readahead: Readahead = field(default_factory=Readahead)
+
+    def close(self) -> None:
+        """End the thread that reads ahead."""
+        self.readahead.close()
 
     def emit(self, segments: tuple[Segment, ...], stream: Stream) -> Report:
         """Write the segments of one file in order.
@@ -156,7 +166,18 @@ class Emitter:
         offset = 0
         scales: dict[str, bytes] = {}  # made, and not yet at their place
         waiting: dict[str, tuple[int, bytes]] = {}  # written as in `like`: offset and bytes
+        ahead = deque(s for s in segments if isinstance(s, Rows | Weight))
+        asked = 0  # bytes asked for and not yet used
         for segment in segments:
+            if isinstance(segment, Rows | Weight):
+                while ahead and asked < _AHEAD:
+                    soon = ahead.popleft()
+                    asked += soon.nbytes
+                    if soon.nbytes >= _WORTH_ASKING:
+                        rows = (soon.start, soon.stop) if isinstance(soon, Rows) else (0, soon.item.shape[0])
+                        for extent in self._source(soon.item).extents(soon.item, *rows):
+                            self.readahead.ask(*extent)
+                asked -= segment.nbytes
             match segment:
                 case Literal(data):
                     stream.write(data)
@@ -165,6 +186,7 @@ class Emitter:
                 case Copy(folder, info):
                     self._copy(folder, info, stream)
                 case Rows(item, encoding, start, stop, _):
+                    report.tensors += start == 0
                     self._plain(item, encoding, start, stop, stream, report)
                 case Weight(item, encoding, _):
                     report.tensors += 1
@@ -194,6 +216,10 @@ class Emitter:
 
     def _plain(self, item: Item, encoding: str, start: int, stop: int, stream: Stream, report: Report) -> None:
         for stripe in self._source(item).stripes(item, start, stop, self.scratch):
+            if item.row.encoding == "int":
+                # Never through a float: bf16 turns 383 into 384 (trap 25).
+                stream.write(stripe.astype("<i4" if encoding == "i32" else "<i8"))
+                continue
             plain, rounded = to_plain(item, stripe, encoding, self.scratch)
             if rounded:
                 self._count_rounding(item, rounded, report)
@@ -323,10 +349,8 @@ def to_plain(item: Item, values: np.ndarray, encoding: str, scratch: Scratch) ->
     """Values in the raw type of a plain encoding, and how many float32 values were rounded.
 
     Raises:
-        BridgeError: an expert id out of range, or a float that bf16 cannot hold.
+        BridgeError: a float that bf16 cannot hold.
     """
-    if encoding in ("i32", "i64"):
-        return _expert_ids(item, values, encoding), 0
     kind = "bf16" if values.dtype == np.uint16 else "f32"
     if kind == encoding:
         return values, 0
@@ -341,11 +365,3 @@ def to_plain(item: Item, values: np.ndarray, encoding: str, scratch: Scratch) ->
         raise BridgeError(f"writing {item.name} as bf16: it holds NaN, infinite or too large float32 values")
     out[...] = nearest
     return out, rounded
-
-
-def _expert_ids(item: Item, values: np.ndarray, encoding: str) -> np.ndarray:
-    # Never through a float: bf16 turns 383 into 384 (trap 25).
-    info = np.iinfo(np.int32)
-    if values.size and not (info.min <= values.min() and values.max() <= info.max):
-        raise BridgeError(f"reading {item.name}: ids from {values.min()} to {values.max()} are no int32 expert ids")
-    return values.astype("<i4" if encoding == "i32" else "<i8")

@@ -1,5 +1,6 @@
 """What is this checkpoint: variant, encodings, coverage, sizes, what is missing or unknown."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from .errors import BridgeError
 from .items import regions, stored
 from .store.hf import Finding, HFCheckpoint, mixed_encodings, open_hf
 from .store.megatron import MegatronCheckpoint, looks_megatron, open_along, open_megatron
+from .store.safetensors import Shard
 
 
 @dataclass
@@ -64,8 +66,12 @@ class InspectReport:
         return asdict(self) | {"sound": self.sound}
 
 
-def inspect(path: Path) -> InspectReport:
+def inspect(path: Path, headers: Mapping[str, Shard] | None = None) -> InspectReport:
     """Describe a Hugging Face folder or Megatron checkpoint by its headers alone.
+
+    Args:
+        path: the checkpoint.
+        headers: headers of its shards, where they are not in the folder (see `hub.describe`).
 
     Raises:
         BridgeError: it cannot be read, or is another model.
@@ -78,7 +84,7 @@ def inspect(path: Path) -> InspectReport:
             megatron.close()
     if not path.exists():
         raise BridgeError(f"opening {path}: no such file or folder")
-    hf = open_hf(path, strict=False)
+    hf = open_hf(path, strict=False, headers=headers)
     try:
         return _hf(hf, path)
     finally:

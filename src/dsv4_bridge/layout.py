@@ -15,6 +15,7 @@ from .items import Item, Plan, extra_state_keys, megatron_dtype, regions, shard_
 from .store.hf import HFCheckpoint
 from .store.safetensors import make_header, make_index
 from .store.torch_dist_frames import (
+    COMMON_STATE_KEY,
     ChunkRecord,
     ObjectRecord,
     TensorRecord,
@@ -228,10 +229,8 @@ def _frame_part(dtype: str, sizes: tuple[int, ...], part: str) -> bytes:
 def _objects(
     plan: Plan, common_state: Mapping[str, object], file: str
 ) -> tuple[tuple[ObjectRecord, ...], tuple[Segment, ...]]:
-    records, segments, at = [], [], 0
+    # One item serves every key: an empty state, what Transformer Engine stores without FP8 buffers.
     state, common = extra_state_item(), common_state_item(dict(common_state))
-    for key, data in (*((k, state) for k in extra_state_keys(plan)), ("common_state/shard_0_1", common)):
-        records.append(ObjectRecord(key, file, at, len(data)))
-        segments.append(Literal(data))
-        at += len(data)
-    return tuple(records), tuple(segments)
+    records = [ObjectRecord(key, file, 0, len(state)) for key in extra_state_keys(plan)]
+    records.append(ObjectRecord(COMMON_STATE_KEY, file, len(state), len(common)))
+    return tuple(records), (Literal(state), Literal(common))

@@ -1,5 +1,6 @@
 """What goes where, before anything starts: the plan of a checkpoint as data, text and JSON."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from .errors import BridgeError
 from .items import Plan, expand, megatron_dtype, megatron_prefix, shard_name, shard_of, stored
 from .spec import ModelSpec
 from .store.hf import Finding, open_hf
-from .store.safetensors import INDEX, SINGLE
+from .store.safetensors import INDEX, SINGLE, Shard
 from .variants import BASE, BF16, FP4, FP8, VARIANTS, Variant
 
 
@@ -72,22 +73,25 @@ class PlanReport:
         return asdict(self)
 
 
-def plan(what: str | Path) -> PlanReport:
-    """Plan a checkpoint: a folder with config.json (and headers, then compared), or a variant's name.
+def plan(what: str | Path, headers: Mapping[str, Shard] | None = None) -> PlanReport:
+    """Plan a checkpoint: a folder with config.json (and shards, then compared), or a variant's name.
+
+    Args:
+        what: folder or name.
+        headers: headers of its shards, where they are not in the folder (see `hub.describe`).
 
     Raises:
         BridgeError: neither, or unusable.
     """
     path = Path(what)
     if not path.exists():
-        known = {v.name.lower(): v for v in VARIANTS.values()}
-        variant = known.get(str(what).lower().removeprefix("deepseek-ai/").removeprefix("deepseek-v4-"))
+        variant = known_variant(str(what))
         if variant is None:
             raise BridgeError(f"planning {what}: no such folder, and no variant of that name ({', '.join(VARIANTS)})")
         return _report(str(what), variant.name, expand(variant.spec, variant.own_mtp_head), dict(variant.encodings))
     config = read_config(path / "config.json")
-    if (path / INDEX).exists() or (path / SINGLE).exists():
-        checkpoint = open_hf(path, strict=False)
+    if headers or (path / INDEX).exists() or (path / SINGLE).exists():
+        checkpoint = open_hf(path, strict=False, headers=headers)
         checkpoint.close()
         encodings = {name: b.encoding for name, b in checkpoint.bound.items()}
         by_class = dict(_guess(config).encodings) | dict(checkpoint.encodings)
@@ -103,6 +107,12 @@ def plan(what: str | Path) -> PlanReport:
     spec = spec_from_config(config, str(path / "config.json"))
     guess = _guess(config, spec)
     return _report(str(path), f"{guess.name} by config.json", expand(spec, guess.own_mtp_head), dict(guess.encodings))
+
+
+def known_variant(name: str) -> Variant | None:
+    """The variant called `name`, short or by its repository, any case; planning it needs no files."""
+    known = {v.name.lower(): v for v in VARIANTS.values()} | {v.hub_id.lower(): v for v in VARIANTS.values()}
+    return known.get(name.lower().removeprefix("deepseek-ai/").removeprefix("deepseek-v4-")) or known.get(name.lower())
 
 
 def _guess(config: dict[str, Any], spec: ModelSpec | None = None) -> Variant:

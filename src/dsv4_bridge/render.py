@@ -173,9 +173,10 @@ def plan_table(report: PlanReport) -> Group:
     return Group(table, *lines)
 
 
-def conversion_table(report: Report, out: Path) -> Group:
+def conversion_table(report: Report, out: Path, *, dry_run: bool) -> Group:
     """What a conversion did."""
-    lines = [Text(f"{out}: {size(report.bytes_written)} written")]
+    what = "converted, nothing written" if dry_run else "written"
+    lines = [Text(f"{out}: {report.tensors:,} tensors, {size(report.bytes_written)} {what}")]
     parts: list[Any] = []
     if report.encoded:
         table = _table(

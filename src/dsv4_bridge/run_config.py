@@ -8,10 +8,12 @@ import yaml
 
 from .config import released_config, spec_from_config
 from .errors import BridgeError
-from .spec import ModelSpec
+from .spec import ModelSpec, short
+from .strict_json import too_deep
 
 FILE = "run_config.yaml"
 _FORMAT = 1
+_MAX_BYTES = 1 << 20  # ours have 3,000; PyYAML needs seconds for a megabyte
 
 
 def run_config(spec: ModelSpec, source: Mapping[str, Any]) -> bytes:
@@ -89,12 +91,21 @@ def read_run_config(path: Path) -> tuple[ModelSpec, dict[str, Any]] | None:
     if not path.is_file():
         return None
     try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise BridgeError(f"reading {path}: it has {path.stat().st_size} bytes, far too many for a configuration")
         body = yaml.safe_load(path.read_bytes())
-    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
-        raise BridgeError(f"reading {path}: not plain YAML ({str(error).splitlines()[0]})") from None
+    except OSError as error:
+        raise BridgeError(f"reading {path}: {error.strerror or error}") from None
+    except RecursionError:
+        raise BridgeError(f"reading {path}: not plain YAML (nested too deep)") from None
+    # PyYAML lets several kinds through from scalars such as `!!int ''` and `!!timestamp x`.
+    except (yaml.YAMLError, ValueError, LookupError, ArithmeticError, AttributeError, TypeError) as error:
+        raise BridgeError(f"reading {path}: not plain YAML ({short(str(error).partition(chr(10))[0])})") from None
     if not isinstance(body, dict) or "dsv4_bridge" not in body:
         return None
     ours, config = body["dsv4_bridge"], body.get("hf_config")
+    if too_deep([ours, config], 16, 1 << 14):
+        raise BridgeError(f"reading {path}: its dsv4_bridge section is nested too deep, or far too large")
     if not isinstance(ours, dict) or ours.get("format") != _FORMAT or not isinstance(config, dict):
         raise BridgeError(f"reading {path}: its dsv4_bridge section is not format {_FORMAT}")
     source = ours.get("source")

@@ -4,8 +4,8 @@ from pathlib import Path
 
 NAMES = ("generation_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
 STARTS = ("tokenizer", "vocab", "chat_template", "license", "notice", "readme", "third-party", "third_party")
-_FOLDERS = ("encoding", "inference")
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".part")
+FOLDERS = ("encoding", "inference")
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".part")
 _MAX_BYTES = 256 << 20
 
 
@@ -16,11 +16,11 @@ def small_files(folder: Path) -> dict[str, Path]:
         name = path.name.lower()
         if path.is_file() and (name in NAMES or name.startswith(STARTS)) and _small(path):
             found[path.name] = path
-        elif path.is_dir() and name in _FOLDERS and not path.is_symlink():
+        elif path.is_dir() and name in FOLDERS and not path.is_symlink():
             inner = (p for p in sorted(path.rglob("*")) if p.is_file() and "__pycache__" not in p.parts)
             found |= {str(p.relative_to(folder)): p for p in inner if _small(p)}
     return found
 
 
 def _small(path: Path) -> bool:
-    return not path.name.lower().endswith(_WEIGHTS) and path.stat().st_size <= _MAX_BYTES
+    return not path.name.lower().endswith(WEIGHTS) and path.stat().st_size <= _MAX_BYTES

@@ -1,5 +1,6 @@
 """The frozen numbers of one model. config.py reads and writes them."""
 
+import reprlib
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -8,6 +9,7 @@ from .errors import BridgeError
 # Bounds that keep a corrupt config from asking for an endless plan; far above any real model.
 MAX_COUNT = {"num_hidden_layers": 1024, "n_routed_experts": 8192, "num_nextn_predict_layers": 64}
 MAX_DIM = 1 << 24
+MAX_EXPERTS = 1 << 17  # of all layers together; Pro has 23,808
 
 RATIOS = (0, 4, 128)
 
@@ -118,9 +120,18 @@ def replace_spec(spec: ModelSpec, **changes: Any) -> ModelSpec:
 
 def short(value: Any) -> str:
     """A value for a message: its repr, cut to a line."""
-    text = repr(value) if not isinstance(value, int) or abs(value) < 1 << 64 else "a huge integer"
+    text = _SHORT.repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
+
+class _Short(reprlib.Repr):
+    """A repr in bounded time, whatever the value nests or repeats."""
+
+    def repr_int(self, x: int, level: int) -> str:
+        return repr(x) if abs(x) < 1 << 64 else "a huge integer"
+
+
+_SHORT = _Short(maxlevel=3, maxlist=12, maxtuple=12, maxdict=4, maxstring=80, maxother=80)
 
 _ZERO_OK = {
     "num_hash_layers",
@@ -128,7 +139,6 @@ _ZERO_OK = {
     "bos_token_id",
     "eos_token_id",
     "attention_dropout",
-    "n_shared_experts",
     "initializer_range",
 }
 
@@ -147,10 +157,18 @@ def validated(spec: ModelSpec, where: str) -> ModelSpec:
         high = MAX_COUNT.get(field.name, MAX_DIM) if isinstance(value, int) else 1e300
         if not low <= value <= high:
             raise BridgeError(f"{where}: {field.name!r} is {short(value)}, expected {low} to {high}")
+    fixed = {"scoring_func": "sqrtsoftplus", "topk_method": "noaux_tc", "hidden_act": "silu"}
+    fixed |= {"norm_topk_prob": True, "attention_bias": False, "tie_word_embeddings": False}
+    for name, value in fixed.items():
+        if getattr(spec, name) != value:
+            raise BridgeError(f"{where}: {name!r} is {short(getattr(spec, name))}, DeepSeek-V4 has {value!r}")
     rules = (
         (spec.num_key_value_heads == 1, "num_key_value_heads is not 1"),
-        (not spec.attention_bias, "attention_bias is true; the released models have no biases"),
         (spec.num_hash_layers <= spec.num_hidden_layers, "num_hash_layers is above num_hidden_layers"),
+        (
+            spec.num_hidden_layers * spec.n_routed_experts <= MAX_EXPERTS,
+            f"num_hidden_layers {spec.num_hidden_layers} times n_routed_experts {spec.n_routed_experts} is too many",
+        ),
         (spec.num_experts_per_tok <= spec.n_routed_experts, "num_experts_per_tok is above n_routed_experts"),
         (spec.qk_rope_head_dim <= spec.head_dim, "qk_rope_head_dim is above head_dim"),
         (
@@ -167,4 +185,19 @@ def validated(spec: ModelSpec, where: str) -> ModelSpec:
     for good, message in rules:
         if not good:
             raise BridgeError(f"{where}: {message}")
+    if spec.dspark:
+        _check_dspark(spec.dspark, spec, where)
     return spec
+
+
+def _check_dspark(dspark: DSparkSpec, spec: ModelSpec, where: str) -> None:
+    limits = (
+        ("dspark_block_size", (dspark.block_size,), 1, MAX_DIM),
+        ("dspark_noise_token_id", (dspark.noise_token_id,), 0, spec.vocab_size - 1),
+        ("dspark_target_layer_ids", dspark.target_layer_ids, 0, spec.num_hidden_layers - 1),
+        ("dspark_markov_rank", (dspark.markov_rank,), 1, MAX_DIM),
+    )
+    for name, values, low, high in limits:
+        for value in values:
+            if not low <= value <= high:
+                raise BridgeError(f"{where}: {name!r} is {short(value)}, expected {low} to {high}")

@@ -5,7 +5,7 @@ as uint16 bit patterns, float32, int32 or int64. Stripes start at multiples of 1
 reused buffers: use one before asking for the next.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 import numpy as np
@@ -50,6 +50,10 @@ class Values(Protocol):
         """Decoded rows `start` to `stop` of an item, stripe by stripe."""
         ...
 
+    def extents(self, item: Item, start: int, stop: int) -> Iterable[tuple[int, int, int]]:
+        """Descriptor, first byte and size of what reading those rows will touch."""
+        ...
+
 
 def stripe_rows(shape: tuple[int, ...], itemsize: int = 2) -> int:
     """Rows a stripe of a tensor of `shape`; a multiple of 128."""
@@ -80,6 +84,8 @@ class HFValues:
         for first, last in cuts(start, stop, rows):
             raw = self.raw(bound, first, last, scratch)
             if bound.scale is None:
+                if item.row.encoding == "int":
+                    check_ids(raw, self.checkpoint.spec, bound.weight_name)
                 yield raw
                 continue
             out = scratch.take("decoded", "<u2", (last - first, *item.shape[1:]))
@@ -88,6 +94,11 @@ class HFValues:
             except CodecError as error:
                 raise BridgeError(f"decoding {bound.weight_name} ({bound.encoding}): {error}") from None
             yield out
+
+    def extents(self, item: Item, start: int, stop: int) -> Iterable[tuple[int, int, int]]:
+        fd, first, nbytes = self.checkpoint.folder.extent(self.checkpoint.bound[item.name].weight)
+        row = nbytes // item.shape[0]
+        yield fd, first + start * row, (stop - start) * row
 
     def raw(self, bound: Bound, first: int, last: int, scratch: Scratch) -> np.ndarray:
         """Stored bytes of rows `first` to `last` of a weight, in the scratch buffer `raw`."""
@@ -106,6 +117,15 @@ class HFValues:
         row = bound.scale.nbytes // bound.scale.shape[0]
         self.checkpoint.folder.read_into(bound.scale, low * row, out)
         return out
+
+
+def check_ids(ids: np.ndarray, spec: ModelSpec, name: str) -> None:
+    """The ids of a hash layer's table name experts; BridgeError otherwise."""
+    if ids.size and (ids.min() < 0 or ids.max() >= spec.n_routed_experts):
+        raise BridgeError(
+            f"reading {name}: expert ids from {ids.min()} to {ids.max()}, expected 0 to {spec.n_routed_experts - 1} "
+            "(n_routed_experts of config.json)"
+        )
 
 
 def scale_rows(encoding: str, first: int, last: int) -> tuple[int, int]:
@@ -140,7 +160,14 @@ class MegatronValues:
             for part, low, high in _overlaps(found, item, first, last):
                 region = _rows(part, low, high, len(item.shape))
                 self.reader.read(part.key, region.offsets, region.sizes, _boxed(out, part, low, high, first, found))
+            if item.row.encoding == "int":
+                check_ids(out, self.spec, item.name)
             yield out
+
+    def extents(self, item: Item, start: int, stop: int) -> Iterable[tuple[int, int, int]]:
+        for part, low, high in _overlaps(regions(item, self.spec), item, start, stop):
+            region = _rows(part, low, high, len(item.shape))
+            yield from self.reader.extents(region.key, region.offsets, region.sizes)
 
 
 def _overlaps(found: tuple[Region, ...], item: Item, first: int, last: int) -> Iterator[tuple[Region, int, int]]:

@@ -303,7 +303,6 @@ def _encode(values, like, out, scales, totals):
                 for b in range(blocks):
                     if misfit[b]:
                         todo[b] = SKIP
-            totals[5] += _sum_sq_row(values, r)
         kept = (misfit == 0).sum()
         totals[0] += kept
         if kept == blocks:
@@ -327,5 +326,6 @@ def _encode(values, like, out, scales, totals):
         for r in range(u64(first), u64(last)):
             _round_row(values, r, scale, todo, misfit, out)
             _add_errors_row(values, r, scale, misfit, out, totals)
+            totals[5] += _sum_sq_row(values, r)
         totals[1] += ((todo == ROUND) & (misfit == 0)).sum()
     return True

@@ -268,10 +268,10 @@ def _encode(values, like, grid, borders, out, scale, totals):
                 todo[g] = u8(FIT) if u8(scale[r, g]) >= u8(2) else u8(ROUND)
             _fit_row(values, r, scale, todo, misfit, codes)
             _round_row(values, r, scale, grid, borders, todo, misfit, codes, rounded)
-        totals[5] += _sum_sq_row(values, r)
         if not misfit.any():
             totals[0] += groups
         else:
+            totals[5] += _sum_sq_row(values, r)
             for g in range(groups):
                 todo[g] = ROUND if misfit[g] else SKIP
                 totals[0] += misfit[g] == 0

@@ -52,7 +52,7 @@ class EncodeStats:
         rounded_values: Values that do not decode to themselves.
         max_abs_error: Largest |decoded - value|.
         sum_sq_error: Sum of (decoded - value)^2.
-        sum_sq: Sum of value^2.
+        sum_sq: Sum of value^2 over the rows that hold a fresh block (a row with none has no error).
     """
 
     blocks: int = 0

@@ -13,7 +13,7 @@ Names come in four schemes, all expanded from the one table and looked up exactl
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,9 +23,9 @@ from ..dtypes import DTYPES
 from ..encodings import ALLOWED, ENCODINGS, QUANTISED, of_dtype
 from ..errors import BridgeError
 from ..items import Item, Plan, expand, scale_name, stored
-from ..spec import ModelSpec
+from ..spec import ModelSpec, short
 from ..variants import recognise
-from .safetensors import SafetensorsFolder, TensorInfo
+from .safetensors import SafetensorsFolder, Shard, TensorInfo, some
 
 SCHEMES = ("released", "prefixed", "saved", "modules", "resaved")
 
@@ -51,8 +51,7 @@ class Finding:
     detail: str = ""
 
     def __str__(self) -> str:
-        shown = ", ".join(self.names[:3]) + (" …" if len(self.names) > 3 else "")
-        return f"{self.kind:8} {self.row}: {len(self.names)} ({shown}){' ' + self.detail if self.detail else ''}"
+        return f"{self.kind:8} {some((self.row,))}: {len(self.names)} ({some(self.names)}) {self.detail}".rstrip()
 
 
 @dataclass(frozen=True)
@@ -98,13 +97,16 @@ class HFCheckpoint:
         self.folder.close()
 
 
-def open_hf(path: Path, strict: bool = True, partial: bool = False) -> HFCheckpoint:
+def open_hf(
+    path: Path, strict: bool = True, partial: bool = False, headers: Mapping[str, Shard] | None = None
+) -> HFCheckpoint:
     """Open a folder, recognise it, and bind every tensor to the plan.
 
     Args:
         path: folder with config.json and safetensors shards.
         strict: raise on any disagreement; otherwise return them as `findings`.
         partial: the folder holds only some tensors, in released names (passengers).
+        headers: headers of its shards, where they lie elsewhere (on the Hub); their data cannot be read.
 
     Raises:
         BridgeError: unreadable, another model, a contradiction, or (strict) any finding.
@@ -113,7 +115,7 @@ def open_hf(path: Path, strict: bool = True, partial: bool = False) -> HFCheckpo
         raise BridgeError(f"opening {path}: not a folder")
     config = read_config(path / "config.json")
     spec = spec_from_config(config, str(path / "config.json"))
-    folder = SafetensorsFolder(path)
+    folder = SafetensorsFolder(path, headers)
     try:
         checkpoint = _bind(folder, config, spec, partial)
         if strict and not partial and checkpoint.findings:
@@ -124,9 +126,15 @@ def open_hf(path: Path, strict: bool = True, partial: bool = False) -> HFCheckpo
     return checkpoint
 
 
+def finding_lines(findings: Sequence[Finding]) -> str:
+    """Findings one a line; a hostile folder may have as many kinds as tensors."""
+    lines = [f"  {f}" for f in findings[:200]]
+    return "\n".join(lines + ([f"  … and {len(findings) - 200} more kinds"] if len(findings) > 200 else []))
+
+
 def findings_message(checkpoint: HFCheckpoint) -> str:
     """All disagreements of a folder as one message."""
-    lines = "\n".join(f"  {f}" for f in checkpoint.findings)
+    lines = finding_lines(checkpoint.findings)
     hint = ""
     if any(f.kind == "missing" and f.row.startswith("mtp") for f in checkpoint.findings):
         hint = "\n(a checkpoint meant to have no MTP block says so: num_nextn_predict_layers 0 in config.json)"
@@ -138,7 +146,7 @@ def _bind(folder: SafetensorsFolder, config: Mapping[str, Any], spec: ModelSpec,
     vision = [n for n in tensors if n.startswith(("vision.", "model.vision.")) or n.endswith("gate.bias_vl")]
     if vision:
         raise BridgeError(
-            f"opening {folder.path}: tensor {vision[0]!r} belongs to DeepSeek-V4-Flash-Vision-Exp; "
+            f"opening {folder.path}: tensor {short(vision[0])} belongs to DeepSeek-V4-Flash-Vision-Exp; "
             "only the text models are supported"
         )
     scheme = "released" if partial else _scheme(tensors, expand(spec.without_draft()), folder.path)
@@ -163,8 +171,7 @@ def _scheme(tensors: Mapping[str, TensorInfo], plan: Plan, path: Path) -> str:
     hits = {s: sum(disk_name(i, s, plan.spec)[0] in tensors for i in probe) for s in SCHEMES}
     best = max(SCHEMES, key=lambda s: hits[s])
     if hits[best] == 0:
-        some = ", ".join(list(tensors)[:3])
-        raise BridgeError(f"opening {path}: no tensor has a DeepSeek-V4 name (found {some} …)")
+        raise BridgeError(f"opening {path}: no tensor has a DeepSeek-V4 name (found {some(tensors) or 'none'})")
     return best
 
 
@@ -248,13 +255,18 @@ def _fit(
         ), None
     facts = stored(item, encoding)
     want = facts[0].shape
+    scale_info = tensors[scale] if scale else None
     if stack:
-        part, parts = stack
-        whole = (parts // item.row.part[1], want[0] * item.row.part[1], *want[1:])
+        whole = _stacked(want, stack, item)
         if info.shape != whole:
             return ("shape", f"is {list(info.shape)}, expected {list(whole)}"), None
-        size = info.nbytes // parts
-        info = TensorInfo(info.dtype, want, info.file, info.start + part * size, size)
+        info = _part(info, want, stack)
+        if scale_info and ENCODINGS[encoding].scale_dtype:
+            # Blocks of 128 rows that reach across two parts cannot be told apart: then this differs.
+            whole = _stacked(facts[1].shape, stack, item)
+            if scale_info.shape != whole:
+                return ("shape", f"scale is {list(scale_info.shape)}, expected {list(whole)}"), None
+            scale_info = _part(scale_info, facts[1].shape, stack)
     if info.shape != want:
         symbols = ", ".join(item.row.shape)
         return ("shape", f"is {list(info.shape)}, expected {list(want)} = [{symbols}] as {encoding}"), None
@@ -262,10 +274,21 @@ def _fit(
         if scale:
             return ("scale", f"is {info.dtype} and has a scale ({scale}) it should not have"), None
         return None, Bound(item, encoding, info, None, name, None)
-    assert scale is not None
-    if tensors[scale].shape != facts[1].shape:
-        return ("shape", f"scale is {list(tensors[scale].shape)}, expected {list(facts[1].shape)}"), None
-    return None, Bound(item, encoding, info, tensors[scale], name, scale)
+    assert scale_info is not None
+    if scale_info.shape != facts[1].shape:
+        return ("shape", f"scale is {list(scale_info.shape)}, expected {list(facts[1].shape)}"), None
+    return None, Bound(item, encoding, info, scale_info, name, scale)
+
+
+def _stacked(shape: tuple[int, ...], stack: tuple[int, int], item: Item) -> tuple[int, ...]:
+    count = item.row.part[1]
+    return (stack[1] // count, shape[0] * count, *shape[1:])
+
+
+def _part(info: TensorInfo, shape: tuple[int, ...], stack: tuple[int, int]) -> TensorInfo:
+    part, parts = stack
+    size = info.nbytes // parts
+    return TensorInfo(info.dtype, shape, info.file, info.start + part * size, size)
 
 
 def _pattern(name: str) -> str:
@@ -314,11 +337,11 @@ def _check_config(config: Mapping[str, Any], encodings: Mapping[str, str], path:
     expected = {"fp4": ("mxfp4",), "fp8": ("fp8", "fp8_f32")}.get(str(stated), (experts,))
     problems = []
     if experts in QUANTISED and experts not in expected:
-        problems.append(f"expert_dtype is {stated!r}, but the experts are stored as {experts}")
+        problems.append(f"expert_dtype is {short(stated)}, but the experts are stored as {experts}")
     if quantization and not {experts, linears} & QUANTISED and quantization.get("quant_method") == "fp8":
         problems.append("it has a quantization_config, but every tensor is plain; remove that key")
     if quantization and quantization.get("weight_block_size", [128, 128]) != [128, 128]:
-        problems.append(f"weight_block_size is {quantization['weight_block_size']}, expected [128, 128]")
+        problems.append(f"weight_block_size is {short(quantization['weight_block_size'])}, expected [128, 128]")
     if problems:
         raise BridgeError(f"opening {path}: config.json contradicts the tensors: {'; '.join(problems)}")
 

@@ -10,7 +10,7 @@ from ..errors import BridgeError
 from ..items import Plan, expand, regions
 from ..run_config import FILE, read_run_config
 from ..spec import ModelSpec
-from .hf import Finding, HFCheckpoint, open_hf
+from .hf import Finding, HFCheckpoint, finding_lines, open_hf
 from .torch_dist import TorchDistReader, open_torch_dist
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -92,7 +92,7 @@ def open_megatron(path: Path, like: HFCheckpoint | None = None, strict: bool = T
         plan = expand(spec, own and spec.mtp_layers > 0)
         found = MegatronCheckpoint(folder, reader, spec, source, plan, folder / ALONG, _findings(reader, plan))
         if strict and found.findings:
-            lines = "\n".join(f"  {f}" for f in found.findings)
+            lines = finding_lines(found.findings)
             raise BridgeError(f"opening {path}: its tensors are not those of this model:\n{lines}")
     except BaseException:
         reader.close()

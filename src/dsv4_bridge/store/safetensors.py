@@ -7,6 +7,7 @@ memory does not follow the size of the checkpoint.
 import json
 import math
 import os
+import stat
 import struct
 import threading
 from collections.abc import Iterable, Mapping
@@ -17,6 +18,9 @@ import numpy as np
 
 from ..dtypes import DTYPES
 from ..errors import BridgeError
+from ..spec import short
+from ..strict_json import parse_json
+from .reading import drop_behind, open_to_read
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -35,12 +39,16 @@ class TensorInfo(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """One shard's header: tensors in the order of their data, `__metadata__`, raw header bytes."""
+    """One shard's header: tensors in the order of their data, `__metadata__`, raw header bytes.
+
+    `stamp` is the file's identity and time when the header was read.
+    """
 
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
     header: bytes
     size: int
+    stamp: tuple[int, ...]
 
 
 def read_header(path: Path) -> Shard:
@@ -51,34 +59,61 @@ def read_header(path: Path) -> Shard:
     """
     try:
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
+            facts = os.fstat(file.fileno())
+            size = facts.st_size
             start = file.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
-            if not 2 <= length <= min(_MAX_HEADER, size - 8):
-                raise BridgeError(f"reading {path}: {_not_safetensors(start, size, length)}")
-            header = file.read(length)
+            raw = start + file.read(header_end(path, start, size) - 8)
     except OSError as error:
         raise BridgeError(f"reading {path}: {error.strerror or error}") from None
-    entries = parse_json(header, str(path))
+    return parse_header(path, raw, size, _stamp(facts))
+
+
+def header_end(path: Path, start: bytes, size: int) -> int:
+    """Where the header ends in a shard of `size` bytes that begins with the 8 bytes `start`.
+
+    Raises:
+        BridgeError: that cannot be a safetensors file.
+    """
+    length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
+    if not 2 <= length <= min(_MAX_HEADER, size - 8):
+        raise BridgeError(f"reading {path}: {_not_safetensors(start, size, length)}")
+    return 8 + length
+
+
+def parse_header(path: Path, raw: bytes, size: int, stamp: tuple[int, ...] = ()) -> Shard:
+    """Check a shard's header.
+
+    Args:
+        path: the shard, for its name and messages; it need not exist.
+        raw: its first bytes, up to where the header ends.
+        size: of the whole file.
+        stamp: see `Shard`.
+
+    Raises:
+        BridgeError: a header that contradicts itself or the size.
+    """
+    entries = parse_json(raw[8:], str(path))
     metadata = entries.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise BridgeError(f"reading {path}: __metadata__ is not an object of strings")
-    first = 8 + length
+    first = len(raw)
     found = [(name, *_entry(path, name, entry)) for name, entry in entries.items()]
     found.sort(key=lambda e: (e[3], e[4]))
     tensors: dict[str, TensorInfo] = {}
     at = 0
     for name, dtype, shape, begin, end in found:
         if begin != at:
-            raise BridgeError(f"reading {path}: tensor {name!r} begins at byte {begin} of the data, expected {at}")
+            raise BridgeError(f"reading {path}: tensor {short(name)} begins at byte {begin} of the data, expected {at}")
         tensors[name] = TensorInfo(dtype, shape, path.name, first + begin, end - begin)
         at = end
     if first + at != size:
-        kind = "truncated" if size < first + at else "has trailing bytes"
-        raise BridgeError(
-            f"reading {path}: the shard is {kind}: its header describes {first + at} bytes, it has {size}"
-        )
-    return Shard(tensors, metadata, start + header, size)
+        kind = "is truncated" if size < first + at else "has trailing bytes"
+        raise BridgeError(f"reading {path}: the shard {kind}: its header describes {first + at} bytes, it has {size}")
+    return Shard(tensors, metadata, raw, size, stamp)
+
+
+def _stamp(facts: os.stat_result) -> tuple[int, ...]:
+    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
 
 
 def _not_safetensors(start: bytes, size: int, length: int) -> str:
@@ -89,38 +124,19 @@ def _not_safetensors(start: bytes, size: int, length: int) -> str:
     return f"its header claims {length} bytes (the file has {size}); corrupt, or no safetensors file"
 
 
-def parse_json(raw: bytes, where: str) -> dict[str, Any]:
-    """Parse a JSON object, refusing a key given twice."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            twice = next(k for i, (k, _) in enumerate(pairs) if any(k == other for other, _ in pairs[:i]))
-            raise BridgeError(f"reading {where}: the name {twice!r} is given twice")
-        return found
-
-    try:
-        value = json.loads(raw.decode(), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise BridgeError(f"reading {where}: not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise BridgeError(f"reading {where}: expected a JSON object, got {type(value).__name__}")
-    return value
-
-
 def _entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
     fields = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = fields.get("dtype"), _sizes(fields.get("shape")), _sizes(fields.get("data_offsets"))
     if shape is None or offsets is None or len(offsets) != 2:
-        raise BridgeError(f"reading {path}: tensor {name!r} has no usable dtype, shape and data_offsets")
+        raise BridgeError(f"reading {path}: tensor {short(name)} has no usable dtype, shape and data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPES:
         known = ", ".join(DTYPES)
-        raise BridgeError(f"reading {path}: tensor {name!r} has dtype {str(dtype)[:40]!r}; known are {known}")
+        raise BridgeError(f"reading {path}: tensor {short(name)} has dtype {short(dtype)}; known are {known}")
     size = math.prod(shape) * DTYPES[dtype].itemsize
     if size != offsets[1] - offsets[0]:
         raise BridgeError(
-            f"reading {path}: tensor {name!r}, {dtype} {list(shape)}, spans {offsets[1] - offsets[0]} bytes of data, "
-            f"expected {size}"
+            f"reading {path}: tensor {short(name)}, {dtype} {short(list(shape))}, spans "
+            f"{offsets[1] - offsets[0]} bytes of data, expected {short(size)}"
         )
     return dtype, shape, offsets[0], offsets[1]
 
@@ -141,22 +157,29 @@ class SafetensorsFolder:
         index: raw bytes of the index file, None for a single-file checkpoint.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, headers: Mapping[str, Shard] | None = None):
+        """Open a folder.
+
+        Args:
+            path: the folder.
+            headers: file name -> header of shards that lie elsewhere; what they hold cannot be read.
+        """
         self.path = path
         self.index, weight_map = read_index(path)
-        files = sorted(set(weight_map.values())) if weight_map else [_only_file(path)]
-        missing = [f for f in files if not (path / f).is_file()]
+        files = sorted(set(weight_map.values()) or headers or [_only_file(path)])
+        missing = [f for f in files if (f not in headers if headers is not None else not (path / f).is_file())]
         if missing:
             raise BridgeError(
                 f"opening {path}: {len(missing)} of {len(files)} shards that the index names are missing: "
-                f"{', '.join(missing[:4])}{' …' if len(missing) > 4 else ''}; finish the download"
+                f"{some(missing)}; finish the download"
             )
-        self.shards = {file: read_header(path / file) for file in files}
+        self.shards = {file: headers[file] if headers else read_header(path / file) for file in files}
         self.tensors: dict[str, TensorInfo] = {}
         for file, shard in self.shards.items():
             for name, info in shard.tensors.items():
                 if name in self.tensors:
-                    raise BridgeError(f"opening {path}: tensor {name!r} is in {self.tensors[name].file} and in {file}")
+                    first = self.tensors[name].file
+                    raise BridgeError(f"opening {path}: tensor {short(name)} is in {first} and in {file}")
                 self.tensors[name] = info
         if weight_map:
             _check_index(path, weight_map, self.tensors)
@@ -168,10 +191,23 @@ class SafetensorsFolder:
         view = memoryview(out).cast("B") if out.nbytes else memoryview(b"")
         at, done = info.start + offset, 0
         while done < len(view):
-            count = os.preadv(self._fd(info.file), [view[done:]], at + done)
-            if count == 0:
-                raise BridgeError(f"reading {self.path / info.file}: the file ended early; it changed while being read")
+            try:
+                fd = self._fd(info.file)
+                count = os.preadv(fd, [view[done:]], at + done)
+                changed = _stamp(os.fstat(fd)) != self.shards[info.file].stamp
+            except OSError as error:
+                raise BridgeError(f"reading {self.path / info.file}: {error.strerror or error}") from None
+            if count == 0 or changed:
+                raise BridgeError(
+                    f"reading {self.path / info.file}: the file changed while being read; wait until whatever "
+                    "writes it is done, and start again"
+                )
             done += count
+        drop_behind(self._fd(info.file), info.start + offset, done)
+
+    def extent(self, info: TensorInfo) -> tuple[int, int, int]:
+        """Descriptor, first byte and size of a tensor, for reading ahead."""
+        return self._fd(info.file), info.start, info.nbytes
 
     def read(self, name: str) -> np.ndarray:
         """A whole (small) tensor, raw numpy dtype."""
@@ -180,17 +216,13 @@ class SafetensorsFolder:
         self.read_into(info, 0, out)
         return out
 
-    def will_need(self, info: TensorInfo) -> None:
-        """Ask the kernel to start reading a tensor."""
-        os.posix_fadvise(self._fd(info.file), info.start, info.nbytes, os.POSIX_FADV_WILLNEED)
-
     def _fd(self, file: str) -> int:
         fd = self._files.get(file)
         if fd is None:
             with self._lock:
                 fd = self._files.get(file)
                 if fd is None:
-                    fd = self._files[file] = os.open(self.path / file, os.O_RDONLY | os.O_CLOEXEC)
+                    fd = self._files[file] = open_to_read(self.path / file)
         return fd
 
     def close(self) -> None:
@@ -211,8 +243,11 @@ def read_index(path: Path) -> tuple[bytes | None, dict[str, str]]:
     try:
         if not file.exists():
             return None, {}
-        if file.stat().st_size > _MAX_INDEX:
-            raise BridgeError(f"reading {file}: {file.stat().st_size} bytes are too many for an index")
+        facts = file.stat()
+        if not stat.S_ISREG(facts.st_mode):
+            raise BridgeError(f"reading {file}: not a regular file")
+        if facts.st_size > _MAX_INDEX:
+            raise BridgeError(f"reading {file}: {facts.st_size} bytes are too many for an index")
         raw = file.read_bytes()
     except OSError as error:
         raise BridgeError(f"reading {file}: {error.strerror or error}") from None
@@ -220,10 +255,10 @@ def read_index(path: Path) -> tuple[bytes | None, dict[str, str]]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise BridgeError(f"reading {file}: it has no 'weight_map' object")
     for name, shard in weight_map.items():
-        plain = isinstance(shard, str) and shard not in ("", ".", "..") and "/" not in shard and "\0" not in shard
-        if not plain or "\\" in shard or not shard.endswith(".safetensors"):
+        plain = isinstance(shard, str) and len(shard) <= 200 and shard.isprintable() and not set(shard) & set("/\\")
+        if not plain or not shard.endswith(".safetensors") or len(os.fsencode(shard)) > 255:
             raise BridgeError(
-                f"reading {file}: tensor {name!r} is said to be in {str(shard)[:80]!r}; "
+                f"reading {file}: tensor {short(name)} is said to be in {short(shard)}; "
                 "a shard is a .safetensors file of the same folder"
             )
     return raw, weight_map
@@ -249,14 +284,17 @@ def _check_index(path: Path, weight_map: Mapping[str, str], tensors: Mapping[str
     lost = [n for n, file in weight_map.items() if n not in tensors or tensors[n].file != file]
     extra = [n for n in tensors if n not in weight_map]
     if lost or extra:
-        said = [f"{len(lost)} not where the index says ({_some(lost)})"] if lost else []
-        said += [f"{len(extra)} in a shard but not in the index ({_some(extra)})"] if extra else []
+        said = [f"{len(lost)} not where the index says ({some(lost)})"] if lost else []
+        said += [f"{len(extra)} in a shard but not in the index ({some(extra)})"] if extra else []
         raise BridgeError(f"opening {path}: index and shard headers disagree: {'; '.join(said)}")
 
 
-def _some(names: Iterable[str]) -> str:
+def some(names: Iterable[str]) -> str:
+    """The first names of many, for a message; a name with odd characters is quoted."""
     names = list(names)
-    return ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
+    return ", ".join(n if n.isprintable() and len(n) < 80 else short(n) for n in names[:3]) + (
+        " …" if len(names) > 3 else ""
+    )
 
 
 # ---------------------------------------------------------------- writing

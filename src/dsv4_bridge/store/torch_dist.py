@@ -7,7 +7,7 @@ in the folder is executed, and ``common.pt`` of older checkpoints is never opene
 """
 
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -174,6 +174,17 @@ class TorchDistReader:
                     first = tuple(a - c for a, c in zip(low, chunk.offsets))
                     self._read_chunk(key, entry.dtype, chunk, first, target)
         return out
+
+    def extents(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
+        """Descriptor, first byte and size of about what a read of that box will touch, for reading ahead."""
+        for chunk in self._touched(key, self.tensors[key], offsets, sizes):
+            axis = next((a for a, n in enumerate(chunk.sizes) if n > 1), 0)
+            low = max(0, offsets[axis] - chunk.offsets[axis]) if chunk.sizes else 0
+            high = min(chunk.sizes[axis], offsets[axis] + sizes[axis] - chunk.offsets[axis]) if chunk.sizes else 1
+            rows = chunk.sizes[axis] if chunk.sizes else 1
+            if low < high:
+                with self._files.borrow(chunk.file) as fd:
+                    yield fd, chunk.offset + chunk.length * low // rows, chunk.length * (high - low) // rows
 
     def read_object(self, key: str) -> Any:
         """A stored object of numbers, strings, lists, tuples, dicts and tensors (as numpy bit patterns).

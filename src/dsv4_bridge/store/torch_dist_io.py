@@ -14,6 +14,7 @@ import numpy as np
 
 from dsv4_bridge.errors import BridgeError
 from dsv4_bridge.store.pickles import show
+from dsv4_bridge.store.reading import drop_behind, open_to_read
 
 _WINDOW: Final = 4 << 20  # a bounce buffer
 _NEAR: Final = 32 << 10  # rows closer than this are read together: a system call costs more than the gap
@@ -46,6 +47,7 @@ class Extent:
                     "or changed while being read. Copy it again"
                 )
             done += count
+        drop_behind(self.fd, self.start + offset, done)
 
 
 def read_box(extent: Extent, shape: tuple[int, ...], first: tuple[int, ...], out: np.ndarray) -> None:
@@ -105,6 +107,12 @@ def _read_run(extent: Extent, offset: int, out: np.ndarray) -> None:
         block[...] = bounce
 
 
+def _stamp(fd: int) -> tuple[int, int, int]:
+    """What changes when a file does: inode, size, time of the last write."""
+    found = os.fstat(fd)
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
 class Files:
     """Open files of one folder, the least recently used closed first; never one that is being read."""
 
@@ -113,6 +121,7 @@ class Files:
         self._root = folder.resolve()
         self._lock = threading.Lock()
         self._open: OrderedDict[str, list[int]] = OrderedDict()  # name -> [descriptor, readers]
+        self._stamps: dict[str, tuple[int, int, int]] = {}
 
     def path(self, name: str) -> Path:
         """The path of a file that ``.metadata`` names; BridgeError where it leads out of the folder."""
@@ -133,9 +142,16 @@ class Files:
             if entry is None:
                 path = self.path(name)
                 try:
-                    entry = self._open[name] = [os.open(path, os.O_RDONLY | os.O_CLOEXEC), 0]
+                    fd = open_to_read(path)
+                    entry = self._open[name] = [fd, 0]
+                    # Kept when the file is closed and opened again: it must still be the same one.
+                    self._stamps.setdefault(name, _stamp(fd))
                 except OSError as error:
                     raise BridgeError(f"reading {path}: {error.strerror}") from None
+            if _stamp(entry[0]) != self._stamps[name]:
+                raise BridgeError(
+                    f"reading {self._folder / name}: it changed while being read; repeat when it is at rest"
+                )
             entry[1] += 1
             self._open.move_to_end(name)
             self._evict(_OPEN_FILES)

@@ -1,0 +1,56 @@
+"""JSON from elsewhere, read strictly: an object, no name twice, text that can be printed."""
+
+import json
+from typing import Any
+
+from .errors import BridgeError
+from .spec import short
+
+
+def parse_json(raw: bytes, where: str) -> dict[str, Any]:
+    """Parse a JSON object.
+
+    Args:
+        raw: UTF-8.
+        where: what it is, for messages.
+
+    Raises:
+        BridgeError: not valid, not an object, a name given twice, or text with half a character.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            seen: set[str] = set()
+            twice = next(k for k, _ in pairs if k in seen or seen.add(k))
+            raise BridgeError(f"reading {where}: the name {short(twice)} is given twice")
+        return found
+
+    try:
+        value = json.loads(raw.decode(), object_pairs_hook=unique)
+        if b"\\u" in raw:  # only an escape can make half a character, which nothing can print or write
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise BridgeError(f"reading {where}: it holds half of a surrogate pair, which is no text") from None
+    except RecursionError:
+        raise BridgeError(f"reading {where}: not usable JSON (nested too deep)") from None
+    except ValueError as error:
+        raise BridgeError(f"reading {where}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise BridgeError(f"reading {where}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def too_deep(value: Any, levels: int = 64, nodes: int = 1 << 20) -> bool:
+    """Whether plain data nests more than `levels` or, shared parts counted each time, has more than `nodes`."""
+    stack: list[tuple[Any, int]] = [(value, 0)]
+    while stack:
+        node, depth = stack.pop()
+        nodes -= 1
+        if depth > levels or nodes < 0:
+            return True
+        if isinstance(node, dict | list | tuple | set):
+            inner = (*node, *node.values()) if isinstance(node, dict) else node
+            nodes -= len(inner)
+            stack.extend((n, depth + 1) for n in inner if isinstance(n, dict | list | tuple | set))
+    return False
