@@ -32,3 +32,7 @@ bench: $(VENV)/.ready
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info
+
+.PHONY: docs
+docs: $(VENV)/.ready
+	$(PY) -m dsv4_bridge.docs docs

@@ -3,8 +3,8 @@ incumbent's path, and peak memory, in one run.
 
     python benchmarks/layer.py [--experts 256] [--rounds 3] [--folder DIR] [--incumbent PATH] [--json]
 
-Every measurement is a process of its own, in turn, with the page cache of its input dropped, so
-that the figures share the weather of the disk. `import` is compared with writing the same number of
+Every measurement is a process of its own, in turn, so that the figures share the weather of the
+disk. Inputs are cold (their pages dropped), but for "import, warm". `import` is compared with writing the same number of
 bytes sequentially past the page cache; `export --like` with reading the same input and writing the
 same output, overlapped, and no arithmetic. The incumbent's path is: open with safetensors,
 dequantise with megatron-bridge's functions, save with torch.distributed.checkpoint; it runs on
@@ -112,7 +112,7 @@ def incumbent_import(source: Path, out: Path, module: Path) -> None:
 def child(args: argparse.Namespace) -> None:
     began = time.perf_counter()
     folder = args.folder
-    if args.child == "import":
+    if args.child.startswith("import"):
         from dsv4_bridge import import_hf
 
         import_hf(folder / "hf", folder / "megatron")
@@ -153,11 +153,17 @@ def one_round(folder: Path, incumbent: Path | None, found: dict[str, list[dict[s
     def record(name: str, nbytes: int, **extra: object) -> None:
         found.setdefault(name, []).append(run(name, folder, nbytes, **extra) | {"nbytes": nbytes})  # type: ignore[arg-type]
 
-    drop_cache(folder / "hf")
-    shutil.rmtree(folder / "megatron", ignore_errors=True)
-    record("import", 0)
-    written = size_of(folder / "megatron")
-    found["import"][-1]["nbytes"] = written
+    for name in ("import, warm", "import, cold"):
+        shutil.rmtree(folder / "megatron", ignore_errors=True)
+        drop_cache(folder / "hf")
+        if name.endswith("warm"):
+            for path in (folder / "hf").iterdir():
+                with path.open("rb") as file:
+                    while file.read(BLOCK):
+                        pass
+        record(name, 0)
+        written = size_of(folder / "megatron")
+        found[name][-1]["nbytes"] = written
     record("write floor", written)
     (folder / "floor").unlink()
     drop_cache(folder)
@@ -208,7 +214,12 @@ def report(found: dict[str, list[dict[str, float]]], args: argparse.Namespace) -
         | {"rate": statistics.median(r["nbytes"] / r["seconds"] / 1e9 for r in runs)}
         for name, runs in found.items()
     }
-    floors = {"import": "write floor", "export": "copy floor", "incumbent": "write floor"}
+    floors = {
+        "import, warm": "write floor",
+        "import, cold": "write floor",
+        "export": "copy floor",
+        "incumbent": "write floor",
+    }
     for name, floor in floors.items():
         if name in found:
             pairs = zip(found[name], found[floor], strict=True)

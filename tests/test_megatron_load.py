@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from dsv4_bridge import import_hf, inspect, make_toy
+from conftest import same_files
+from dsv4_bridge import BridgeError, export_hf, import_hf, inspect, make_toy
 from dsv4_bridge.items import Item, expand, extra_state_keys, megatron_dtype, regions, scale_name
 from dsv4_bridge.store.hf import open_hf
 
 pytestmark = [pytest.mark.megatron, pytest.mark.xdist_group("megatron")]
 
 WORKER = '''
+import os
 import sys
 import numpy as np
 import torch
@@ -39,6 +41,8 @@ def main(rank, world, root, checkpoint):
     from megatron.core import dist_checkpointing as dc
     from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
 
+    for mode in ("tp", "ep", "pp"):
+        os.makedirs(f"{root}/saved-{mode}/iter_0000003", exist_ok=True)
     arrays = dict(np.load(f"{root}/arrays.npz"))
     cuts = dict(line.split() for line in open(f"{root}/cuts.txt"))
     half = max(int(k.split(".")[2]) for k in arrays if k.startswith("decoder.layers.")) // 2
@@ -97,6 +101,15 @@ def main(rank, world, root, checkpoint):
             assert got.contiguous().view(torch.uint8).equal(part.contiguous().view(torch.uint8)), (mode, wanted[n].key)
         assert found["iteration"] == 0
         print(f"{mode}: {len(expected)} tensors on rank {rank}", flush=True)
+
+        # As a training run saves it: the same cuts, other ranks, optimizer entries beside.
+        saved = {}
+        for n, (key, part, cut, prepend, replica) in enumerate(pieces(mode)):
+            for name in (key, f"optimizer.state.exp_avg.{key}"):
+                saved[name, n] = ShardedTensor.from_rank_offsets(
+                    name, tensor(part), *cut, prepend_axis_num=prepend, replica_id=replica)
+        dc.save(saved | {"iteration": 3, "args": {"lr": 0.1}}, f"{root}/saved-{mode}/iter_0000003")
+        dist.barrier()
     dist.barrier()
     dist.destroy_process_group()
 
@@ -168,3 +181,15 @@ def test_megatron_loads_an_import_at_every_kind_of_cut(variant: str, tmp_path: P
     outputs = [rank.communicate(timeout=240)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(outputs)
     assert all(mode in out for out in outputs for mode in ("tp:", "ep:", "pp:"))
+
+    # And back: what Megatron saved, sharded over two ranks along other axes, exports to the very same files.
+    for mode in ("tp", "ep", "pp"):
+        saved = tmp_path / f"saved-{mode}"
+        (saved / "latest_checkpointed_iteration.txt").write_text("3")
+        if mode == "ep":
+            (saved / "iter_0000003" / "common.pt").write_bytes(b"a legacy file that is never unpickled")
+        assert len(list((saved / "iter_0000003").glob("*.distcp"))) > 1
+        with pytest.raises(BridgeError, match="--like"):
+            export_hf(saved, tmp_path / "none", None, "bf16")
+        export_hf(saved, tmp_path / f"back-{mode}", source)
+        assert same_files(source, tmp_path / f"back-{mode}") == []

@@ -4,6 +4,7 @@ A segment is plain data. `emit` writes it to a stream, taking values from any so
 quantised encodings, the scales of a checkpoint to be like.
 """
 
+import contextlib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -18,11 +19,11 @@ from .items import Item
 from .store.hf import HFCheckpoint
 from .store.reading import Readahead
 from .store.safetensors import SafetensorsFolder, TensorInfo
-from .store.stream import Stream
+from .store.stream import CountingStream, Stream
 from .values import HFValues, Scratch, Values, cuts, stripe_rows
 
-_AHEAD = 48 << 20  # bytes of output whose input is being read ahead
-_WORTH_ASKING = 1 << 20
+# Input is read ahead in bursts: a disk that reads and writes at once does both slowly.
+_AHEAD_MOST, _AHEAD_LEAST = 256 << 20, 64 << 20
 
 
 class Literal(NamedTuple):
@@ -166,18 +167,10 @@ class Emitter:
         offset = 0
         scales: dict[str, bytes] = {}  # made, and not yet at their place
         waiting: dict[str, tuple[int, bytes]] = {}  # written as in `like`: offset and bytes
-        ahead = deque(s for s in segments if isinstance(s, Rows | Weight))
-        asked = 0  # bytes asked for and not yet used
+        here = {s.item.name for s in segments if isinstance(s, Weight)}
+        ahead = Ahead(self, segments)
         for segment in segments:
-            if isinstance(segment, Rows | Weight):
-                while ahead and asked < _AHEAD:
-                    soon = ahead.popleft()
-                    asked += soon.nbytes
-                    if soon.nbytes >= _WORTH_ASKING:
-                        rows = (soon.start, soon.stop) if isinstance(soon, Rows) else (0, soon.item.shape[0])
-                        for extent in self._source(soon.item).extents(soon.item, *rows):
-                            self.readahead.ask(*extent)
-                asked -= segment.nbytes
+            ahead.before(segment)
             match segment:
                 case Literal(data):
                     stream.write(data)
@@ -200,6 +193,8 @@ class Emitter:
                 case Scale(item, encoding, _):
                     if item.name in scales:
                         stream.write(scales.pop(item.name))
+                    elif item.name not in here:  # its weight is in another shard
+                        stream.write(self._weight(item, encoding, CountingStream(), Report()))
                     else:
                         provisional = self._expected_scale(item, encoding) or bytes(segment.nbytes)
                         waiting[item.name] = (offset, provisional)
@@ -215,7 +210,7 @@ class Emitter:
             stream.write(raw)
 
     def _plain(self, item: Item, encoding: str, start: int, stop: int, stream: Stream, report: Report) -> None:
-        for stripe in self._source(item).stripes(item, start, stop, self.scratch):
+        for stripe in self.source(item).stripes(item, start, stop, self.scratch):
             if item.row.encoding == "int":
                 # Never through a float: bf16 turns 383 into 384 (trap 25).
                 stream.write(stripe.astype("<i4" if encoding == "i32" else "<i8"))
@@ -225,11 +220,12 @@ class Emitter:
                 self._count_rounding(item, rounded, report)
             stream.write(plain)
 
-    def _source(self, item: Item) -> Values:
+    def source(self, item: Item) -> Values:
+        """Where an item's values come from."""
         return self.passengers if item.passenger and self.passengers else self.values
 
     def _weight(self, item: Item, encoding: str, stream: Stream, report: Report) -> bytes:
-        source = self._source(item)
+        source = self.source(item)
         stored = source.encoding(item)
         if isinstance(source, HFValues):
             bound = source.checkpoint.bound[item.name]
@@ -264,7 +260,7 @@ class Emitter:
             try:
                 total = total + encode(values, old, out, scale)
             except CodecError as error:
-                raise BridgeError(f"encoding {item.name} as {encoding}: {error}") from None
+                raise BridgeError(f"encoding {item.name} as {encoding}: {error.problem.shifted(first)}") from None
             stream.write(out)
             scales.append(scale.tobytes())
             first = last
@@ -289,7 +285,8 @@ class Emitter:
             try:
                 part = mxfp4_to_fp8(raw, old, out, scale, allow_lossy=self.allow_lossy)
             except CodecError as error:
-                raise BridgeError(f"recoding {bound.weight_name} from mxfp4 to fp8: {error}") from None
+                what = f"recoding {bound.weight_name} from mxfp4 to fp8"
+                raise BridgeError(f"{what}: {error.problem.shifted(first)}") from None
             if part.first_failing_block is not None and not self.allow_lossy:
                 row, column = part.first_failing_block
                 raise BridgeError(
@@ -297,7 +294,7 @@ class Emitter:
                     f"column {column * 128} holds values too far apart for one FP8 scale; "
                     "--allow-lossy rounds them and reports the error"
                 )
-            total = total + part
+            total = total + part.shifted(first)
             stream.write(out)
             scales.append(scale.tobytes())
         _add(report.recoded, item.row.key, total)
@@ -309,7 +306,7 @@ class Emitter:
 
     def _expected_scale(self, item: Item, encoding: str) -> bytes | None:
         """The scale an item will most likely have: its own if it is copied, else that of `like`."""
-        source = self._source(item)
+        source = self.source(item)
         if isinstance(source, HFValues) and source.encoding(item) == encoding:
             return self._whole_scale(source, item)
         like = self._like(item, encoding)
@@ -339,6 +336,37 @@ class Emitter:
                 "values would be rounded (relative error up to 2^-9); --allow-lossy accepts that and reports it"
             )
         report.rounded[item.row.key] = report.rounded.get(item.row.key, 0) + inexact * 128 * 128
+
+
+class Ahead:
+    """Asks for the input of coming segments, in bursts, as the ones before them are written."""
+
+    def __init__(self, emitter: Emitter, segments: tuple[Segment, ...]):
+        self._emitter = emitter
+        self._coming = deque(s for s in segments if isinstance(s, Rows | Weight))
+        self._asked: deque[int] = deque()  # bytes asked for, a segment each, not yet used
+
+    def before(self, segment: Segment) -> None:
+        """Call before `segment` is written."""
+        if not isinstance(segment, Rows | Weight):
+            return
+        if sum(self._asked) < _AHEAD_LEAST:
+            room = _AHEAD_MOST - sum(self._asked)
+            while self._coming and room > 0:
+                self._asked.append(self._ask(self._coming.popleft()))
+                room -= self._asked[-1]
+        self._asked.popleft()
+
+    def _ask(self, segment: Rows | Weight) -> int:
+        item = segment.item
+        rows = (segment.start, segment.stop) if isinstance(segment, Rows) else (0, item.shape[0])
+        asked = 0
+        # Advice only: what cannot be opened is said when it is read.
+        with contextlib.suppress(OSError, BridgeError):
+            for extent in self._emitter.source(item).extents(item, *rows):
+                self._emitter.readahead.ask(*extent)
+                asked += extent[2]
+        return asked
 
 
 def _add(totals: dict[str, Any], key: str, value: Any) -> None:

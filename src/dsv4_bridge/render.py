@@ -18,6 +18,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from .codec import Certificate, EncodeStats
 from .doctor import Check
 from .emit import Report
 from .inspecting import InspectReport
@@ -94,27 +95,39 @@ def verify_table(report: VerifyReport) -> Group:
         mark = Text("same", "green") if row.identical == row.tensors else Text("DIFFERS", "bold red")
         table.add_row(key, f"{row.tensors:,}", size(row.bytes), f"{row.identical:,}", mark)
     total = report.total()
-    share = 100 * total.identical_bytes / total.bytes if total.bytes else 100 * (report.same)
+    share = 100 * total.identical_bytes / total.bytes if total.bytes else 100 * report.same
     table.add_section()
     table.add_row("all", f"{total.tensors:,}", size(total.bytes), f"{total.identical:,}", f"{share:.6g} % of bytes")
+    return Group(table, verify_verdict(report))
+
+
+def verify_verdict(report: VerifyReport) -> Group:
+    """The tensors that differ, the verdict."""
     lines = [Text(f"  {d.name}: {d.what}") for d in report.differences[:20]]
     if report.differing > 20:
         lines.append(Text(f"  … and {report.differing - 20} more (--json lists them)"))
+    total = report.total()
     if report.same:
-        verdict = Text(f"identical: every tensor of {report.a} and {report.b}", "bold green")
-    else:
-        verdict = Text(f"{report.differing:,} tensors differ between {report.a} and {report.b}", "bold red")
-    return Group(table, *lines, verdict)
+        verdict = f"identical: {total.tensors:,} tensors, {total.bytes:,} bytes, by {report.level}"
+        return Group(*lines, Text(verdict, "bold green"))
+    return Group(*lines, Text(f"{report.differing:,} tensors differ between {report.a} and {report.b}", "bold red"))
 
 
 def inspect_table(report: InspectReport) -> Group:
-    """What a checkpoint is."""
+    """What a checkpoint is, row by row."""
     table = _table(f"{report.path}", "row", ">tensors", ">values", ">bytes", "encoding")
     for key, row in report.rows.items():
         table.add_row(key, f"{row.tensors:,}", f"{row.values:,}", size(row.bytes), ", ".join(row.encodings))
+    return Group(table, inspect_facts(report))
+
+
+def inspect_facts(report: InspectReport) -> Group:
+    """What a checkpoint is, in a few lines."""
+    encodings = ", ".join(f"{cls} {encoding}" for cls, encoding in report.encodings.items())
     facts = [
         f"variant     {report.variant}",
         f"format      {report.format}, names: {report.naming}",
+        f"encodings   {encodings}",
         f"tensors     {report.tensors:,} in {size(report.bytes)} ({report.bytes:,} bytes)",
         f"parameters  {report.parameters:,}",
         f"mtp.*       {report.draft}",
@@ -123,7 +136,7 @@ def inspect_table(report: InspectReport) -> Group:
     lines = [Text(f) for f in facts] + [Text(f"note        {n}") for n in report.notes]
     found = [Text(f"  {f}", "red") for f in report.findings]
     verdict = Text("every tensor is claimed", "bold green") if report.sound else Text("NOT sound:", "bold red")
-    return Group(table, *lines, verdict, *found)
+    return Group(*lines, verdict, *found)
 
 
 def plan_table(report: PlanReport) -> Group:
@@ -177,44 +190,25 @@ def conversion_table(report: Report, out: Path, *, dry_run: bool) -> Group:
     """What a conversion did."""
     what = "converted, nothing written" if dry_run else "written"
     lines = [Text(f"{out}: {report.tensors:,} tensors, {size(report.bytes_written)} {what}")]
+    errors = (">values rounded", ">largest error", ">relative RMS")
     parts: list[Any] = []
     if report.encoded:
-        table = _table(
-            "encoded",
-            "row",
-            ">blocks",
-            ">source scale kept",
-            ">fresh scale",
-            ">values rounded",
-            ">largest error",
-        )
-        for key, s in report.encoded.items():
-            cells = (s.blocks, s.kept, s.fresh, s.rounded_values)
-            table.add_row(key, *(f"{c:,}" for c in cells), f"{s.max_abs_error:.3g}")
+        table = _table("encoded", "row", ">blocks", ">source scale kept", ">fresh scale", *errors)
+        for key, done in report.encoded.items():
+            table.add_row(key, *(f"{n:,}" for n in (done.blocks, done.kept, done.fresh)), *_errors(done))
         parts.append(table)
     if report.recoded:
-        table = _table(
-            "MXFP4 to FP8 certificate",
-            "row",
-            ">blocks",
-            ">exact",
-            ">largest scale spread",
-            ">values rounded",
-            ">largest error",
-        )
-        for key, c in report.recoded.items():
-            table.add_row(
-                key,
-                f"{c.blocks:,}",
-                f"{c.exact:,}",
-                str(c.spread),
-                f"{c.rounded_values:,}",
-                f"{c.max_abs_error:.3g}",
-            )
+        table = _table("MXFP4 to FP8 certificate", "row", ">blocks", ">exact", ">largest scale spread", *errors)
+        for key, done in report.recoded.items():
+            table.add_row(key, f"{done.blocks:,}", f"{done.exact:,}", str(done.spread), *_errors(done))
         parts.append(table)
     for key, count in report.rounded.items():
         lines.append(Text(f"  {key}: up to {count:,} values rounded to bf16", "yellow"))
     return Group(*parts, *lines)
+
+
+def _errors(done: EncodeStats | Certificate) -> tuple[str, str, str]:
+    return f"{done.rounded_values:,}", f"{done.max_abs_error:.3g}", f"{done.relative_rms_error:.2g}"
 
 
 def doctor_table(checks: Iterable[Check]) -> Table:

@@ -11,8 +11,6 @@ MAX_COUNT = {"num_hidden_layers": 1024, "n_routed_experts": 8192, "num_nextn_pre
 MAX_DIM = 1 << 24
 MAX_EXPERTS = 1 << 17  # of all layers together; Pro has 23,808
 
-RATIOS = (0, 4, 128)
-
 
 @dataclass(frozen=True)
 class DSparkSpec:

@@ -51,6 +51,7 @@ class Row:
         return "{expert}" in self.released
 
 
+# fmt: off
 _H, _ML = "hidden_size", "moe_intermediate_size"
 _Q, _O, _HEADS = "q_lora_rank", "o_groups*o_lora_rank", "num_attention_heads"
 _HD, _C = "head_dim", "compress_width*head_dim"
@@ -76,146 +77,40 @@ def _hc_head(scope: str, tf: str | None, mega: str | None) -> tuple[Row, ...]:
     key = "hc_head" if scope == "model" else f"{scope}.hc_head"
     shapes = {"fn": ("hc_mult", _STREAMS), "base": ("hc_mult",), "scale": ("1",)}
     return tuple(
-        Row(
-            f"{key}_{x}",
-            f"hc_head_{x}",
-            tf and f"{tf}.hc_{x}",
-            mega if mega is None else f"{mega}hc_head_{x}",
-            shape,
-            "f32",
-            scope,
-            saved=tf and f"{tf}.hc_{x}",
-        )
+        Row(f"{key}_{x}", f"hc_head_{x}", tf and f"{tf}.hc_{x}", mega if mega is None else f"{mega}hc_head_{x}", shape,
+            "f32", scope, saved=tf and f"{tf}.hc_{x}")
         for x, shape in shapes.items()
     )
 
 
 _MODEL = (
-    Row(
-        "embed",
-        "embed.weight",
-        "model.embed_tokens.weight",
-        "embedding.word_embeddings.weight",
-        ("vocab_size", _H),
-        "plain",
-        "model",
-        cut="vocabulary",
-        saved="model.embed_tokens.weight",
-    ),
-    Row(
-        "head",
-        "head.weight",
-        "lm_head.weight",
-        "output_layer.weight",
-        ("vocab_size", _H),
-        "plain",
-        "model",
-        cut="vocabulary",
-        saved="head.weight",
-    ),
-    Row(
-        "norm",
-        "norm.weight",
-        "model.norm.weight",
-        "decoder.final_layernorm.weight",
-        (_H,),
-        "plain",
-        "model",
-        state=True,
-    ),
+    Row("embed", "embed.weight", "model.embed_tokens.weight", "embedding.word_embeddings.weight", ("vocab_size", _H),
+        "plain", "model", cut="vocabulary", saved="model.embed_tokens.weight"),
+    Row("head", "head.weight", "lm_head.weight", "output_layer.weight", ("vocab_size", _H), "plain", "model",
+        cut="vocabulary", saved="head.weight"),
+    Row("norm", "norm.weight", "model.norm.weight", "decoder.final_layernorm.weight", (_H,), "plain", "model",
+        state=True),
     *_hc_head("model", "model.hc_head", "decoder."),
 )
 
 _ATTENTION = (
-    Row(
-        "attn_norm",
-        "attn_norm.weight",
-        "input_layernorm.weight",
-        "input_layernorm.weight",
-        (_H,),
-        "plain",
-        state=True,
-    ),
-    Row(
-        "attn.attn_sink",
-        "attn.attn_sink",
-        "self_attn.sinks",
-        f"{_CORE}.attn_sink",
-        (_HEADS,),
-        "f32",
-        cut="heads",
-    ),
-    Row(
-        "attn.wq_a",
-        "attn.wq_a.weight",
-        "self_attn.q_a_proj.weight",
-        f"{_ATT}.linear_q_down_proj.weight",
-        (_Q, _H),
-        "linear",
-        lora="attention",
-        state=True,
-    ),
-    Row(
-        "attn.q_norm",
-        "attn.q_norm.weight",
-        "self_attn.q_a_norm.weight",
-        f"{_ATT}.q_layernorm.weight",
-        (_Q,),
-        "plain",
-        state=True,
-    ),
-    Row(
-        "attn.wq_b",
-        "attn.wq_b.weight",
-        "self_attn.q_b_proj.weight",
-        f"{_ATT}.linear_q_up_proj.weight",
-        (f"{_HEADS}*{_HD}", _Q),
-        "linear",
-        cut="columns",
-        lora="attention",
-        state=True,
-    ),
-    Row(
-        "attn.wkv",
-        "attn.wkv.weight",
-        "self_attn.kv_proj.weight",
-        f"{_ATT}.linear_kv_proj.weight",
-        (_HD, _H),
-        "linear",
-        lora="attention",
-        state=True,
-    ),
-    Row(
-        "attn.kv_norm",
-        "attn.kv_norm.weight",
-        "self_attn.kv_norm.weight",
-        f"{_ATT}.kv_layernorm.weight",
-        (_HD,),
-        "plain",
-        state=True,
-        saved="attn.norm.weight",
-    ),
-    Row(
-        "attn.wo_a",
-        "attn.wo_a.weight",
-        "self_attn.o_a_proj.weight",
-        f"{_ATT}.linear_o_group_proj",
-        (_O, f"{_HEADS}*{_HD}/o_groups"),
-        "linear",
-        cut="columns",
-        lora="attention",
-    ),
-    Row(
-        "attn.wo_b",
-        "attn.wo_b.weight",
-        "self_attn.o_b_proj.weight",
-        f"{_ATT}.linear_proj.weight",
-        (_H, _O),
-        "linear",
-        cut="rows",
-        lora="attention",
-        state=True,
-    ),
+    Row("attn_norm", "attn_norm.weight", "input_layernorm.weight", "input_layernorm.weight", (_H,), "plain",
+        state=True),
+    Row("attn.attn_sink", "attn.attn_sink", "self_attn.sinks", f"{_CORE}.attn_sink", (_HEADS,), "f32", cut="heads"),
+    Row("attn.wq_a", "attn.wq_a.weight", "self_attn.q_a_proj.weight", f"{_ATT}.linear_q_down_proj.weight", (_Q, _H),
+        "linear", lora="attention", state=True),
+    Row("attn.q_norm", "attn.q_norm.weight", "self_attn.q_a_norm.weight", f"{_ATT}.q_layernorm.weight", (_Q,), "plain",
+        state=True),
+    Row("attn.wq_b", "attn.wq_b.weight", "self_attn.q_b_proj.weight", f"{_ATT}.linear_q_up_proj.weight",
+        (f"{_HEADS}*{_HD}", _Q), "linear", cut="columns", lora="attention", state=True),
+    Row("attn.wkv", "attn.wkv.weight", "self_attn.kv_proj.weight", f"{_ATT}.linear_kv_proj.weight", (_HD, _H), "linear",
+        lora="attention", state=True),
+    Row("attn.kv_norm", "attn.kv_norm.weight", "self_attn.kv_norm.weight", f"{_ATT}.kv_layernorm.weight", (_HD,),
+        "plain", state=True, saved="attn.norm.weight"),
+    Row("attn.wo_a", "attn.wo_a.weight", "self_attn.o_a_proj.weight", f"{_ATT}.linear_o_group_proj", (_O,
+        f"{_HEADS}*{_HD}/o_groups"), "linear", cut="columns", lora="attention"),
+    Row("attn.wo_b", "attn.wo_b.weight", "self_attn.o_b_proj.weight", f"{_ATT}.linear_proj.weight", (_H, _O), "linear",
+        cut="rows", lora="attention", state=True),
 )
 
 
@@ -223,61 +118,21 @@ def _compressor(key: str, tf: str, mega: str, when: str, shapes: tuple[tuple[str
     ape, width, norm = shapes
     return (
         Row(f"{key}.ape", f"{key}.ape", f"{tf}.position_bias", f"{mega}.ape", ape, "f32", when=when),
-        Row(
-            f"{key}.wkv",
-            f"{key}.wkv.weight",
-            f"{tf}.kv_proj.weight",
-            f"{mega}.linear_wkv.weight",
-            (width, _H),
-            "plain",
-            when=when,
-            state=True,
-        ),
-        Row(
-            f"{key}.wgate",
-            f"{key}.wgate.weight",
-            f"{tf}.gate_proj.weight",
-            f"{mega}.linear_wgate.weight",
-            (width, _H),
-            "plain",
-            when=when,
-            state=True,
-        ),
-        Row(
-            f"{key}.norm",
-            f"{key}.norm.weight",
-            f"{tf}.kv_norm.weight",
-            f"{mega}.norm.weight",
-            (norm,),
-            "plain",
-            when=when,
-            state=True,
-        ),
+        Row(f"{key}.wkv", f"{key}.wkv.weight", f"{tf}.kv_proj.weight", f"{mega}.linear_wkv.weight", (width, _H),
+            "plain", when=when, state=True),
+        Row(f"{key}.wgate", f"{key}.wgate.weight", f"{tf}.gate_proj.weight", f"{mega}.linear_wgate.weight", (width, _H),
+            "plain", when=when, state=True),
+        Row(f"{key}.norm", f"{key}.norm.weight", f"{tf}.kv_norm.weight", f"{mega}.norm.weight", (norm,), "plain",
+            when=when, state=True),
     )
 
 
 _COMPRESSED = (
     *_compressor("attn.compressor", _TF, f"{_CORE}.compressor", "compressed", (("ratio", _C), _C, _HD)),
-    Row(
-        "attn.indexer.wq_b",
-        "attn.indexer.wq_b.weight",
-        f"{_TF}.indexer.q_b_proj.weight",
-        f"{_CORE}.indexer.linear_wq_b.weight",
-        ("index_n_heads*index_head_dim", _Q),
-        "linear",
-        when="csa",
-        state=True,
-    ),
-    Row(
-        "attn.indexer.weights_proj",
-        "attn.indexer.weights_proj.weight",
-        f"{_TF}.indexer.scorer.weights_proj.weight",
-        f"{_CORE}.indexer.linear_weights_proj.weight",
-        ("index_n_heads", _H),
-        "plain",
-        when="csa",
-        state=True,
-    ),
+    Row("attn.indexer.wq_b", "attn.indexer.wq_b.weight", f"{_TF}.indexer.q_b_proj.weight",
+        f"{_CORE}.indexer.linear_wq_b.weight", ("index_n_heads*index_head_dim", _Q), "linear", when="csa", state=True),
+    Row("attn.indexer.weights_proj", "attn.indexer.weights_proj.weight", f"{_TF}.indexer.scorer.weights_proj.weight",
+        f"{_CORE}.indexer.linear_weights_proj.weight", ("index_n_heads", _H), "plain", when="csa", state=True),
     *_compressor(
         "attn.indexer.compressor",
         f"{_TF}.indexer",
@@ -297,76 +152,29 @@ _MLP = {  # Megatron name, shape, cut, part; transformers names of routed and sh
 
 def _experts() -> tuple[Row, ...]:
     return tuple(
-        Row(
-            f"ffn.experts.{w}",
-            f"ffn.experts.{{expert}}.{w}.weight",
-            f"mlp.experts.{tf}",
-            f"mlp.experts.experts.{mega}.weight",
-            shape,
-            "expert",
-            cut=cut,
-            part=part,
-            lora="expert",
-            state=True,
-        )
+        Row(f"ffn.experts.{w}", f"ffn.experts.{{expert}}.{w}.weight", f"mlp.experts.{tf}",
+            f"mlp.experts.experts.{mega}.weight", shape, "expert", cut=cut, part=part, lora="expert", state=True)
         for w, (mega, shape, cut, part, tf, _) in _MLP.items()
     )
 
 
 def _shared_expert() -> tuple[Row, ...]:
     return tuple(
-        Row(
-            f"ffn.shared_experts.{w}",
-            f"ffn.shared_experts.{w}.weight",
-            f"mlp.shared_experts.{tf}.weight",
-            f"mlp.shared_experts.{mega}.weight",
-            tuple(d.replace(_ML, f"n_shared_experts*{_ML}") for d in shape),
-            "linear",
-            cut=cut,
-            part=part,
-            lora="expert",
-            state=True,
-        )
+        Row(f"ffn.shared_experts.{w}", f"ffn.shared_experts.{w}.weight", f"mlp.shared_experts.{tf}.weight",
+            f"mlp.shared_experts.{mega}.weight", tuple(d.replace(_ML, f"n_shared_experts*{_ML}") for d in shape),
+            "linear", cut=cut, part=part, lora="expert", state=True)
         for w, (mega, shape, cut, part, _, tf) in _MLP.items()
     )
 
 
 _MOE = (
-    Row(
-        "ffn_norm",
-        "ffn_norm.weight",
-        "post_attention_layernorm.weight",
-        "pre_mlp_layernorm.weight",
-        (_H,),
-        "plain",
-        state=True,
-    ),
-    Row(
-        "ffn.gate",
-        "ffn.gate.weight",
-        "mlp.gate.weight",
-        "mlp.router.weight",
-        ("n_routed_experts", _H),
-        "plain",
-    ),
-    Row(
-        "ffn.gate.bias",
-        "ffn.gate.bias",
-        "mlp.gate.e_score_correction_bias",
-        "mlp.router.expert_bias",
-        ("n_routed_experts",),
-        "f32",
-        when="routed",
-    ),
-    Row(
-        "ffn.gate.tid2eid",
-        "ffn.gate.tid2eid",
-        "mlp.gate.tid2eid",
-        "mlp.router.tid2eid",
-        ("vocab_size", "num_experts_per_tok"),
-        "int",
-        when="hash",
-    ),
+    Row("ffn_norm", "ffn_norm.weight", "post_attention_layernorm.weight", "pre_mlp_layernorm.weight", (_H,), "plain",
+        state=True),
+    Row("ffn.gate", "ffn.gate.weight", "mlp.gate.weight", "mlp.router.weight", ("n_routed_experts", _H), "plain"),
+    Row("ffn.gate.bias", "ffn.gate.bias", "mlp.gate.e_score_correction_bias", "mlp.router.expert_bias",
+        ("n_routed_experts",), "f32", when="routed"),
+    Row("ffn.gate.tid2eid", "ffn.gate.tid2eid", "mlp.gate.tid2eid", "mlp.router.tid2eid", ("vocab_size",
+        "num_experts_per_tok"), "int", when="hash"),
     *_experts(),
     *_shared_expert(),
 )
@@ -374,28 +182,8 @@ _MOE = (
 _MTP = (
     Row("mtp.enorm", "enorm.weight", None, "enorm.weight", (_H,), "plain", "mtp", state=True),
     Row("mtp.hnorm", "hnorm.weight", None, "hnorm.weight", (_H,), "plain", "mtp", state=True),
-    Row(
-        "mtp.e_proj",
-        "e_proj.weight",
-        None,
-        "e_proj.weight",
-        (_H, _H),
-        "linear",
-        "mtp",
-        cut="columns",
-        state=True,
-    ),
-    Row(
-        "mtp.h_proj",
-        "h_proj.weight",
-        None,
-        "h_proj.weight",
-        (_H, _H),
-        "linear",
-        "mtp",
-        cut="columns",
-        state=True,
-    ),
+    Row("mtp.e_proj", "e_proj.weight", None, "e_proj.weight", (_H, _H), "linear", "mtp", cut="columns", state=True),
+    Row("mtp.h_proj", "h_proj.weight", None, "h_proj.weight", (_H, _H), "linear", "mtp", cut="columns", state=True),
     Row("mtp.norm", "norm.weight", None, "final_layernorm.weight", (_H,), "plain", "mtp", state=True),
     *_hc_head("mtp", None, ""),
     Row("mtp.emb", "emb.tok_emb.weight", None, None, ("vocab_size", _H), "plain", "mtp_own"),
@@ -403,45 +191,16 @@ _MTP = (
 )
 
 _DSPARK = (
-    Row(
-        "dspark.main_proj",
-        "main_proj.weight",
-        None,
-        None,
-        (_H, f"dspark_stages*{_H}"),
-        "linear",
-        "dspark_first",
-    ),
+    Row("dspark.main_proj", "main_proj.weight", None, None, (_H, f"dspark_stages*{_H}"), "linear", "dspark_first"),
     Row("dspark.main_norm", "main_norm.weight", None, None, (_H,), "plain", "dspark_first"),
     Row("dspark.norm", "norm.weight", None, None, (_H,), "plain", "dspark_last"),
     *_hc_head("dspark_last", None, None),
-    Row(
-        "dspark.markov_w1",
-        "markov_head.markov_w1.weight",
-        None,
-        None,
-        ("vocab_size", "markov_rank"),
-        "plain",
-        "dspark_last",
-    ),
-    Row(
-        "dspark.markov_w2",
-        "markov_head.markov_w2.weight",
-        None,
-        None,
-        ("vocab_size", "markov_rank"),
-        "plain",
-        "dspark_last",
-    ),
-    Row(
-        "dspark.confidence",
-        "confidence_head.proj.weight",
-        None,
-        None,
-        ("1", "confidence_width"),
-        "plain",
-        "dspark_last",
-    ),
+    Row("dspark.markov_w1", "markov_head.markov_w1.weight", None, None, ("vocab_size", "markov_rank"), "plain",
+        "dspark_last"),
+    Row("dspark.markov_w2", "markov_head.markov_w2.weight", None, None, ("vocab_size", "markov_rank"), "plain",
+        "dspark_last"),
+    Row("dspark.confidence", "confidence_head.proj.weight", None, None, ("1", "confidence_width"), "plain",
+        "dspark_last"),
 )
 
 ROWS: tuple[Row, ...] = (

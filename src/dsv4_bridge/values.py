@@ -92,7 +92,8 @@ class HFValues:
             try:
                 decode(bound.encoding, raw, self.scale(bound, first, last, scratch), out)
             except CodecError as error:
-                raise BridgeError(f"decoding {bound.weight_name} ({bound.encoding}): {error}") from None
+                where = f"decoding {bound.weight_name} ({bound.encoding})"
+                raise BridgeError(f"{where}: {error.problem.shifted(first)}") from None
             yield out
 
     def extents(self, item: Item, start: int, stop: int) -> Iterable[tuple[int, int, int]]:

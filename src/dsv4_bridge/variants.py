@@ -136,7 +136,7 @@ _FREE = {"num_nextn_predict_layers", "compress_ratios", "dspark", "initializer_r
 
 
 def recognise(spec: ModelSpec, encodings: Mapping[str, str], own_mtp_head: bool) -> str:
-    """Name of the variant that has these numbers and encodings, else `custom (…)`.
+    """Name of the variant that has these numbers and encodings, else what comes nearest.
 
     Args:
         spec: from config.json.
@@ -144,16 +144,17 @@ def recognise(spec: ModelSpec, encodings: Mapping[str, str], own_mtp_head: bool)
         own_mtp_head: whether `mtp.0.head.weight` is there.
     """
     family = family_of(spec)
-    for variant in VARIANTS.values():
-        same = (
-            family_of(variant.spec) == family
-            and variant.encodings == encodings
-            and variant.own_mtp_head == own_mtp_head
-            and variant.spec.dspark == spec.dspark
-        )
-        if same:
+    alike = [
+        v
+        for v in VARIANTS.values()
+        if v.encodings == encodings and v.own_mtp_head == own_mtp_head and bool(v.spec.dspark) == bool(spec.dspark)
+    ]
+    for variant in alike:
+        if family_of(variant.spec) == family and variant.spec.dspark == spec.dspark:
             return variant.name
-    return f"custom ({family or 'other size'}: experts {encodings.get('expert')}, linears {encodings.get('linear')})"
+    size = f"{family} numbers" if family else "other size"
+    stored = f"stored like {alike[0].name}" if alike else f"experts {encodings.get('expert')}"
+    return f"custom ({size}, {stored}, linears {encodings.get('linear')})"
 
 
 def family_of(spec: ModelSpec) -> str | None:

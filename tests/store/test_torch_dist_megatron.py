@@ -1,5 +1,6 @@
 """Megatron-Core itself loads what is written here, and what it saves is read here: 1 and 2 ranks, gloo."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,8 @@ from dsv4_bridge.store.torch_dist import open_torch_dist
 from dsv4_bridge.store.torch_dist_frames import COMMON_STATE_KEY, METADATA_JSON
 from dsv4_bridge.store.torch_dist_index import METADATA_GLOBALS
 
-pytestmark = pytest.mark.megatron
+# One worker of pytest-xdist runs the whole module, so that the fixture is set up once.
+pytestmark = [pytest.mark.megatron, pytest.mark.xdist_group("torch_dist_megatron")]
 
 EXPERTS = 4
 MLP = "decoder.layers.0.mlp.experts.experts.linear_fc"
@@ -66,9 +68,12 @@ def main(rank, world, root, ours):
     if not torch.cuda.is_available():
         torch.cuda.synchronize = lambda *a: None
         torch.cuda.current_device = lambda: "cpu"
-    dist.init_process_group("gloo", init_method=f"file://{root}/meet{world}", rank=rank, world_size=world)
     from megatron.core import dist_checkpointing as dc
     from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
+
+    get_write_results_queue("fork")  # by default another process is spawned, which imports Megatron once more
+    dist.init_process_group("gloo", init_method=f"file://{root}/meet{world}", rank=rank, world_size=world)
 
     arrays = dict(np.load(f"{root}/arrays.npz"))
     parts = [rank] if world == 2 else [0, 1]
@@ -153,13 +158,15 @@ def root(tmp_path_factory, arrays):
     ours = write(root / "ours", {k: (d, arrays[k], cuts) for k, (d, _, cuts) in TENSORS.items()}, OBJECTS)
     np.savez(root / "arrays.npz", allow_pickle=False, **arrays)
     (root / "worker.py").write_text(WORKER)
-    running = []
+    running, env = [], os.environ | {"OMP_NUM_THREADS": "1"}  # three processes, a few cores
     for world in (1, 2):
         (root / f"saved{world}" / "iter_0000003").mkdir(parents=True)
         (root / f"saved{world}" / "latest_checkpointed_iteration.txt").write_text("3")
         for rank in range(world):
             command = [sys.executable, str(root / "worker.py"), str(rank), str(world), str(root), str(ours)]
-            running.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+            running.append(
+                subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+            )
     failed = []
     try:
         for process in running:

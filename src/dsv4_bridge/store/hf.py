@@ -11,7 +11,6 @@ Names come in four schemes, all expanded from the one table and looked up exactl
 | resaved | `save_pretrained` of a model loaded from the `modules` scheme | `model.layers.0.self_attn.norm.weight` |
 """
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,11 +18,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..config import read_config, spec_from_config
-from ..dtypes import DTYPES
 from ..encodings import ALLOWED, ENCODINGS, QUANTISED, of_dtype
 from ..errors import BridgeError
 from ..items import Item, Plan, expand, scale_name, stored
-from ..spec import ModelSpec, short
+from ..spec import ModelSpec, replace_spec, short
 from ..variants import recognise
 from .safetensors import SafetensorsFolder, Shard, TensorInfo, some
 
@@ -149,7 +147,7 @@ def _bind(folder: SafetensorsFolder, config: Mapping[str, Any], spec: ModelSpec,
             f"opening {folder.path}: tensor {short(vision[0])} belongs to DeepSeek-V4-Flash-Vision-Exp; "
             "only the text models are supported"
         )
-    scheme = "released" if partial else _scheme(tensors, expand(spec.without_draft()), folder.path)
+    scheme = "released" if partial else _scheme(tensors, spec, folder.path)
     if not any(n.startswith(("mtp.", "model.mtp.")) for n in tensors) and scheme in (
         "saved",
         "modules",
@@ -166,9 +164,15 @@ def _bind(folder: SafetensorsFolder, config: Mapping[str, Any], spec: ModelSpec,
     return HFCheckpoint(folder, config, spec, scheme, plan, bound, encodings, findings)
 
 
-def _scheme(tensors: Mapping[str, TensorInfo], plan: Plan, path: Path) -> str:
-    probe = [i for i in plan.items if i.expert in (None, 0) and i.block.index == 0]
-    hits = {s: sum(disk_name(i, s, plan.spec)[0] in tensors for i in probe) for s in SCHEMES}
+def _scheme(tensors: Mapping[str, TensorInfo], spec: ModelSpec, path: Path) -> str:
+    first = replace_spec(
+        spec.without_draft(),
+        num_hidden_layers=1,
+        num_hash_layers=min(1, spec.num_hash_layers),
+        compress_ratios=spec.compress_ratios[:1],
+    )
+    probe = [i for i in expand(first).items if i.expert in (None, 0)]
+    hits = {s: sum(disk_name(i, s, spec)[0] in tensors for i in probe) for s in SCHEMES}
     best = max(SCHEMES, key=lambda s: hits[s])
     if hits[best] == 0:
         raise BridgeError(f"opening {path}: no tensor has a DeepSeek-V4 name (found {some(tensors) or 'none'})")
@@ -344,8 +348,3 @@ def _check_config(config: Mapping[str, Any], encodings: Mapping[str, str], path:
         problems.append(f"weight_block_size is {short(quantization['weight_block_size'])}, expected [128, 128]")
     if problems:
         raise BridgeError(f"opening {path}: config.json contradicts the tensors: {'; '.join(problems)}")
-
-
-def disk_bytes(checkpoint: HFCheckpoint) -> int:
-    """Bytes of all tensors, as the index's total_size counts them."""
-    return sum(math.prod(t.shape) * DTYPES[t.dtype].itemsize for t in checkpoint.folder.tensors.values())

@@ -1,33 +1,33 @@
-"""The bytes of a Megatron ``torch_dist`` folder that are not tensor data.
+"""The bytes of a Megatron ``torch_dist`` folder that are not tensor data, composed without torch.
 
 An item of a ``.distcp`` file is what ``torch.save(tensor)`` writes: an uncompressed zip of a small pickle
 (dtype, shape, strides) and the raw data. Everything before and after the data depends on dtype and shape
 only, so it is made once a shape (:func:`tensor_frame`) and a tensor is written as head + data + tail, in
-one pass and without torch. The zip is composed here rather than by torch.save: no temporary file, no
-global CRC switch, no storage of the tensor's size, the same bytes from every torch release.
+one pass. The zips and the pickles are composed here rather than by torch.save: no import of torch, no
+temporary file, no global CRC switch, no storage of the tensor's size, the same bytes whatever the release
+of torch.
 
-One thing differs from a torch.save with default options: the checksum of the data record is 0, since the
-data is not known beforehand (torch.save without CRC32 does the same). torch reads such items; ``unzip``
-complains.
+What differs from a torch.save with default options: the checksum of a tensor's data record is 0, since
+the data is not known beforehand (torch.save without CRC32 does the same; torch reads such items, ``unzip``
+complains), and the three small records that only name versions of the container are left out.
 
 Sources: torch/serialization.py (``_save``), caffe2/serialize/inline_container.cc (names, 64-byte
 alignment, "FB" padding), PKWARE APPNOTE 6.3 sections 4.3-4.5 (zip, zip64),
 torch/distributed/checkpoint/metadata.py, megatron-core 0.19.2 dist_checkpointing (core.py, strategies/).
 """
 
-import copyreg
-import io
 import math
-import pickle
 import struct
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from operator import attrgetter
 from typing import Any, Final
 
 from dsv4_bridge.dtypes import DTYPES
 from dsv4_bridge.errors import BridgeError
+from dsv4_bridge.store import pickle_writer as code
 from dsv4_bridge.store.pickles import show
 
 # What megatron-core 0.19.2 writes; its presence marks a distributed checkpoint.
@@ -41,6 +41,7 @@ STORAGE_NAMES: Final = {
     "U8": "ByteStorage", "BOOL": "BoolStorage",
 }  # fmt: skip
 
+_DCP: Final = "torch.distributed.checkpoint"
 _ALIGNMENT: Final = 64  # of the data record in its item, as torch.save has it
 _MAX32: Final = 0xFFFFFFFF
 _DATE: Final = 0x21  # 1980-01-01, the first day a zip can name
@@ -101,7 +102,7 @@ def tensor_frame(dtype: str, shape: tuple[int, ...]) -> Frame:
     nbytes = math.prod(shape) * DTYPES[dtype].itemsize
     directory = bytearray()
     head, tail = _Records(0, directory), _Records(0, directory)
-    head.add("data.pkl", _tensor_pickle(dtype, shape))
+    head.add("data.pkl", code.dumps(_tensor(dtype, shape)))
     head.add("byteorder", b"little")
     head.header("data/0", nbytes, 0)
     tail.base = start = len(head.data) + nbytes
@@ -147,8 +148,17 @@ def _end(count: int, size: int, start: int) -> bytes:
     return wide + b"PK\5\6" + struct.pack("<HHHHIIH", 0, 0, count, count, size, min(start, _MAX32), 0)
 
 
-def _tensor_pickle(dtype: str, shape: tuple[int, ...]) -> bytes:
-    """data.pkl of a contiguous tensor, protocol 2, as torch.save writes it less its unused memo entries.
+def _zip(records: Mapping[str, bytes]) -> bytes:
+    """An item whose records are all known."""
+    directory = bytearray()
+    whole = _Records(0, directory)
+    for name, content in records.items():
+        whole.add(name, content)
+    return bytes(whole.data + directory + _end(len(records), len(directory), len(whole.data)))
+
+
+def _tensor(dtype: str, shape: tuple[int, ...]) -> bytes:
+    """A contiguous tensor on record ``data/0``, as torch.save pickles it less its unused memo entries.
 
     FP8 and E8M0 have no typed storage: they are views of untyped bytes with the dtype as an argument.
     """
@@ -158,72 +168,38 @@ def _tensor_pickle(dtype: str, shape: tuple[int, ...]) -> bytes:
         step *= max(n, 1)
     typed = dtype in STORAGE_NAMES
     count = numel if typed else numel * DTYPES[dtype].itemsize
-    kind = _global("torch", STORAGE_NAMES[dtype]) if typed else _global("torch.storage", "UntypedStorage")
-    storage = b"(" + _text("storage") + kind + _text("0") + _text("cpu") + _int(count) + b"tQ"
-    view = _int(0) + _ints(shape) + _ints(tuple(strides)) + b"\x89" + _global("collections", "OrderedDict")
-    last = b"" if typed else _global("torch", DTYPES[dtype].torch)
-    rebuild = _global("torch._utils", "_rebuild_tensor_v2" if typed else "_rebuild_tensor_v3")
-    return b"\x80\x02" + rebuild + b"(" + storage + view + b")R" + last + b"tR."
-
-
-def _global(module: str, name: str) -> bytes:
-    return f"c{module}\n{name}\n".encode()
-
-
-def _text(value: str) -> bytes:
-    return b"X" + struct.pack("<I", len(value)) + value.encode()
-
-
-def _int(value: int) -> bytes:
-    return pickle.dumps(value, protocol=2)[2:-1]
-
-
-def _ints(values: tuple[int, ...]) -> bytes:
-    return b"(" + b"".join(map(_int, values)) + b"t"
+    kind = code.name("torch", STORAGE_NAMES[dtype]) if typed else code.name("torch.storage", "UntypedStorage")
+    where = (code.text("storage"), kind, code.text("0"), code.text("cpu"), code.integer(count))
+    hooks = code.call(code.name("collections", "OrderedDict"))
+    args = [code.persistent(code.tuple_of(where)), code.integer(0), code.integers(shape)]
+    args += [code.integers(tuple(strides)), code.FALSE, hooks]
+    if not typed:
+        args.append(code.name("torch", DTYPES[dtype].torch))
+    return code.call(code.name("torch._utils", "_rebuild_tensor_v2" if typed else "_rebuild_tensor_v3"), *args)
 
 
 def object_item(payload: Any) -> bytes:
-    """The item of an object: ``torch.save([payload])``, equal bytes for equal payloads.
+    """The item of an object, what ``torch.save([payload])`` writes; equal bytes for equal payloads.
 
     Args:
-        payload: None, numbers, strings, bytes-free lists, tuples and dicts of them, tensors.
+        payload: None, numbers, strings, and lists, tuples and dicts of them. No bytes and no tensors.
 
     Raises:
         BridgeError: anything else, which a reader that runs no code could not load.
     """
-    import torch
-
-    buffer = io.BytesIO()
-    torch.save([_canonical(payload, {}, "object")], buffer)
-    return buffer.getvalue()
+    return _object_zip(code.plain(payload))
 
 
-def _canonical(value: Any, seen: dict[str, str], where: str) -> Any:
-    """``value`` rebuilt with one object a distinct string: pickle writes shared and equal strings apart."""
-    if value is None or type(value) in (bool, int, float):
-        return value
-    if type(value) is str:
-        return seen.setdefault(value, value)
-    if type(value) is list:
-        return [_canonical(v, seen, f"{where}[{i}]") for i, v in enumerate(value)]
-    if type(value) is tuple:
-        return tuple(_canonical(v, seen, f"{where}[{i}]") for i, v in enumerate(value))
-    if type(value) is dict and all(type(k) in (str, int) for k in value):
-        return {_canonical(k, seen, where): _canonical(v, seen, f"{where}[{k!r}]") for k, v in value.items()}
-    if hasattr(value, "untyped_storage"):
-        return value
-    raise BridgeError(
-        f"writing an object of a torch_dist checkpoint: {where} is a {type(value).__name__}; "
-        "expected numbers, strings, lists, tuples, dicts with string or integer keys, or tensors"
-    )
+def _object_zip(value: bytes, data: Mapping[str, bytes] | None = None) -> bytes:
+    """A list of one value, and the storages that its pickle refers to."""
+    records = {"data.pkl": code.dumps(code.list_of([value])), "byteorder": b"little"}
+    return _zip(records | dict(data or {}) | {"version": b"3\n"})
 
 
 @cache
 def extra_state_item() -> bytes:
     """The item of a module's ``_extra_state`` where there is no FP8 state: an empty uint8 tensor."""
-    import torch
-
-    return object_item(torch.empty(0, dtype=torch.uint8))
+    return _object_zip(_tensor("U8", (0,)), {"data/0": b""})
 
 
 def common_state_item(state: dict[str, Any]) -> bytes:
@@ -234,78 +210,81 @@ def common_state_item(state: dict[str, Any]) -> bytes:
     return object_item(state)
 
 
-class _Interned:
-    """One torch.Size a distinct value, one str a distinct text: the pickle depends on values alone."""
+class _Vocabulary:
+    """What a ``.metadata`` repeats: classes, attribute names, keys, files, sizes; each is written once."""
 
-    def __init__(self, size: type) -> None:
-        self._size = size
-        self._sizes: dict[tuple[int, ...], Any] = {}
-        self._texts: dict[str, str] = {}
+    def __init__(self) -> None:
+        self._memo = memo = code.Memo()
+        size = memo.share(code.name("torch", "Size"))
+        self.text = cache(lambda value: memo.share(code.text(value)))
+        self.dims = cache(lambda value: memo.share(code.call(size, code.integers(value))))
+        self.properties = cache(self._properties)
 
-    def dims(self, value: tuple[int, ...]) -> Any:
-        if value not in self._sizes:
-            self._sizes[value] = self._size(value)
-        return self._sizes[value]
+    def dumps(self, value: bytes) -> bytes:
+        return code.dumps(value, bytes(self._memo.definitions))
 
-    def text(self, value: str) -> str:
-        return self._texts.setdefault(value, value)
+    def cls(self, name: str, module: str = "metadata") -> bytes:
+        return self._memo.share(code.name(f"{_DCP}.{module}", name))
+
+    def instances(self, cls: bytes, attributes: str) -> Callable[..., bytes]:
+        return code.instances(cls, *map(self.text, attributes.split()))
+
+    def _properties(self, dtype: str) -> bytes:
+        """The state of TensorProperties: dense, no gradient, contiguous, not pinned; in the form of five.
+
+        torch 2.15 appends the strides, and older releases refuse a state of six; all read five.
+        """
+        layout = code.call(code.name("torch.serialization", "_get_layout"), code.text("torch.strided"))
+        contiguous = code.call(code.name(f"{_DCP}.metadata", "_MEM_FORMAT_ENCODING"), code.integer(0))
+        five = (code.name("torch", DTYPES[dtype].torch), layout, code.FALSE, contiguous, code.FALSE)
+        return self._memo.share(code.tuple_of(five))
 
 
 def metadata_bytes(tensors: Iterable[TensorRecord], objects: Iterable[ObjectRecord]) -> bytes:
     """The content of ``.metadata``: the same bytes whatever the order of the records.
 
-    Write it last: a folder without it is no checkpoint.
+    It is the pickle of a torch.distributed.checkpoint ``Metadata``. Write it last: a folder without it is
+    no checkpoint.
 
     Raises:
         BridgeError: a key or a chunk given twice, or an unknown dtype.
     """
-    import torch
-    from torch.distributed.checkpoint import filesystem
-    from torch.distributed.checkpoint import metadata as dcp
+    words = _Vocabulary()
+    properties, blob = words.cls("TensorProperties"), code.instance(words.cls("BytesStorageMetadata"))
+    tensor = words.instances(words.cls("TensorStorageMetadata"), "properties size chunks")
+    chunk = words.instances(words.cls("ChunkStorageMetadata"), "offsets sizes")
+    index = words.cls("MetadataIndex")
+    of_chunk, of_blob = words.instances(index, "fqn index offset"), words.instances(index, "fqn index")
+    info = words.instances(words.cls("_StorageInfo", "filesystem"), "relative_path offset length")
+    entries, storage = bytearray(), bytearray()  # keys and values in turn
+    seen: set[str] = set()
 
-    intern = _Interned(torch.Size)
-    entries: dict[str, Any] = {}
-    storage: dict[Any, Any] = {}
+    def place(r: ChunkRecord | ObjectRecord) -> bytes:
+        return info(words.text(r.file), code.integer(r.offset), code.integer(r.length))
 
-    def add(key: str, record: ChunkRecord | ObjectRecord, offsets: Any) -> None:
-        index = dcp.MetadataIndex(key, offsets)
-        if index in storage:
-            raise BridgeError(f"writing .metadata: {show(key)} has two chunks at {show(offsets)}")
-        if offsets is not None:
-            object.__setattr__(index, "offset", offsets)  # its constructor makes a copy
-        storage[index] = filesystem._StorageInfo(intern.text(record.file), record.offset, record.length)
-
-    for t in sorted(tensors, key=lambda t: t.key):
-        if t.dtype not in DTYPES or t.key in entries:
-            what = f"dtype {show(t.dtype)} is unknown" if t.key not in entries else "the key is given twice"
+    for t in sorted(tensors, key=attrgetter("key")):
+        if t.dtype not in DTYPES or t.key in seen:
+            what = f"dtype {show(t.dtype)} is unknown" if t.key not in seen else "the key is given twice"
             raise BridgeError(f"writing .metadata: tensor {show(t.key)}: {what}")
-        key = intern.text(t.key)
-        properties = dcp.TensorProperties(dtype=getattr(torch, DTYPES[t.dtype].torch))
-        chunks = []
-        for c in sorted(t.chunks, key=lambda c: c.offsets):
-            chunks.append(dcp.ChunkStorageMetadata(intern.dims(c.offsets), intern.dims(c.sizes)))
-            add(key, c, intern.dims(c.offsets))
-        entries[key] = dcp.TensorStorageMetadata(properties, intern.dims(t.global_shape), chunks)
-    for o in sorted(objects, key=lambda o: o.key):
-        if o.key in entries:
+        seen.add(t.key)
+        key, chunks, last = words.text(t.key), bytearray(), None
+        for c in sorted(t.chunks, key=attrgetter("offsets")):
+            if c.offsets == last:
+                raise BridgeError(f"writing .metadata: {show(t.key)} has two chunks at {show(last)}")
+            last, offsets = c.offsets, words.dims(c.offsets)
+            chunks += chunk(offsets, words.dims(c.sizes))
+            storage += of_chunk(key, code.NONE, offsets) + place(c)
+        state = code.instance(properties, words.properties(t.dtype))
+        entries += key + tensor(state, words.dims(t.global_shape), code.list_of([chunks]))
+    for o in sorted(objects, key=attrgetter("key")):
+        if o.key in seen:
             raise BridgeError(f"writing .metadata: the key {show(o.key)} is given twice; expected once")
-        entries[intern.text(o.key)] = dcp.BytesStorageMetadata()
-        add(intern.text(o.key), o, None)
-    whole = dcp.Metadata(entries, storage_data=storage, storage_meta=dcp.StorageMeta(), version="1.0.0")
-    return _dump(whole, dcp.TensorProperties)
-
-
-def _dump(value: Any, properties: type) -> bytes:
-    """Pickle as torch does, with TensorProperties in the form of five fields.
-
-    torch 2.15 appends the strides, and older releases refuse a state of six; all read five.
-    """
-
-    def reduce(obj: Any) -> tuple:
-        return copyreg.__newobj__, (properties,), obj.__getstate__()[:5]  # type: ignore[attr-defined]
-
-    buffer = io.BytesIO()
-    pickler = pickle.Pickler(buffer, protocol=4)
-    pickler.dispatch_table = copyreg.dispatch_table | {properties: reduce}
-    pickler.dump(value)
-    return buffer.getvalue()
+        seen.add(o.key)
+        key = words.text(o.key)
+        entries += key + blob
+        storage += of_blob(key, code.NONE) + place(o)
+    meta = words.instances(words.cls("StorageMeta"), "checkpoint_id save_id load_id modules")
+    whole = words.instances(words.cls("Metadata"), "state_dict_metadata planner_data storage_data storage_meta version")
+    described = meta(code.NONE, code.NONE, code.NONE, code.EMPTY_LIST)
+    found = code.dict_of([entries]), code.NONE, code.dict_of([storage])
+    return words.dumps(whole(*found, described, code.text("1.0.0")))
