@@ -153,7 +153,7 @@ def test_too_small_a_disk_is_refused_before_anything_is_written(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(BridgeError, match=r"needs 0\.0\d GB more, 0\.00 GB are free"):
+    with pytest.raises(BridgeError, match=r"needs 17\.\d MB more and 67\.1 MB to spare, 1\.0 MB are free"):
         import_hf(toy_flash, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

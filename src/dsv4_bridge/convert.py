@@ -283,12 +283,17 @@ def _readable(path: Path) -> int:
         return os.fstat(file.fileno()).st_size
 
 
+def _amount(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
+
+
 def _check_space(out: Path, need: int, job: Job) -> None:
     probe = next(p for p in (out, *out.parents) if p.exists())
     free = shutil.disk_usage(probe).free
     if need + _SLACK > free:
         raise BridgeError(
-            f"writing {out}: {job.label} needs {need / 1e9:.2f} GB more, {free / 1e9:.2f} GB are free on that disk"
+            f"writing {out}: {job.label} needs {_amount(need)} more and {_amount(_SLACK)} to spare, "
+            f"{_amount(free)} are free on that disk"
         )
 
 
@@ -353,7 +358,7 @@ class _named_errors(contextlib.AbstractContextManager[None]):
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise BridgeError(
                 f"writing {self._out}: the disk is full; what is finished is kept: make room "
-                f"({self._job.nbytes / 1e9:.2f} GB in all) and repeat the command with --resume"
+                f"({_amount(self._job.nbytes)} in all) and repeat the command with --resume"
             ) from None
         where = error.filename or self._out
         raise BridgeError(f"{self._job.label}: {where}: {error.strerror or error}") from None
