@@ -170,7 +170,7 @@ def root(tmp_path_factory, arrays):
     failed = []
     try:
         for process in running:
-            output = process.communicate(timeout=240)[0]
+            output = process.communicate(timeout=600)[0]
             if process.returncode:
                 failed.append(output[-3000:])
     finally:
