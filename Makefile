@@ -14,7 +14,7 @@ demo: $(VENV)/.ready
 	$(VENV)/bin/dsv4 demo
 
 test: $(VENV)/.ready
-	$(PY) -m pytest -n 2 --dist loadgroup
+	$(PY) -m pytest -n 2 --dist loadfile
 
 check: $(VENV)/.ready
 	$(VENV)/bin/ruff format --check src tests benchmarks

@@ -13,7 +13,7 @@ from dsv4_bridge import BridgeError, export_hf, import_hf, inspect, make_toy
 from dsv4_bridge.items import Item, expand, extra_state_keys, megatron_dtype, regions, scale_name
 from dsv4_bridge.store.hf import open_hf
 
-pytestmark = [pytest.mark.megatron, pytest.mark.xdist_group("megatron")]
+pytestmark = pytest.mark.megatron
 
 WORKER = '''
 import os
