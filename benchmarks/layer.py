@@ -5,10 +5,11 @@ incumbent's path, and peak memory, in one run.
 
 Every measurement is a process of its own, in turn, so that the figures share the weather of the
 disk. Inputs are cold (their pages dropped), but for "import, warm". `import` is compared with
-writing the same number of bytes sequentially past the page cache; `export --like` with reading the same input and writing the
-same output, overlapped, and no arithmetic. The incumbent's path is: open with safetensors,
-dequantise with megatron-bridge's functions, save with torch.distributed.checkpoint; it runs on
-`--incumbent-experts` experts, as it holds its whole output in memory.
+writing the same number of bytes sequentially past the page cache; `export --like` with reading the
+same input and writing the same output at once, without arithmetic. The incumbent's path is: open
+with safetensors, dequantise with megatron-bridge's functions, save with
+torch.distributed.checkpoint; it runs on `--incumbent-experts` experts, as it holds its whole output
+in memory.
 """
 
 import argparse

@@ -18,7 +18,7 @@ from dsv4_bridge.store.torch_dist_frames import COMMON_STATE_KEY, METADATA_JSON
 from dsv4_bridge.store.torch_dist_index import METADATA_GLOBALS
 
 # One worker of pytest-xdist runs the whole module, so that the fixture is set up once.
-pytestmark = [pytest.mark.megatron, pytest.mark.xdist_group("torch_dist_megatron")]
+pytestmark = pytest.mark.megatron
 
 EXPERTS = 4
 MLP = "decoder.layers.0.mlp.experts.experts.linear_fc"
