@@ -82,3 +82,17 @@ def test_the_command_end_to_end(tmp_path: Path) -> None:
     done = dsv4("verify", hf, back, "--level", "bytes")
     assert done.returncode == 0 and "100 % of bytes" in done.stdout
     assert dsv4("inspect", megatron).returncode == 0
+
+
+def test_a_dry_run_converts_everything_and_writes_nothing(tmp_path: Path, toy_flash: Path, toy_megatron: Path) -> None:
+    dry = Options(dry_run=True)
+    whole = import_hf(toy_flash, tmp_path / "whole")
+    assert import_hf(toy_flash, tmp_path / "none", dry).to_json() == whole.to_json()
+    assert export_hf(toy_megatron, tmp_path / "none", toy_flash, "source", dry).encoded["attn.wq_a"].kept
+    assert repack(toy_flash, tmp_path / "none", "fp8", dry).recoded["ffn.experts.w1"].lossless
+    done = dsv4("import", toy_flash, tmp_path / "none", "--dry-run")
+    assert done.returncode == 0 and "nothing written" in done.stdout
+    lossy = make_toy(tmp_path / "lossy", "Flash", 1, payload="extreme")
+    with pytest.raises(BridgeError, match="allow-lossy"):
+        repack(lossy, tmp_path / "none", "fp8", dry)
+    assert not (tmp_path / "none").exists()

@@ -105,6 +105,9 @@ def run(job: Job, out: Path, options: Options) -> Report:
         BridgeError: the folder is in the way, the disk is too small, or a tensor cannot be
             converted; in the last case nothing stays behind.
     """
+    if options.dry_run:
+        with _named_errors(job, out):
+            return dry_run(job, options.progress)
     work = out / WORK
     with _named_errors(job, out), _leave_no_folders(out):
         copies = sum(_readable(p) for p in job.copies.values())
