@@ -110,6 +110,12 @@ def incumbent_import(source: Path, out: Path, module: Path) -> None:
     dcp.save(state, checkpoint_id=out, no_dist=True)
 
 
+def peak_mib() -> float:
+    """Peak resident memory of this process (ru_maxrss would count its parent's before the exec)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:"))
+
+
 def child(args: argparse.Namespace) -> None:
     began = time.perf_counter()
     folder = args.folder
@@ -137,7 +143,7 @@ def child(args: argparse.Namespace) -> None:
         import torch  # noqa: F401
     seconds = time.perf_counter() - began
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    print(json.dumps({"seconds": seconds, "mib": usage.ru_maxrss / 1024, "cpu": usage.ru_utime + usage.ru_stime}))
+    print(json.dumps({"seconds": seconds, "mib": peak_mib(), "cpu": usage.ru_utime + usage.ru_stime}))
 
 
 def run(name: str, folder: Path, nbytes: int = 0, incumbent: Path | None = None) -> dict[str, float]:
