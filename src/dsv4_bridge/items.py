@@ -167,6 +167,11 @@ def _size(dim: str, sizes: Mapping[str, int]) -> int:
 # ---------------------------------------------------------------- on disk, released format
 
 
+def draft_name(key: str) -> str:
+    """Released name in the first draft block of the row `key`; the kind of block is told by these."""
+    return "mtp.0." + next(r.released for r in ROWS if r.key == key)
+
+
 def scale_name(weight: str) -> str:
     """Released name of the scale beside a weight."""
     return weight.removesuffix(".weight") + ".scale"

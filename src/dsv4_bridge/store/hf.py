@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from ..config import read_config, spec_from_config
 from ..encodings import ALLOWED, ENCODINGS, QUANTISED, of_dtype
 from ..errors import BridgeError
-from ..items import Item, Plan, expand, scale_name, stored
+from ..items import Item, Plan, draft_name, expand, scale_name, stored
 from ..spec import ModelSpec, replace_spec, short
 from ..variants import recognise
 from .safetensors import SafetensorsFolder, Shard, TensorInfo, some
@@ -155,7 +155,7 @@ def _bind(folder: SafetensorsFolder, config: Mapping[str, Any], spec: ModelSpec,
     ):
         spec = spec.without_draft()  # transformers drops the block on load
     _check_draft_kind(tensors, spec, folder.path)
-    own_head = any(n.removeprefix("model.") == "mtp.0.head.weight" for n in tensors)
+    own_head = any(n.removeprefix("model.") == draft_name("mtp.head") for n in tensors)
     plan = expand(spec, own_head and spec.mtp_layers > 0)
     bound, findings = _claim(tensors, plan, scheme)
     encodings = _class_encodings(bound)
@@ -320,7 +320,7 @@ def mixed_encodings(checkpoint: HFCheckpoint) -> Iterator[tuple[str, str, int]]:
 def _check_draft_kind(tensors: Mapping[str, TensorInfo], spec: ModelSpec, path: Path) -> None:
     # `num_nextn_predict_layers` stays 1 in DSpark releases: the tensors decide (trap 47).
     names = {n.removeprefix("model.") for n in tensors if n.removeprefix("model.").startswith("mtp.0.")}
-    dspark, mtp = "mtp.0.main_proj.weight" in names, "mtp.0.e_proj.weight" in names
+    dspark, mtp = draft_name("dspark.main_proj") in names, draft_name("mtp.e_proj") in names
     if dspark and spec.dspark is None:
         raise BridgeError(
             f"opening {path}: its mtp.* tensors are a DSpark drafter (mtp.0.main_proj.weight), but config.json has no "
