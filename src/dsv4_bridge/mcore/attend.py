@@ -1,0 +1,222 @@
+"""Attention over a window and compressed blocks, a chunk of queries at a time.
+
+One key head serves all query heads, and keys are values. The scores of a chunk exist only while it
+is computed, forward and backward, so memory grows with S x heads x head_dim, never with S x S.
+
+Shapes: b batch, s queries, n compressed blocks, h heads, d head_dim, k chosen blocks.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Scores held at a time, in elements; a chunk shrinks to stay below it.
+_BUDGET = 1 << 22
+_LEAST = 16
+# Up to so many blocks a chosen one, computing them all and masking beats gathering the chosen.
+_DENSE = 4
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What queries may see.
+
+    Attributes:
+        window: tokens of the sliding window, the query's own among them.
+        ratio: tokens a compressed block; query t sees block i if i < (t + 1) // ratio. 0: no blocks.
+        chunk: queries at a time at most.
+    """
+
+    window: int
+    ratio: int
+    chunk: int
+
+    def blocks(self, queries: int) -> int:
+        """Blocks that the last of so many queries sees."""
+        return queries // self.ratio if self.ratio else 0
+
+
+def attend(q: Tensor, kv: Tensor, blocks: Tensor | None, chosen: Tensor | None, sink: Tensor, reach: Reach) -> Tensor:
+    """Softmax over window, visible blocks and the sink; the sink adds to the denominator only.
+
+    Args:
+        q: [b, s, h, d].
+        kv: [b, s, d], keys and values of the window.
+        blocks: [b, n, d] compressed entries, or None.
+        chosen: [b, s, k] int64 indices of the blocks each query attends to, -1 for none; None: all visible.
+        sink: [h] float32.
+        reach: what queries may see.
+
+    Returns:
+        [b, s, h, d] in q's type. Scores are scaled by d^-0.5 (no YaRN factor, trap 12).
+    """
+    if blocks is not None and blocks.shape[1] == 0:
+        blocks = chosen = None
+    result = _Attend.apply(q, kv, blocks, chosen, sink, reach)
+    assert isinstance(result, Tensor)
+    return result
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, kv, blocks, chosen, sink, reach):  # type: ignore[override]
+        out = torch.empty_like(q)
+        total = q.new_empty(q.shape[:3], dtype=torch.float32)  # log of the softmax's denominator
+        for part in _parts(q, kv, blocks, chosen, reach):
+            scores = part.scores(q[:, part.start : part.stop])
+            top = torch.maximum(scores.amax(-1), sink)
+            weights = (scores - top.unsqueeze(-1)).exp_()
+            below = weights.sum(-1) + (sink - top).exp()
+            out[:, part.start : part.stop] = part.mix((weights / below.unsqueeze(-1)).to(q.dtype))
+            total[:, part.start : part.stop] = top + below.log()
+        ctx.save_for_backward(q, kv, blocks, chosen, sink, out, total)
+        ctx.reach = reach
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        q, kv, blocks, chosen, sink, out, total = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_q = torch.empty_like(q)
+        grad_kv = torch.zeros_like(kv, dtype=torch.float32)
+        grad_blocks = None if blocks is None else torch.zeros_like(blocks, dtype=torch.float32)
+        spread = (grad.float() * out.float()).sum(-1)  # [b, s, h]
+        for part in _parts(q, kv, blocks, chosen, ctx.reach):
+            here = slice(part.start, part.stop)
+            weights = (part.scores(q[:, here]) - total[:, here].unsqueeze(-1)).exp_()
+            pull = part.dot(grad[:, here]).float()
+            pull.sub_(spread[:, here].unsqueeze(-1)).mul_(weights).mul_(part.scale)
+            pull, weights = pull.to(q.dtype), weights.to(q.dtype)
+            grad_q[:, here] = part.mix(pull)
+            part.gather_grad(pull, q[:, here], grad_kv, grad_blocks)
+            part.gather_grad(weights, grad[:, here], grad_kv, grad_blocks)
+        grad_sink = -((sink - total).exp() * spread).sum((0, 1))
+        return (
+            grad_q,
+            grad_kv.to(kv.dtype),
+            None if grad_blocks is None or blocks is None else grad_blocks.to(blocks.dtype),
+            None,
+            grad_sink.to(sink.dtype),
+            None,
+        )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One chunk of queries with its keys: a shared piece [b, m, d], and maybe a piece of its own [b, c, k, d]."""
+
+    start: int
+    stop: int
+    first: int  # first window key
+    seen: int  # blocks that are computed for all queries of the chunk
+    keys: Tensor  # [b, window keys + seen, d]
+    mask: Tensor  # [1 or b, c, keys], True: visible
+    own: Tensor | None  # [b, c, k, d], gathered blocks
+    picked: Tensor | None  # [b, c, k], their indices; -1: none
+
+    @property
+    def scale(self) -> float:
+        return self.keys.shape[-1] ** -0.5
+
+    def dot(self, x: Tensor) -> Tensor:
+        """[b, c, h, d] times every key: [b, c, h, keys]."""
+        shared = torch.matmul(x.flatten(1, 2), self.keys.mT).unflatten(1, x.shape[1:3])
+        if self.own is None:
+            return shared
+        return torch.cat([shared, torch.matmul(x, self.own.mT)], -1)
+
+    def scores(self, q: Tensor) -> Tensor:
+        """Scaled and masked, float32: [b, c, h, keys]."""
+        scores = self.dot(q).float().mul_(self.scale)
+        split = self.keys.shape[1]
+        scores[..., :split].masked_fill_(~self.mask.unsqueeze(2), -math.inf)
+        if self.picked is not None:
+            scores[..., split:].masked_fill_((self.picked < 0).unsqueeze(2), -math.inf)
+        return scores
+
+    def mix(self, weights: Tensor) -> Tensor:
+        """Weighted sum of the keys: [b, c, h, keys] -> [b, c, h, d]."""
+        split = self.keys.shape[1]
+        mixed = torch.matmul(weights[..., :split].flatten(1, 2), self.keys).unflatten(1, weights.shape[1:3])
+        return mixed if self.own is None else mixed + torch.matmul(weights[..., split:], self.own)
+
+    def gather_grad(self, weights: Tensor, x: Tensor, grad_kv: Tensor, grad_blocks: Tensor | None) -> None:
+        """Add weights^T x to the gradients of the keys: [b, c, h, keys], [b, c, h, d]."""
+        split = self.keys.shape[1]
+        shared = torch.matmul(weights[..., :split].flatten(1, 2).mT, x.flatten(1, 2)).float()
+        wide = split - self.seen
+        grad_kv[:, self.first : self.stop] += shared[:, :wide]
+        if grad_blocks is None:
+            return
+        if self.seen:
+            grad_blocks[:, : self.seen] += shared[:, wide:]
+        if self.own is not None and self.picked is not None:
+            mine = torch.matmul(weights[..., split:].mT, x).float()  # [b, c, k, d]; zero where nothing is picked
+            at = self.picked.clamp(min=0).flatten(1, 2).unsqueeze(-1).expand(-1, -1, x.shape[-1])
+            grad_blocks.scatter_add_(1, at, mine.flatten(1, 2))
+
+
+def _parts(q: Tensor, kv: Tensor, blocks: Tensor | None, chosen: Tensor | None, reach: Reach) -> Iterator[_Part]:
+    batch, length, heads, _ = q.shape
+    start = 0
+    while start < length:
+        most = reach.blocks(min(start + reach.chunk, length)) if blocks is not None else 0
+        apart = chosen is not None and most > _DENSE * chosen.shape[2]
+        keys = reach.window + (chosen.shape[2] if apart and chosen is not None else most)
+        size = _BUDGET // (batch * heads * keys)
+        stop = min(start + max(_LEAST, min(size, reach.chunk)), length)
+        yield _part(start, stop, kv, blocks, chosen, reach, apart)
+        start = stop
+
+
+def _part(
+    start: int, stop: int, kv: Tensor, blocks: Tensor | None, chosen: Tensor | None, reach: Reach, apart: bool
+) -> _Part:
+    first = max(0, start - reach.window + 1)
+    query = torch.arange(start, stop, device=kv.device)[:, None]
+    token = torch.arange(first, stop, device=kv.device)
+    mask = ((token <= query) & (token > query - reach.window)).unsqueeze(0)
+    keys = kv[:, first:stop]
+    if blocks is None:
+        return _Part(start, stop, first, 0, keys, mask, None, None)
+    if apart and chosen is not None:
+        picked = chosen[:, start:stop]
+        at = picked.clamp(min=0).flatten(1, 2).unsqueeze(-1).expand(-1, -1, blocks.shape[-1])
+        own = blocks.gather(1, at).unflatten(1, picked.shape[1:])
+        return _Part(start, stop, first, 0, keys, mask, own, picked)
+    seen = reach.blocks(stop)
+    if chosen is None:
+        visible = torch.arange(seen, device=kv.device) < (query + 1) // reach.ratio
+        visible = visible.unsqueeze(0)
+    else:
+        picked = chosen[:, start:stop]
+        visible = torch.zeros((*picked.shape[:2], seen + 1), dtype=torch.bool, device=kv.device)
+        visible.scatter_(2, torch.where(picked < 0, seen, picked), True)
+        visible = visible[..., :seen]
+        mask = mask.expand(len(picked), -1, -1)
+    return _Part(
+        start, stop, first, seen, torch.cat([keys, blocks[:, :seen]], 1), torch.cat([mask, visible], -1), None, None
+    )
+
+
+def attend_one(q: Tensor, keys: Tensor, visible: Tensor, sink: Tensor) -> Tensor:
+    """The same for one query a row, over keys gathered already.
+
+    Args:
+        q: [b, h, d].
+        keys: [b, m, d].
+        visible: [b, m] bool.
+        sink: [h] float32.
+
+    Returns:
+        [b, h, d].
+    """
+    scores = torch.matmul(q, keys.mT).float() * keys.shape[-1] ** -0.5
+    scores = scores.masked_fill(~visible.unsqueeze(1), -math.inf)
+    top = torch.maximum(scores.amax(-1), sink).unsqueeze(-1)
+    weights = (scores - top).exp()
+    weights = weights / (weights.sum(-1, keepdim=True) + (sink.unsqueeze(-1) - top).exp())
+    return torch.matmul(weights.to(q.dtype), keys)

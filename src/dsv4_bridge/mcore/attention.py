@@ -1,0 +1,174 @@
+"""DeepSeek-V4's hybrid attention as a megatron module.
+
+Low-rank queries, one key head that is also the value, rotation of the last channels and its inverse
+on the output, a window plus compressed blocks (none, all of ratio 128, or chosen ones of ratio 4), a
+learned sink, and an output projection by groups of heads.
+"""
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from .attend import Reach, attend, attend_one
+from .cache import Cache, LayerCache, slot_positions
+from .compressor import Compressor
+from .config import DeepSeekV4Config
+from .floats import KeepsFloat32
+from .indexer import Indexer
+from .layers import Linear, RMSNorm, inverse_rms, new_parameter
+from .observe import observe
+from .rope import Rotary, rotate
+
+
+class CoreAttention(KeepsFloat32, MegatronModule):
+    """What queries meet: the sink, and the compressor and indexer where the layer has them."""
+
+    float32_names = ("attn_sink",)
+
+    def __init__(self, config: DeepSeekV4Config, ratio: int, block: str):
+        super().__init__(config)
+        self.config: DeepSeekV4Config = config
+        self.ratio, self.block = ratio, block
+        self.attn_sink = new_parameter((config.num_attention_heads,), config, torch.float32)
+        torch.nn.init.zeros_(self.attn_sink)
+        self.compressor = Compressor(config, ratio, config.v_head_dim) if ratio else None
+        self.indexer = Indexer(config) if ratio == 4 else None
+
+    def forward(
+        self, q: Tensor, kv: Tensor, x: Tensor, qr: Tensor, turn: Tensor, cache: LayerCache | None, lengths: Tensor
+    ) -> Tensor:
+        """Attention of whole sequences.
+
+        Args:
+            q: [b, s, heads, d], rotated.
+            kv: [b, s, d], rotated.
+            x: [s, b, hidden], the layer's input.
+            qr: [s, b, q_lora_rank].
+            turn: [s, pairs].
+            cache: memory to fill, or None.
+            lengths: [b], tokens that are no padding; read with a cache only.
+
+        Returns:
+            [b, s, heads, d].
+        """
+        reach = Reach(self.config.csa_window_size, self.ratio, self.config.attention_chunk)
+        blocks = chosen = None
+        if cache is not None:
+            cache.window.fill(kv, lengths)
+        if self.compressor is not None:
+            blocks = self.compressor(x, cache and cache.compressor, lengths)
+            blocks = observe("attn.compressor", self.block, blocks)
+        if self.indexer is not None:
+            chosen = self.indexer(x.detach(), qr.detach(), turn, cache and cache.indexer, lengths)
+            chosen = observe("attn.index", self.block, chosen)
+        return attend(q, kv, blocks, chosen, self.attn_sink, reach)
+
+    def step(
+        self, q: Tensor, kv: Tensor, x: Tensor, qr: Tensor, turn: Tensor, cache: LayerCache, positions: Tensor
+    ) -> Tensor:
+        """Attention of one token a row: q [b, heads, d], kv [b, d], x [b, hidden], qr, turn [b, …], positions [b]."""
+        keys = cache.window.put(kv, positions)
+        seen = slot_positions(positions + 1, cache.window.slots) >= 0
+        if self.compressor is not None and cache.compressor is not None:
+            entries = self.compressor.step(x, cache.compressor, positions)
+            if self.indexer is not None and cache.indexer is not None:
+                chosen = self.indexer.step(x, qr, turn, cache.indexer, positions)
+                chosen = observe("attn.index", self.block, chosen.unsqueeze(1)).squeeze(1)
+                at = chosen.clamp(min=0).unsqueeze(-1).expand(-1, -1, entries.shape[-1])
+                entries, visible = entries.gather(1, at), chosen >= 0
+            else:
+                count = (positions + 1) // self.ratio
+                entries = entries[:, : max(1, int(count.max()))]
+                visible = torch.arange(entries.shape[1], device=q.device) < count[:, None]
+            keys, seen = torch.cat([keys, entries], 1), torch.cat([seen, visible], 1)
+        return attend_one(q, keys, seen, self.attn_sink)
+
+
+class HybridAttention(MegatronModule):
+    """One attention sub-layer.
+
+    Args:
+        config: the model's.
+        layer_number: global, from 1.
+        attn_mask_type: causal; megatron's MTP layer asks for it.
+        compress_ratio: 0, 4 or 128.
+        block: name of the block for `observe`.
+        pg_collection: process groups.
+    """
+
+    def __init__(
+        self,
+        config: DeepSeekV4Config,
+        layer_number: int,
+        compress_ratio: int,
+        block: str,
+        attn_mask_type: AttnMaskType = AttnMaskType.causal,
+        pg_collection: ProcessGroupCollection | None = None,
+        name: str | None = None,
+    ):
+        super().__init__(config)
+        assert pg_collection is not None
+        self.config: DeepSeekV4Config = config
+        self.layer_number, self.attn_mask_type, self.block = layer_number, attn_mask_type, block
+        self.tp_group = pg_collection.tp
+        self.heads, self.width, self.groups = config.num_attention_heads, config.v_head_dim, config.o_groups
+        hidden, low = config.hidden_size, config.q_lora_rank
+        grouped = config.o_groups * config.o_lora_rank
+        parallel = {
+            "config": config,
+            "init_method": config.init_method,
+            "bias": False,
+            "skip_bias_add": False,
+            "tp_group": self.tp_group,
+        }
+        self.linear_q_down_proj = Linear(hidden, low, config)
+        self.q_layernorm = RMSNorm(config, low, config.layernorm_epsilon)
+        self.linear_q_up_proj = ColumnParallelLinear(low, self.heads * self.width, gather_output=False, **parallel)
+        self.linear_kv_proj = Linear(hidden, self.width, config)
+        self.kv_layernorm = RMSNorm(config, self.width, config.layernorm_epsilon)
+        self.core_attention = CoreAttention(config, compress_ratio, block)
+        self.linear_o_group_proj = new_parameter(
+            (grouped, self.heads * self.width // self.groups), config, config.params_dtype
+        )
+        if config.perform_initialization and config.init_method is not None:
+            config.init_method(self.linear_o_group_proj)
+        self.linear_proj = RowParallelLinear(grouped, hidden, input_is_parallel=True, **parallel)
+
+    def forward(self, x: Tensor, rotary: Rotary, cache: Cache | None = None) -> Tensor:
+        """[s, b, hidden] -> [s, b, hidden].
+
+        Args:
+            x: normed input of the sub-layer.
+            rotary: turns of the positions: [s, pairs], or [b, pairs] for a step with a filled cache.
+            cache: None; one to fill with whole prompts; or a filled one, and then s is 1.
+        """
+        ratio = self.core_attention.ratio
+        turn = rotary.of(ratio)
+        stepping = cache is not None and cache.filled
+        # One token a row in a step: positions run along the batch instead of the sequence.
+        across = turn.unsqueeze(0) if stepping else turn.unsqueeze(1)
+        qr = self.q_layernorm(self.linear_q_down_proj(x))
+        q = self.linear_q_up_proj(qr)[0].unflatten(-1, (self.heads, self.width))  # [s, b, heads, d]
+        q = q * inverse_rms(q, self.config.layernorm_epsilon).to(q.dtype)
+        q = rotate(q, across.unsqueeze(2))
+        kv = rotate(self.kv_layernorm(self.linear_kv_proj(x)), across)  # [s, b, d]
+        layer = None if cache is None else cache.layers[self.layer_number - 1]
+        if stepping and cache is not None and layer is not None:
+            out = self.core_attention.step(q[0], kv[0], x[0], qr[0], turn, layer, cache.lengths).unsqueeze(0)
+        else:
+            lengths = torch.empty(0) if cache is None else cache.lengths
+            out = self.core_attention(
+                q.transpose(0, 1).contiguous(), kv.transpose(0, 1).contiguous(), x, qr, turn, layer, lengths
+            ).transpose(0, 1)
+        out = rotate(out, across.unsqueeze(2), inverse=True)  # [s, b, heads, d]
+        return self.linear_proj(self._by_group(out))[0]
+
+    def _by_group(self, out: Tensor) -> Tensor:
+        """[s, b, heads, d] -> [s, b, groups * o_lora_rank]: each group of heads by its own matrix."""
+        weight = self.linear_o_group_proj.unflatten(0, (self.groups, -1))  # [g, r, heads*d/g]
+        tokens = out.flatten(2).unflatten(-1, (self.groups, -1)).flatten(0, 1)  # [s*b, g, heads*d/g]
+        mixed = torch.bmm(tokens.transpose(0, 1), weight.mT).transpose(0, 1)  # [s*b, g, r]
+        return mixed.flatten(1).unflatten(0, out.shape[:2])

@@ -1,0 +1,218 @@
+"""The model's configuration on megatron-core 0.19: ModelSpec -> DeepSeekV4Config, and what is refused.
+
+Field names that megatron-core 0.19 lacks are those of the Megatron-LM dev branch, so that a recipe
+written for either reads the same.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+from ..errors import BridgeError
+from ..spec import ModelSpec
+
+
+@dataclass
+class DeepSeekV4Config(MLATransformerConfig):
+    """Megatron's configuration with the numbers of DeepSeek-V4; made by `model_config`.
+
+    Attributes:
+        o_groups: groups of the output projection.
+        o_lora_rank: width of each group's output.
+        csa_compress_rotary_base: rotary base of layers with compression (window layers: rotary_base).
+        csa_window_size: tokens of the sliding window, the query's own among them.
+        csa_compress_ratios: 0, 4 or 128, one a decoder layer and one an MTP layer.
+        num_residual_streams: hyper-connection streams.
+        mhc_sinkhorn_iterations: iterations of the mixing matrix's normalisation.
+        mhc_eps: added to the mixing weights and their sums (`hc_eps` of config.json).
+        moe_n_hash_layers: first layers, which route by token id.
+        actual_vocab_size: rows of a hash layer's table.
+        attention_chunk: queries that attention computes at a time at most; it changes memory, not values.
+    """
+
+    o_groups: int = 8
+    o_lora_rank: int = 1024
+    csa_compress_rotary_base: float = 160000.0
+    csa_window_size: int = 128
+    csa_compress_ratios: tuple[int, ...] = ()
+    num_residual_streams: int = 4
+    mhc_sinkhorn_iterations: int = 20
+    mhc_eps: float = 1e-6
+    moe_n_hash_layers: int = 0
+    actual_vocab_size: int = 0
+    attention_chunk: int = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        refuse_unsound(self)
+
+
+def refuse_unsound(config: DeepSeekV4Config) -> None:
+    """Raise where a setting would change the numbers without a word, or cannot work.
+
+    Raises:
+        BridgeError: every such setting, with its reason.
+    """
+    rules = (
+        (config.bias_activation_fusion, "bias_activation_fusion", "megatron's fused SwiGLU drops the clamp (trap 28)"),
+        (
+            config.moe_shared_expert_overlap,
+            "moe_shared_expert_overlap",
+            "the overlapped shared expert drops the clamp (trap 28)",
+        ),
+        (
+            config.use_te_activation_func,
+            "use_te_activation_func",
+            "Transformer Engine's SwiGLU has no clamp (trap 28)",
+        ),
+        (
+            config.use_transformer_engine_op_fuser,
+            "use_transformer_engine_op_fuser",
+            "its fused SwiGLU has no clamp (trap 28)",
+        ),
+        (
+            config.rotary_percent != 1.0,
+            "rotary_percent",
+            "qk_pos_emb_head_dim is already the rotated width; another factor would rotate less of it (trap 9)",
+        ),
+        (config.apply_rope_fusion, "apply_rope_fusion", "the fused kernel has neither inverse nor partial rotation"),
+        (config.mscale not in (0.0, 1.0), "mscale", "DeepSeek-V4's YaRN has no attention factor (trap 12)"),
+        (config.moe_router_fusion, "moe_router_fusion", "the fused router takes no precomputed choice of experts"),
+        (config.moe_router_pre_softmax, "moe_router_pre_softmax", "scores are sqrt(softplus), not a softmax"),
+        (
+            config.moe_router_score_function != "sqrtsoftplus",
+            "moe_router_score_function",
+            "scores are sqrt(softplus) (trap 24)",
+        ),
+        (
+            config.moe_expert_capacity_factor is not None,
+            "moe_expert_capacity_factor",
+            "DeepSeek-V4 drops no token; a capacity would",
+        ),
+        (config.moe_apply_probs_on_input, "moe_apply_probs_on_input", "routing weights belong behind the activation"),
+        (config.mtp_num_layers == 0, "mtp_num_layers", "0 is not None to megatron; a model without MTP has None"),
+        (config.mtp_use_repeated_layer, "mtp_use_repeated_layer", "each MTP depth has weights of its own"),
+        (config.fp8 is not None, "fp8", "the reference computes in the parameters' type"),
+        (config.fp4 is not None, "fp4", "the reference computes in the parameters' type"),
+        (config.fp16, "fp16", "activations of DeepSeek-V4 leave float16's range; take bf16"),
+        (config.fp32_residual_connection, "fp32_residual_connection", "streams have the parameters' type"),
+        (config.hidden_dropout != 0, "hidden_dropout", "hyper-connections have no dropout"),
+        (config.attention_dropout != 0, "attention_dropout", "the attention has no dropout"),
+        (config.tensor_model_parallel_size > 1, "tensor_model_parallel_size", "attention is not cut over ranks yet"),
+        (config.context_parallel_size > 1, "context_parallel_size", "sequences are not cut over ranks yet"),
+        (config.sequence_parallel, "sequence_parallel", "it needs tensor parallelism"),
+        (config.cuda_graph_impl != "none", "cuda_graph_impl", "attention's loops depend on the sequence length"),
+        (config.use_mup, "use_mup", "DeepSeek-V4 has no such scaling"),
+        (
+            config.virtual_pipeline_model_parallel_size is not None,
+            "virtual_pipeline_model_parallel_size",
+            "interleaved stages are not supported yet",
+        ),
+        (
+            config.pipeline_model_parallel_size > 1,
+            "pipeline_model_parallel_size",
+            "streams are not passed between stages yet",
+        ),
+        (
+            config.recompute_granularity == "selective"
+            and bool(set(config.recompute_modules or ()) - {"moe", "shared_experts"}),
+            "recompute_modules",
+            "attention and mixing recompute by themselves; moe and shared_experts may be chosen",
+        ),
+    )
+    found = [f"  {name}={getattr(config, name)!r}: {why}" for bad, name, why in rules if bad]
+    draft = config.mtp_num_layers or 0
+    if len(config.csa_compress_ratios) != config.num_layers + draft:
+        found.append(
+            f"  csa_compress_ratios has {len(config.csa_compress_ratios)} entries, expected one for each of "
+            f"{config.num_layers} layers and {draft} MTP layers (trap 51)"
+        )
+    if unknown := sorted(set(config.csa_compress_ratios) - {0, 4, 128}):
+        found.append(f"  csa_compress_ratios holds {unknown}: DeepSeek-V4 knows 0, 4 and 128")
+    if found:
+        raise BridgeError(
+            "configuring the model: these settings would change its numbers or do not work:\n" + "\n".join(found)
+        )
+
+
+def model_config(spec: ModelSpec, *, dtype: torch.dtype = torch.float32, **settings: Any) -> DeepSeekV4Config:
+    """The configuration of `spec`.
+
+    Args:
+        spec: the model's numbers; a DSpark drafter is left out (it is no part of Megatron's model).
+        dtype: type of the parameters, float32 or bfloat16; what released checkpoints keep in float32
+            stays float32.
+        **settings: further fields of DeepSeekV4Config or TransformerConfig (recompute, loss weights …).
+
+    Raises:
+        BridgeError: a setting that is unknown, or refused (`refuse_unsound`).
+    """
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise BridgeError(f"configuring the model: parameters of {dtype}, expected torch.float32 or torch.bfloat16")
+    on_gpu = torch.cuda.is_available()
+    fields: dict[str, Any] = {
+        "num_layers": spec.num_hidden_layers,
+        "hidden_size": spec.hidden_size,
+        "ffn_hidden_size": spec.moe_intermediate_size,
+        "num_attention_heads": spec.num_attention_heads,
+        "v_head_dim": spec.head_dim,
+        "qk_head_dim": spec.head_dim - spec.qk_rope_head_dim,
+        "qk_pos_emb_head_dim": spec.qk_rope_head_dim,
+        "kv_lora_rank": spec.head_dim - spec.qk_rope_head_dim,
+        "q_lora_rank": spec.q_lora_rank,
+        "o_groups": spec.o_groups,
+        "o_lora_rank": spec.o_lora_rank,
+        "rotary_base": spec.rope_theta,
+        "csa_compress_rotary_base": spec.compress_rope_theta,
+        "rotary_scaling_factor": spec.rope_factor,
+        "original_max_position_embeddings": spec.rope_original_max_position_embeddings,
+        "beta_fast": spec.rope_beta_fast,
+        "beta_slow": spec.rope_beta_slow,
+        "mscale_all_dim": 1.0,
+        "csa_window_size": spec.sliding_window,
+        "csa_compress_ratios": spec.compress_ratios[: spec.num_hidden_layers + spec.mtp_layers],
+        "dsa_indexer_n_heads": spec.index_n_heads,
+        "dsa_indexer_head_dim": spec.index_head_dim,
+        "dsa_indexer_topk": spec.index_topk,
+        "num_residual_streams": spec.hc_mult,
+        "mhc_sinkhorn_iterations": spec.hc_sinkhorn_iters,
+        "mhc_eps": spec.hc_eps,
+        "layernorm_epsilon": spec.rms_norm_eps,
+        "num_moe_experts": spec.n_routed_experts,
+        "moe_router_topk": spec.num_experts_per_tok,
+        "moe_ffn_hidden_size": spec.moe_intermediate_size,
+        "moe_shared_expert_intermediate_size": spec.shared_intermediate_size,
+        "moe_router_score_function": spec.scoring_func,
+        "moe_router_topk_scaling_factor": spec.routed_scaling_factor,
+        "moe_router_enable_expert_bias": True,
+        "moe_router_load_balancing_type": "none",
+        "moe_router_dtype": "fp32",
+        "moe_token_dispatcher_type": "alltoall" if on_gpu else "allgather",
+        "moe_n_hash_layers": spec.num_hash_layers,
+        "actual_vocab_size": spec.vocab_size,
+        "activation_func": torch.nn.functional.silu,
+        "activation_func_clamp_value": spec.swiglu_limit,
+        "gated_linear_unit": True,
+        "add_bias_linear": False,
+        "qk_layernorm": True,
+        "normalization": "RMSNorm",
+        "mtp_num_layers": spec.mtp_layers or None,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "init_method_std": spec.initializer_range or 0.02,
+        "params_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+        "pipeline_dtype": dtype,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "persist_layer_norm": False,
+        "use_cpu_initialization": not on_gpu,
+        "hetereogenous_dist_checkpoint": True,
+    }
+    try:
+        return DeepSeekV4Config(**fields | settings)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise BridgeError(f"configuring the model: {error}") from None

@@ -1,0 +1,155 @@
+"""Manifold-constrained hyper-connections: several residual streams, mixed around every sub-layer.
+
+Streams are [s, b, n*h], stream-major; n streams of width h. The mathematics is transformers'
+DeepseekV4HyperConnection: eps inside the root (trap 3), the mixing matrix used transposed (trap 1),
+weights computed and applied in float32.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .config import DeepSeekV4Config
+from .floats import KeepsFloat32
+from .layers import inverse_rms, new_parameter
+
+
+class _Sinkhorn(torch.autograd.Function):
+    """Alternate column and row normalisation; the backward repeats the forward instead of storing it."""
+
+    @staticmethod
+    def forward(ctx, start: Tensor, iterations: int, eps: float) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(start)
+        ctx.iterations, ctx.eps = iterations, eps
+        matrix = start
+        for axis in _axes(iterations):
+            matrix = matrix / (matrix.sum(axis, keepdim=True) + eps)
+        return matrix
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        (matrix,) = ctx.saved_tensors
+        steps = []
+        for axis in _axes(ctx.iterations):
+            total = matrix.sum(axis, keepdim=True) + ctx.eps
+            matrix = matrix / total
+            steps.append((axis, matrix, total))
+        for axis, normalised, total in reversed(steps):
+            grad = (grad - (grad * normalised).sum(axis, keepdim=True)) / total
+        return grad, None, None
+
+
+def _axes(iterations: int) -> list[int]:
+    return [-2] + [-1, -2] * (iterations - 1)
+
+
+def sinkhorn(start: Tensor, iterations: int, eps: float) -> Tensor:
+    """Make a positive matrix nearly doubly stochastic: columns, then (iterations - 1) times rows and columns.
+
+    Args:
+        start: […, n, n] float32, positive.
+        iterations: 20 in the released models.
+        eps: added to every sum.
+    """
+    result = _Sinkhorn.apply(start, iterations, eps)
+    assert isinstance(result, Tensor)
+    return result
+
+
+class HyperConnection(KeepsFloat32):
+    """The mixing around one sub-layer.
+
+    `mapping_proj.weight` [n*n+2n, n*h], `bias` [n*n+2n] and the three `alpha_*` [1] are float32: the
+    released `hc_*_fn`, `hc_*_base` and the three numbers of `hc_*_scale`.
+    """
+
+    float32_names = ("bias", "alpha_pre", "alpha_post", "alpha_res")
+
+    def __init__(self, config: DeepSeekV4Config):
+        super().__init__()
+        self.config = config
+        self.n = config.num_residual_streams
+        size = self.n * (self.n + 2)
+        self.mapping_proj = _Mapping((size, self.n * config.hidden_size), config)
+        self.bias = new_parameter((size,), config, torch.float32)
+        self.alpha_pre = new_parameter((1,), config, torch.float32)
+        self.alpha_post = new_parameter((1,), config, torch.float32)
+        self.alpha_res = new_parameter((1,), config, torch.float32)
+        torch.nn.init.zeros_(self.bias)
+        for alpha in (self.alpha_pre, self.alpha_post, self.alpha_res):
+            torch.nn.init.ones_(alpha)
+
+    def forward(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Collapse the streams for a sub-layer.
+
+        Args:
+            streams: [s, b, n*h].
+
+        Returns:
+            The sub-layer's input [s, b, h], and what `expand` needs: post [s, b, n] and mixing
+            matrix [s, b, n, n], both float32.
+        """
+        n, eps = self.n, self.config.mhc_eps
+        wide = streams.float()
+        # The projection is linear: scaling its 24 outputs costs less than scaling its input.
+        mapped = F.linear(wide, self.mapping_proj.weight) * inverse_rms(wide, self.config.layernorm_epsilon)
+        pre, post, mix = mapped.split([n, n, n * n], dim=-1)
+        bias_pre, bias_post, bias_mix = self.bias.split([n, n, n * n])
+        pre = torch.sigmoid(pre * self.alpha_pre + bias_pre) + eps
+        post = 2 * torch.sigmoid(post * self.alpha_post + bias_post)
+        mix = torch.softmax((mix * self.alpha_res + bias_mix).unflatten(-1, (n, n)), dim=-1) + eps
+        return collapse(streams, pre), post, sinkhorn(mix, self.config.mhc_sinkhorn_iterations, eps)
+
+    def expand(self, output: Tensor, streams: Tensor, post: Tensor, mix: Tensor) -> Tensor:
+        """Write a sub-layer's output back: stream j = post[j] * output + sum over i of mix[i, j] * stream i.
+
+        Args:
+            output: [s, b, h].
+            streams: [s, b, n*h], as `forward` got them.
+            post: [s, b, n].
+            mix: [s, b, n, n].
+
+        Returns:
+            [s, b, n*h].
+        """
+        dtype = streams.dtype
+        mixed = torch.matmul(mix.to(dtype).transpose(-1, -2), streams.unflatten(-1, (self.n, -1)))
+        return (mixed + post.to(dtype).unsqueeze(-1) * output.unsqueeze(-2)).flatten(-2)
+
+
+class _Mapping(KeepsFloat32):
+    float32_names = ("weight",)
+
+    def __init__(self, shape: tuple[int, int], config: DeepSeekV4Config):
+        super().__init__()
+        self.weight = new_parameter(shape, config, torch.float32)
+        if config.perform_initialization and config.init_method is not None:
+            config.init_method(self.weight)
+
+
+def collapse(streams: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sum of the streams, in float32: [s, b, n*h], [s, b, n] -> [s, b, h] in the streams' type."""
+    parts = streams.unflatten(-1, (weights.shape[-1], -1))
+    return torch.matmul(weights.unsqueeze(-2), parts.float()).squeeze(-2).to(streams.dtype)
+
+
+def new_head(module: torch.nn.Module, config: DeepSeekV4Config) -> None:
+    """Give `module` the three parameters of the learned head: hc_head_fn [n, n*h], _base [n], _scale [1]."""
+    n = config.num_residual_streams
+    module.hc_head_fn = new_parameter((n, n * config.hidden_size), config, torch.float32)
+    module.hc_head_base = new_parameter((n,), config, torch.float32)
+    module.hc_head_scale = new_parameter((1,), config, torch.float32)
+    if config.perform_initialization and config.init_method is not None:
+        config.init_method(module.hc_head_fn)
+    torch.nn.init.zeros_(module.hc_head_base)
+    torch.nn.init.ones_(module.hc_head_scale)
+
+
+HEAD_NAMES = ("hc_head_fn", "hc_head_base", "hc_head_scale")
+
+
+def collapse_by_head(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, config: DeepSeekV4Config) -> Tensor:
+    """The learned head: [s, b, n*h] -> [s, b, h] (transformers' DeepseekV4HyperHead)."""
+    wide = streams.float()
+    mapped = F.linear(wide, fn) * inverse_rms(wide, config.layernorm_epsilon)
+    return collapse(streams, torch.sigmoid(mapped * scale + base) + config.mhc_eps)

@@ -1,0 +1,105 @@
+"""The lightning indexer: which compressed blocks a query of a CSA layer attends to.
+
+score(t, i) = sum over heads of w[t, head] * relu(q[t, head] . k[i]), on entries of its own compressor;
+the best `index_topk` visible blocks are chosen. The choice has no gradient: in the model the indexer
+is frozen by construction, as in transformers, and is trained by an objective of its own (technical
+report 2.3.1). The Hadamard rotation of the released inference code is orthonormal, applied to both
+sides, and cancels (trap 16).
+"""
+
+import math
+
+import torch
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from .cache import CompressorCache
+from .compressor import Compressor
+from .config import DeepSeekV4Config
+from .layers import Linear
+from .rope import rotate
+
+# Scores held at a time, in elements.
+_BUDGET = 1 << 22
+
+
+class Indexer(MegatronModule):
+    """Chooses blocks for queries."""
+
+    def __init__(self, config: DeepSeekV4Config):
+        super().__init__(config)
+        self.config: DeepSeekV4Config = config
+        sizes = config.dsa_indexer_n_heads, config.dsa_indexer_head_dim, config.dsa_indexer_topk
+        self.heads, self.width, self.topk = (int(size or 0) for size in sizes)
+        self.linear_wq_b = Linear(config.q_lora_rank, self.heads * self.width, config)
+        self.linear_weights_proj = Linear(config.hidden_size, self.heads, config)
+        self.compressor = Compressor(config, 4, self.width)
+
+    @torch.no_grad()
+    def forward(
+        self,
+        x: Tensor,
+        qr: Tensor,
+        turn: Tensor,
+        cache: CompressorCache | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
+        """Blocks of every query.
+
+        Args:
+            x: [s, b, hidden].
+            qr: [s, b, q_lora_rank], the normed low-rank query.
+            turn: [s, pairs], rotation of the queries.
+            cache: memory of its compressor.
+            lengths: [b], with a cache.
+
+        Returns:
+            [b, s, k] int64, k = min(index_topk, blocks); -1 where a query sees fewer.
+        """
+        length = x.shape[0]
+        keys = self.compressor(x, cache, lengths)  # [b, n, width]
+        count = keys.shape[1]
+        visible = (torch.arange(length, device=x.device) + 1) // 4  # [s]
+        if count <= self.topk:  # all that is visible is chosen
+            block = torch.arange(count, device=x.device)
+            everything = torch.where(block < visible[:, None], block, -1)
+            return everything.expand(x.shape[1], -1, -1)
+        weights = self._weights(x).transpose(0, 1)  # [b, s, heads]
+        queries = self._queries(qr, turn[:, None, None]).transpose(0, 1)  # [b, s, heads, width]
+        chunk = max(1, _BUDGET // (x.shape[1] * self.heads * count))
+        chosen = []
+        for start in range(0, length, chunk):
+            here = slice(start, start + chunk)
+            scores = index_scores(queries[:, here], keys, weights[:, here])
+            chosen.append(best_blocks(scores, visible[here].unsqueeze(0), self.topk))
+        return torch.cat(chosen, 1)
+
+    @torch.no_grad()
+    def step(self, x: Tensor, qr: Tensor, turn: Tensor, cache: CompressorCache, positions: Tensor) -> Tensor:
+        """Blocks of one query a row: [b, hidden], [b, q_lora_rank], [b, pairs], [b] -> [b, k]."""
+        keys = self.compressor.step(x, cache, positions)
+        visible = (positions + 1) // 4
+        used = keys[:, : max(1, int(visible.max()))]
+        queries = self._queries(qr, turn[:, None]).unsqueeze(1)
+        scores = index_scores(queries, used, self._weights(x).unsqueeze(1))
+        return best_blocks(scores, visible[:, None], min(self.topk, used.shape[1])).squeeze(1)
+
+    def _queries(self, qr: Tensor, turn: Tensor) -> Tensor:
+        return rotate(self.linear_wq_b(qr).unflatten(-1, (self.heads, self.width)), turn)
+
+    def _weights(self, x: Tensor) -> Tensor:
+        return self.linear_weights_proj(x).float() * self.heads**-0.5
+
+
+def index_scores(q: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
+    """Scores in float32: q [b, s, heads, w], keys [b, n, w], weights [b, s, heads] -> [b, s, n]."""
+    dots = torch.matmul(q.float().flatten(1, 2), keys.float().mT).unflatten(1, q.shape[1:3])
+    dots = torch.relu(dots) * q.shape[-1] ** -0.5
+    return torch.matmul(weights.unsqueeze(2), dots).squeeze(2)
+
+
+def best_blocks(scores: Tensor, visible: Tensor, topk: int) -> Tensor:
+    """Indices of the best visible blocks: [b, s, n], [1 or b, s] -> [b, s, topk], -1 where there are fewer."""
+    hidden = torch.arange(scores.shape[-1], device=scores.device) >= visible.unsqueeze(-1)
+    best = scores.masked_fill(hidden, -math.inf).topk(topk, dim=-1).indices
+    return torch.where(best >= visible.unsqueeze(-1), -1, best)

@@ -1,0 +1,62 @@
+"""The plain layers: a replicated linear map and RMSNorm.
+
+Both carry an empty `_extra_state`, as megatron-core's own linears do: loaders ask for that object.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Linear(torch.nn.Module):
+    """`y = x W^T`, the same on every tensor-parallel rank. W is [out, in] of the parameters' type."""
+
+    def __init__(self, in_features: int, out_features: int, config: TransformerConfig):
+        super().__init__()
+        self.weight = new_parameter((out_features, in_features), config, config.params_dtype)
+        if config.perform_initialization and config.init_method is not None:
+            config.init_method(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[…, in] -> […, out]."""
+        return F.linear(x, self.weight)
+
+    def get_extra_state(self) -> None:
+        return None
+
+    def set_extra_state(self, state: Any) -> None:
+        pass
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm, computed in float32, eps inside the root (transformers' DeepseekV4RMSNorm)."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = new_parameter((hidden_size,), config, config.params_dtype)
+        torch.nn.init.ones_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[…, hidden] -> […, hidden], in x's type."""
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+    def get_extra_state(self) -> None:
+        return None
+
+    def set_extra_state(self, state: Any) -> None:
+        pass
+
+
+def inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """1 / root of the mean square over the last axis, float32: […, n] -> […, 1]."""
+    return torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+
+
+def new_parameter(shape: tuple[int, ...], config: TransformerConfig, dtype: torch.dtype) -> torch.nn.Parameter:
+    """An uninitialised parameter on the device that models are built on."""
+    device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+    return torch.nn.Parameter(torch.empty(shape, dtype=dtype, device=device))

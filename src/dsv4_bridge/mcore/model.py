@@ -1,0 +1,206 @@
+"""DeepSeek-V4 on megatron-core's GPT model."""
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.multi_token_prediction import process_mtp_loss, roll_tensor
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from torch import Tensor
+
+from ..errors import BridgeError
+from ..spec import ModelSpec
+from .block import HyperConnectedBlock
+from .cache import Cache
+from .config import DeepSeekV4Config, model_config
+from .mtp import MTPBlock
+from .rope import make_rotary
+from .runtime import initialize
+
+
+class DeepSeekV4Model(GPTModel):
+    """The whole model; parameter names are those of the Megatron-LM dev branch.
+
+    Made by `build_model`.
+    """
+
+    config: DeepSeekV4Config
+
+    def __init__(
+        self,
+        config: DeepSeekV4Config,
+        spec: ModelSpec,
+        max_sequence_length: int,
+        pg_collection: ProcessGroupCollection | None = None,
+        pre_process: bool = True,
+        post_process: bool = True,
+        parallel_output: bool = True,
+    ):
+        groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+        # GPTModel builds its own kind of decoder; it gets an empty one, and ours takes its place.
+        super().__init__(
+            config,
+            TransformerBlockSubmodules(layer_specs=[], layer_norm=None),  # type: ignore[arg-type]
+            vocab_size=spec.vocab_size,
+            max_sequence_length=max_sequence_length,
+            pre_process=pre_process,
+            post_process=post_process,
+            parallel_output=parallel_output,
+            position_embedding_type="none",
+            pg_collection=groups,
+        )
+        self.spec = spec
+        self.decoder = HyperConnectedBlock(
+            config, pre_process=pre_process, post_process=post_process, pg_collection=groups
+        )
+        self.mtp_process = bool(config.mtp_num_layers) and post_process
+        if self.mtp_process:
+            self.mtp = MTPBlock(config, groups)
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input: Tensor | None = None,
+        labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+        packed_seq_params: Any = None,
+        runtime_gather_output: bool | None = None,
+        cache: Cache | None = None,
+        last_only: bool = False,
+        **unknown: Any,
+    ) -> Tensor:
+        """Logits, or the loss of every token.
+
+        Attention is always causal and positions count from 0 (or from the cache's lengths):
+        `position_ids` and `attention_mask` are accepted for megatron's training loop and not read.
+
+        Args:
+            input_ids: [b, s] int64.
+            **unknown: refused, unless None.
+            position_ids: not read.
+            attention_mask: not read.
+            decoder_input: [s, b, h], embeddings in place of the ids' (hash layers read the ids still).
+            labels: [b, s], the token after each; then the result is the loss, and MTP depths add theirs
+                to the gradients (`mtp_loss_scaling_factor`).
+            loss_mask: [b, s], weights of the MTP losses.
+            padding_mask: [b, s], True for tokens that expert balance does not count.
+            packed_seq_params: refused.
+            runtime_gather_output: gather logits over tensor-parallel ranks.
+            cache: memory of decoding: an unfilled one takes the prompts over, a filled one takes one
+                token a row.
+            last_only: logits of each row's last token only, [b, 1, vocabulary].
+
+        Returns:
+            [b, s, vocabulary], or [b, s] losses with labels; streams [s, b, n*h] on a stage that is not the last.
+
+        Raises:
+            BridgeError: what this model does not do.
+        """
+        refused = {"packed_seq_params": packed_seq_params} | unknown
+        if asked := sorted(name for name, value in refused.items() if value is not None):
+            raise BridgeError(f"running the model: {', '.join(asked)} is not supported; give whole sequences, [b, s]")
+        batch, length = input_ids.shape
+        stepping = cache is not None and cache.filled
+        if cache is not None:
+            _check_cache(cache, batch, length)
+        if self.pre_process and decoder_input is None:
+            decoder_input = self.embedding(input_ids=input_ids, position_ids=position_ids)
+        positions = cache.lengths if stepping and cache else torch.arange(length, device=input_ids.device)
+        rotary = make_rotary(self.config, positions)
+        hidden, streams = self.decoder(decoder_input, rotary, input_ids, cache, padding_mask)
+        if not self.post_process:
+            return streams
+        if labels is not None and self.mtp_process:
+            depths = self.mtp_hidden(streams, input_ids, position_ids, rotary, padding_mask)
+            hidden = self._with_mtp_loss(hidden, depths, labels, loss_mask, runtime_gather_output)
+        if cache is not None:
+            if last_only and not stepping:
+                hidden = hidden[cache.lengths - 1, torch.arange(batch, device=hidden.device)].unsqueeze(0)
+            cache.lengths = cache.lengths + 1 if stepping else cache.lengths
+            cache.filled = True
+        elif last_only:
+            hidden = hidden[-1:]
+        logits, _ = self.output_layer(hidden, runtime_gather_output=runtime_gather_output)
+        if labels is None:
+            return logits.transpose(0, 1).contiguous()
+        return self.compute_language_model_loss(labels, logits)
+
+    def mtp_hidden(
+        self, streams: Tensor, input_ids: Tensor, position_ids: Tensor | None, rotary: Any, padding_mask: Tensor | None
+    ) -> list[Tensor]:
+        """Normed hidden states of every MTP depth, [s, b, h] each; depth k looks at the token k + 1 ahead."""
+        found, ids = [], input_ids
+        for layer in self.mtp.layers:
+            ids, _ = roll_tensor(ids, shifts=-1, dims=-1, cp_group=self.pg_collection.cp)
+            embedded = self.embedding(input_ids=ids, position_ids=position_ids)
+            hidden, streams = layer(streams, embedded, rotary, padding_mask)
+            found.append(hidden)
+        return found
+
+    def mtp_logits(self, input_ids: Tensor) -> list[Tensor]:
+        """Logits of every MTP depth, [b, s, vocabulary] each: depth k at position t predicts token t + k + 2."""
+        rotary = make_rotary(self.config, torch.arange(input_ids.shape[1], device=input_ids.device))
+        _, streams = self.decoder(self.embedding(input_ids=input_ids, position_ids=None), rotary, input_ids)
+        depths = self.mtp_hidden(streams, input_ids, None, rotary, None)
+        return [self.output_layer(hidden)[0].transpose(0, 1).contiguous() for hidden in depths]
+
+    def _with_mtp_loss(
+        self, hidden: Tensor, depths: list[Tensor], labels: Tensor, loss_mask: Tensor | None, gather: bool | None
+    ) -> Tensor:
+        return process_mtp_loss(
+            hidden_states=torch.cat([hidden, *depths]),
+            labels=labels,
+            loss_mask=loss_mask,
+            output_layer=self.output_layer,
+            output_weight=None,
+            runtime_gather_output=gather,
+            is_training=self.training,
+            compute_language_model_loss=self.compute_language_model_loss,
+            config=self.config,
+            cp_group=self.pg_collection.cp,
+            tp_group=self.pg_collection.tp,
+        )
+
+
+def _check_cache(cache: Cache, batch: int, length: int) -> None:
+    if len(cache.lengths) != batch:
+        raise BridgeError(f"decoding: {batch} rows with a cache of {len(cache.lengths)}")
+    if cache.filled and length != 1:
+        raise BridgeError(f"decoding: {length} tokens a row with a filled cache, expected 1")
+    longest = int(cache.lengths.max())
+    if not cache.filled and not 0 < int(cache.lengths.min()) <= longest <= length:
+        raise BridgeError(f"decoding: prompts of {cache.lengths.tolist()} tokens in rows of {length}")
+    if longest + cache.filled > cache.capacity:
+        raise BridgeError(f"decoding: the cache holds {cache.capacity} tokens a row, and it is full")
+
+
+def build_model(
+    spec: ModelSpec,
+    *,
+    dtype: torch.dtype = torch.float32,
+    max_sequence_length: int = 4096,
+    initialize_weights: bool = True,
+    **settings: Any,
+) -> DeepSeekV4Model:
+    """Build the model of `spec` on this rank's device (the CPU where there is no GPU).
+
+    Makes one-process groups first where none exist (`initialize` makes larger ones).
+
+    Args:
+        spec: the model's numbers.
+        dtype: type of the parameters; what released checkpoints keep in float32 stays so.
+        max_sequence_length: what megatron-core is told; nothing is allocated by it.
+        initialize_weights: False saves the time where a checkpoint follows.
+        **settings: further configuration fields, see `model_config`.
+
+    Raises:
+        BridgeError: a setting that is refused.
+    """
+    initialize()
+    config = model_config(spec, dtype=dtype, perform_initialization=initialize_weights, **settings)
+    model = DeepSeekV4Model(config, spec, max_sequence_length)
+    return model if config.use_cpu_initialization else model.cuda()

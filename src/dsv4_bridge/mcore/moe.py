@@ -1,0 +1,167 @@
+"""Mixture of experts: routed by token id in the first layers, by score and bias in the others.
+
+Scores are sqrt(softplus(logits)) in float32. A biased router adds `expert_bias` for the choice only;
+weights are the plain scores of the chosen experts, over their sum, times the scaling factor (trap 24).
+SwiGLU is clamped in routed and shared experts, and the weight multiplies the activation in front of
+the second matrix (trap 30).
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_utils import (
+    compute_routing_scores_for_aux_loss,
+    topk_routing_with_score_function,
+)
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from torch import Tensor
+
+from ..errors import BridgeError
+from .config import DeepSeekV4Config
+from .floats import KeepsFloat32
+from .observe import observe
+
+
+class BiasRouter(KeepsFloat32, TopKRouter):
+    """Chooses by score plus `expert_bias` (float32 buffer, balanced without an auxiliary loss)."""
+
+    float32_names = ("expert_bias", "local_tokens_per_expert")
+    block = ""
+    expert_bias: Tensor
+    local_tokens_per_expert: Tensor
+
+    def forward(  # type: ignore[override]
+        self, input: Tensor, padding_mask: Tensor | None = None, input_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Route tokens.
+
+        Args:
+            input: [s, b, hidden].
+            padding_mask: [s, b], True for tokens that balance does not count.
+            input_ids: [b, s]; a hash router reads them.
+
+        Returns:
+            Weights and map, both [s*b, experts].
+        """
+        self._maintain_float32_expert_bias()
+        logits = self.gating(self.apply_input_jitter(input))
+        length, batch = logits.shape[:2]
+        flat = logits.flatten(0, 1)  # [s*b, experts]
+        padding = None if padding_mask is None else padding_mask.reshape(-1)
+        flat = self.apply_z_loss(flat, padding_mask=padding)
+        chosen = observe("ffn.router", self.block, self.choose(flat, input_ids))
+        weights, routing_map = topk_routing_with_score_function(
+            flat,
+            self.topk,
+            score_function=self.score_function,
+            scaling_factor=self.config.moe_router_topk_scaling_factor,
+            precomputed_indices=chosen,
+        )
+        if self.training and torch.is_grad_enabled() and self.is_aux_loss_enabled():
+            weights = self._balanced(weights, flat, length, batch, padding)
+        self._apply_expert_bias(routing_map, padding_mask=None if padding is None else padding.unsqueeze(-1))
+        return weights, routing_map
+
+    def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
+        """Count the tokens of every expert for the balance, as megatron does, without compiling it."""
+        if torch.is_grad_enabled():
+            counted = routing_map if padding_mask is None else routing_map & ~padding_mask
+            self.local_tokens_per_expert += counted.sum(dim=0)
+
+    def choose(self, logits: Tensor, input_ids: Tensor | None) -> Tensor:
+        """Experts of every token: [tokens, experts] -> [tokens, top-k] int64."""
+        scores = torch.nn.functional.softplus(logits.detach().float()).sqrt()
+        return torch.topk(scores + self.expert_bias, self.topk, dim=-1).indices
+
+    def _balanced(self, weights: Tensor, logits: Tensor, length: int, batch: int, padding: Tensor | None) -> Tensor:
+        routing_map, scores = compute_routing_scores_for_aux_loss(
+            logits, self.topk, self.score_function, padding_mask=padding
+        )
+        masked = {"with_padding_mask": padding is not None}
+        weights = self._apply_aux_loss(weights, scores, routing_map, **masked)
+        weights = self._apply_seq_aux_loss(weights, scores, routing_map, length, batch, **masked)
+        return self._apply_global_aux_loss(weights, scores, routing_map, **masked)
+
+
+class HashRouter(BiasRouter):
+    """Chooses by token id: row `id` of `tid2eid` ([vocabulary, top-k] int32) names the experts.
+
+    A new table sends every token to experts 0 to top-k - 1; a real one comes with a checkpoint.
+    """
+
+    tid2eid: Tensor
+
+    def __init__(self, config: DeepSeekV4Config, pg_collection: Any = None, is_mtp_layer: bool = False):
+        super().__init__(config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
+        device = self.weight.device
+        # Megatron's bias update visits every router that has the attribute, even as None.
+        del self.expert_bias, self.local_tokens_per_expert
+        self.enable_expert_bias = False
+        table = torch.arange(self.topk, dtype=torch.int32, device=device).repeat(config.actual_vocab_size, 1)
+        self.register_buffer("tid2eid", table)
+
+    def choose(self, logits: Tensor, input_ids: Tensor | None) -> Tensor:
+        if input_ids is None:
+            raise BridgeError(
+                f"routing {self.block} by token id: the stage got no input_ids; a hash layer needs them with its input"
+            )
+        # [b, s] -> [s, b]: the order of the tokens in `logits` (trap 26).
+        return self.tid2eid[input_ids.transpose(0, 1).reshape(-1)].long()
+
+    def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
+        """Nothing to balance."""
+
+
+class HashableMoELayer(MoELayer):
+    """megatron-core's MoE layer, with token ids handed to the router.
+
+    The ids are arguments, never kept on the module: under recompute another micro-batch's would be
+    found there.
+    """
+
+    router: BiasRouter  # type: ignore[assignment]
+
+    def __init__(self, config: DeepSeekV4Config, submodules: MoESubmodules, block: str, **kwargs: Any):
+        super().__init__(config, submodules, **kwargs)
+        self.block = block
+        self.router.block = block
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, input_ids: Tensor | None = None, padding_mask: Tensor | None = None
+    ) -> tuple[Tensor, None]:
+        """[s, b, hidden] and ids [b, s] -> [s, b, hidden], and no bias."""
+        mask = None if padding_mask is None else padding_mask.transpose(0, 1).bool()
+        dispatcher = self.token_dispatcher
+        assert dispatcher is not None
+
+        def run(hidden: Tensor) -> Tensor:
+            shared = self.shared_experts_compute(hidden)
+            weights, routing_map = self.router(hidden, mask, input_ids)
+            tokens, weights = self.preprocess(hidden, weights, routing_map)
+            dispatched, weights = self.dispatch(tokens, weights)
+            output, _ = self.routed_experts_compute(dispatched, weights)
+            routed = dispatcher.combine_postprocess(self.combine(output))
+            routed = observe("ffn.experts", self.block, routed)
+            return routed if shared is None else routed + shared
+
+        if self.moe_layer_recompute and self.training:
+            return tensor_parallel.checkpoint(run, False, hidden_states), None
+        return run(hidden_states), None
+
+
+def moe_builder(hashed: bool, block: str) -> Any:
+    """What builds the MoE sub-layer of one block."""
+    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    submodules = MoESubmodules(
+        experts=partial(SequentialMLP, submodules=linears),
+        shared_experts=partial(SharedExpertMLP, submodules=linears),
+        router=HashRouter if hashed else BiasRouter,
+    )
+    return partial(HashableMoELayer, submodules=submodules, block=block)

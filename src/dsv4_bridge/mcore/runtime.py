@@ -1,0 +1,101 @@
+"""Process groups: one process on its own, or the ranks that torchrun started."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from ..errors import BridgeError
+from .cpu import install
+
+_strides_accepted = False
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """Sizes of the parallel groups; see megatron-core's `initialize_model_parallel`."""
+
+    tp: int = 1
+    pp: int = 1
+    ep: int = 1
+    etp: int = 1
+    cp: int = 1
+
+
+def initialize(parallel: Parallel | None = None, seed: int = 1234) -> None:
+    """Make megatron-core's process groups, once; later calls with the same sizes do nothing.
+
+    Under torchrun the ranks meet through the environment; otherwise this process is the only one.
+
+    Raises:
+        BridgeError: the groups exist with other sizes, or the world does not divide into them.
+    """
+    on_cpu = install()
+    _accept_strides()
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    sizes = parallel or Parallel()
+    if parallel_state.model_parallel_is_initialized():
+        there = Parallel(
+            parallel_state.get_tensor_model_parallel_world_size(),
+            parallel_state.get_pipeline_model_parallel_world_size(),
+            parallel_state.get_expert_model_parallel_world_size(),
+            parallel_state.get_expert_tensor_parallel_world_size() or 1,
+            parallel_state.get_context_parallel_world_size(),
+        )
+        if parallel is not None and there != sizes:
+            raise BridgeError(f"making process groups of {sizes}: this process has groups of {there} already")
+        return
+    if not dist.is_initialized():
+        _meet(on_cpu)
+    _check_sizes(sizes, dist.get_world_size())
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=sizes.tp,
+        pipeline_model_parallel_size=sizes.pp,
+        context_parallel_size=sizes.cp,
+        expert_model_parallel_size=sizes.ep,
+        expert_tensor_parallel_size=sizes.etp,
+        create_gloo_process_groups=True,
+    )
+    model_parallel_cuda_manual_seed(seed)
+
+
+def device() -> torch.device:
+    """Where models are built: this rank's CUDA device, or the CPU where there is none."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _meet(on_cpu: bool) -> None:
+    if not on_cpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    backend = "gloo" if on_cpu else "cpu:gloo,cuda:nccl"
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        alone = dist.HashStore()  # type: ignore[reportPrivateImportUsage]
+        dist.init_process_group(backend, store=alone, rank=0, world_size=1)
+
+
+def _check_sizes(sizes: Parallel, world: int) -> None:
+    for name, need in (("tp*pp*cp", sizes.tp * sizes.pp * sizes.cp), ("etp*ep*pp", sizes.etp * sizes.ep * sizes.pp)):
+        if world % need:
+            raise BridgeError(f"making process groups: {name} is {need}, which does not divide the {world} ranks")
+
+
+def _accept_strides() -> None:
+    """megatron-core 0.19 hands every attribute of TensorProperties to torch.empty; torch 2.15 added one it lacks."""
+    from torch.distributed.checkpoint.metadata import TensorProperties
+
+    global _strides_accepted
+    if _strides_accepted:
+        return
+    _strides_accepted = True
+    original = TensorProperties.__setstate__
+
+    def setstate(self: TensorProperties, state: object) -> None:
+        original(self, state)
+        self.__dict__.pop("strides", None)
+
+    TensorProperties.__setstate__ = setstate
