@@ -45,8 +45,9 @@ class DeepSeekV4Config(MLATransformerConfig):
     attention_chunk: int = 128
 
     def __post_init__(self) -> None:
+        refuse_unsound(self)  # first, for megatron's own checks say less
         super().__post_init__()
-        refuse_unsound(self)
+        refuse_unsound(self)  # and again, with the defaults that megatron filled in
 
 
 def refuse_unsound(config: DeepSeekV4Config) -> None:

@@ -116,3 +116,13 @@ class MTPBlock(MegatronModule):
         self.tp_group = pg_collection.tp
         depths = range(config.mtp_num_layers or 0)
         self.layers = torch.nn.ModuleList(MTPLayer(config, k, pg_collection) for k in depths)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """Checkpoint entries of every depth."""
+        found: dict[str, Any] = {}
+        for depth, layer in enumerate(self.layers):
+            assert isinstance(layer, MTPLayer)
+            found |= layer.sharded_state_dict(f"{prefix}layers.{depth}.", sharded_offsets, metadata)
+        return found
