@@ -8,7 +8,21 @@ from pathlib import Path
 
 import pytest
 
+# Two test processes share two cores: more threads would only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 DATA = Path(__file__).parent / "data"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the tests that need a CUDA device out where there is none."""
+    if not any(item.get_closest_marker("gpu") for item in items):
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        config.hook.pytest_deselected(items=[i for i in items if i.get_closest_marker("gpu")])
+        items[:] = [i for i in items if not i.get_closest_marker("gpu")]
 
 
 def config_path(name: str) -> Path:

@@ -3,12 +3,30 @@
 Importing this package prepares torch for megatron-core where there is no GPU (`cpu.install`).
 """
 
+import logging
+import warnings
+
 from .cpu import install
 
-install()
+# megatron-core says at import which optional packages are absent, and at every model that GPTModel
+# is to be replaced one day: true, and nothing a user of these commands can act on.
+for _name in ("megatron.core.models.gpt.gpt_model", "torch.utils.cpp_extension"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    install()
+    from .checkpoints import load_checkpoint, save_checkpoint
+    from .model import DeepSeekV4Model, build_model
+    from .runtime import Parallel, initialize
+    from .weights import load_weights, stream_weights
 
-from .model import DeepSeekV4Model, build_model  # noqa: E402
-from .runtime import Parallel, initialize  # noqa: E402
-from .weights import load_weights, stream_weights  # noqa: E402
-
-__all__ = ["DeepSeekV4Model", "Parallel", "build_model", "initialize", "load_weights", "stream_weights"]
+__all__ = [
+    "DeepSeekV4Model",
+    "Parallel",
+    "build_model",
+    "initialize",
+    "load_checkpoint",
+    "load_weights",
+    "save_checkpoint",
+    "stream_weights",
+]

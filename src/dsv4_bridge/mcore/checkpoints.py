@@ -77,9 +77,8 @@ def load_checkpoint(model: DeepSeekV4Model, checkpoint: Path | str) -> int:
     """
     folder, _ = find_iteration(checkpoint)
     with _quiet():
-        state, missing, unexpected = dist_checkpointing.load(
-            model.sharded_state_dict(), str(folder), strict="return_all"
-        )
+        loaded: Any = dist_checkpointing.load(model.sharded_state_dict(), str(folder), strict="return_all")
+    state, missing, unexpected = loaded
     # Megatron's words: `unexpected` keys are the model's, `missing` ones the checkpoint's.
     strange = sorted(k for k in missing if not k.endswith("_extra_state") and not _of_training(k))
     if unexpected or strange:
