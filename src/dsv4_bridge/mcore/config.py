@@ -11,6 +11,7 @@ import torch
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from ..errors import BridgeError
+from ..pieces import Topology
 from ..spec import ModelSpec
 
 
@@ -107,16 +108,6 @@ def refuse_unsound(config: DeepSeekV4Config) -> None:
         (config.cuda_graph_impl != "none", "cuda_graph_impl", "attention's loops depend on the sequence length"),
         (config.use_mup, "use_mup", "DeepSeek-V4 has no such scaling"),
         (
-            config.virtual_pipeline_model_parallel_size is not None,
-            "virtual_pipeline_model_parallel_size",
-            "interleaved stages are not supported yet",
-        ),
-        (
-            config.pipeline_model_parallel_size > 1,
-            "pipeline_model_parallel_size",
-            "streams are not passed between stages yet",
-        ),
-        (
             config.recompute_granularity == "selective"
             and bool(set(config.recompute_modules or ()) - {"moe", "shared_experts"}),
             "recompute_modules",
@@ -138,11 +129,14 @@ def refuse_unsound(config: DeepSeekV4Config) -> None:
         )
 
 
-def model_config(spec: ModelSpec, *, dtype: torch.dtype = torch.float32, **settings: Any) -> DeepSeekV4Config:
+def model_config(
+    spec: ModelSpec, topology: Topology | None = None, *, dtype: torch.dtype = torch.float32, **settings: Any
+) -> DeepSeekV4Config:
     """The configuration of `spec`.
 
     Args:
         spec: the model's numbers; a DSpark drafter is left out (it is no part of Megatron's model).
+        topology: how it is cut over ranks; None: one rank.
         dtype: type of the parameters, float32 or bfloat16; what released checkpoints keep in float32
             stays float32.
         **settings: further fields of DeepSeekV4Config or TransformerConfig (recompute, loss weights …).
@@ -209,10 +203,28 @@ def model_config(spec: ModelSpec, *, dtype: torch.dtype = torch.float32, **setti
         "bias_activation_fusion": False,
         "bias_dropout_fusion": False,
         "gradient_accumulation_fusion": False,
+        # Megatron warns about its own default, "full".
+        "cuda_graph_modules": [],
         "persist_layer_norm": False,
         "use_cpu_initialization": not on_gpu,
         "hetereogenous_dist_checkpoint": True,
     }
+    if topology is not None:
+        fields |= {
+            "tensor_model_parallel_size": topology.tp,
+            "expert_model_parallel_size": topology.ep,
+            "expert_tensor_parallel_size": topology.etp,
+            "pipeline_model_parallel_size": topology.pp,
+        }
+        if topology.pp > 1:
+            fields["pipeline_model_parallel_layout"] = str(topology.layout)
+        if topology.pp > 1 and topology.layout.vp > 1:
+            # Only so do megatron's interleaved schedules learn that streams are wider than hidden states.
+            fields |= {
+                "virtual_pipeline_model_parallel_size": topology.layout.vp,
+                "variable_seq_lengths": True,
+                "moe_token_dispatcher_type": "alltoall",
+            }
     try:
         return DeepSeekV4Config(**fields | settings)
     except (TypeError, ValueError, AssertionError) as error:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.multi_token_prediction import process_mtp_loss, roll_tensor
@@ -10,7 +11,9 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from torch import Tensor
 
 from ..errors import BridgeError
+from ..pieces import Coordinate, Topology, make_topology
 from ..spec import ModelSpec
+from ..topology import Layout
 from .block import HyperConnectedBlock
 from .cache import Cache
 from .config import DeepSeekV4Config, model_config
@@ -31,13 +34,17 @@ class DeepSeekV4Model(GPTModel):
         self,
         config: DeepSeekV4Config,
         spec: ModelSpec,
+        topology: Topology,
         max_sequence_length: int,
+        chunk: int = 0,
         pg_collection: ProcessGroupCollection | None = None,
-        pre_process: bool = True,
-        post_process: bool = True,
         parallel_output: bool = True,
     ):
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+        held = topology.layout.chunks[chunk]
+        pre_process, post_process = held.embedding, held.loss
+        vp_stage = chunk // topology.pp if topology.layout.vp > 1 else None
+        self._built = False
         # GPTModel builds its own kind of decoder; it gets an empty one, and ours takes its place.
         super().__init__(
             config,
@@ -49,14 +56,26 @@ class DeepSeekV4Model(GPTModel):
             parallel_output=parallel_output,
             position_embedding_type="none",
             pg_collection=groups,
+            vp_stage=vp_stage,
         )
-        self.spec = spec
+        self.spec, self.topology, self.chunk = spec, topology, chunk
         self.decoder = HyperConnectedBlock(
-            config, pre_process=pre_process, post_process=post_process, pg_collection=groups
+            config, pre_process=pre_process, post_process=post_process, pg_collection=groups, vp_stage=vp_stage
         )
-        self.mtp_process = bool(config.mtp_num_layers) and post_process
+        self.mtp_process = bool(held.mtp)
         if self.mtp_process:
             self.mtp = MTPBlock(config, groups)
+            if not pre_process:  # MTP embeds tokens too: a copy, kept equal to the first stage's
+                self.embedding = LanguageModelEmbedding(
+                    config, spec.vocab_size, max_sequence_length, "none", tp_group=groups.tp
+                )
+        self._built = True
+        self.setup_embeddings_and_output_layer()
+
+    def setup_embeddings_and_output_layer(self) -> None:
+        """Mark the embedding and output layer; called again when the decoder and MTP are in place."""
+        if self._built:
+            super().setup_embeddings_and_output_layer()
 
     def forward(  # type: ignore[override]
         self,
@@ -129,6 +148,12 @@ class DeepSeekV4Model(GPTModel):
             return logits.transpose(0, 1).contiguous()
         return self.compute_language_model_loss(labels, logits)
 
+    @property
+    def coordinate(self) -> Coordinate:
+        """This rank's place in each group."""
+        groups = self.pg_collection
+        return Coordinate(groups.tp.rank(), groups.pp.rank(), groups.ep.rank(), groups.expt_tp.rank())
+
     def mtp_hidden(
         self, streams: Tensor, input_ids: Tensor, position_ids: Tensor | None, rotary: Any, padding_mask: Tensor | None
     ) -> list[Tensor]:
@@ -184,23 +209,54 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     max_sequence_length: int = 4096,
     initialize_weights: bool = True,
+    layout: Layout | None = None,
     **settings: Any,
 ) -> DeepSeekV4Model:
-    """Build the model of `spec` on this rank's device (the CPU where there is no GPU).
+    """Build this rank's part of the model on its device (the CPU where there is no GPU).
 
-    Makes one-process groups first where none exist (`initialize` makes larger ones).
+    Makes one-process groups first where none exist (`initialize` makes larger ones). With several
+    chunks a rank, see `build_chunks`.
 
     Args:
         spec: the model's numbers.
         dtype: type of the parameters; what released checkpoints keep in float32 stays so.
         max_sequence_length: what megatron-core is told; nothing is allocated by it.
         initialize_weights: False saves the time where a checkpoint follows.
+        layout: pipeline layout; by default the solver's.
         **settings: further configuration fields, see `model_config`.
 
     Raises:
-        BridgeError: a setting that is refused.
+        BridgeError: a setting that is refused, or groups that do not cut the model.
     """
+    chunks = build_chunks(
+        spec,
+        dtype=dtype,
+        max_sequence_length=max_sequence_length,
+        initialize_weights=initialize_weights,
+        layout=layout,
+        **settings,
+    )
+    if len(chunks) > 1:
+        raise BridgeError(f"building the model: the layout has {len(chunks)} chunks a rank; use build_chunks")
+    return chunks[0]
+
+
+def build_chunks(
+    spec: ModelSpec,
+    *,
+    dtype: torch.dtype = torch.float32,
+    max_sequence_length: int = 4096,
+    initialize_weights: bool = True,
+    layout: Layout | None = None,
+    **settings: Any,
+) -> list[DeepSeekV4Model]:
+    """The same for layouts with several chunks a rank: this rank's chunks, in the order of the data."""
     initialize()
-    config = model_config(spec, dtype=dtype, perform_initialization=initialize_weights, **settings)
-    model = DeepSeekV4Model(config, spec, max_sequence_length)
-    return model if config.use_cpu_initialization else model.cuda()
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    topology = make_topology(spec, groups.tp.size(), groups.pp.size(), groups.ep.size(), groups.expt_tp.size(), layout)
+    config = model_config(spec, topology, dtype=dtype, perform_initialization=initialize_weights, **settings)
+    chunks = [
+        DeepSeekV4Model(config, spec, topology, max_sequence_length, number, groups)
+        for number in range(groups.pp.rank(), len(topology.layout.chunks), topology.pp)
+    ]
+    return chunks if config.use_cpu_initialization else [chunk.cuda() for chunk in chunks]

@@ -5,13 +5,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from megatron.core.utils import get_pg_rank
 from torch import Tensor
 
 from ..dtypes import DTYPES
 from ..encodings import ENCODINGS
 from ..errors import BridgeError
-from ..items import Item, Plan, Region, expand, regions
+from ..items import Item, Plan, expand
+from ..pieces import Piece, pieces
 from ..values import Scratch, check_ids, cuts, stripe_rows
 from .model import DeepSeekV4Model
 
@@ -19,14 +19,15 @@ _RAW = {torch.bfloat16: "BF16", torch.float32: "F32", torch.int32: "I32"}
 
 
 class Place(NamedTuple):
-    """Rows `start` to `stop` of an item, in a live tensor.
+    """A box of an item, in a live tensor.
 
     Attributes:
         name: of the parameter or buffer in `state_dict`.
         tensor: the parameter or buffer itself.
-        row: its first row that holds the item's.
+        row: its row where the box begins.
         start: first row of the item held here.
         stop: the row behind the last.
+        columns: `(start, stop)` of the item held here.
     """
 
     name: str
@@ -34,15 +35,16 @@ class Place(NamedTuple):
     row: int
     start: int
     stop: int
+    columns: tuple[int, int]
 
     def rows(self, first: int, last: int) -> Tensor:
-        """A view of the item's rows `first` to `last`."""
+        """A view of the item's rows `first` to `last`, with the columns that are here."""
         offset = self.row - self.start
         return self.tensor.data[first + offset : last + offset]
 
 
 def places(model: DeepSeekV4Model) -> tuple[Plan, dict[str, tuple[Place, ...]]]:
-    """The plan of the model, and the places of every item of it that this rank holds.
+    """The plan of the model, and the places of every item of it that this rank holds in this chunk.
 
     Raises:
         BridgeError: a tensor of the model that no item claims, or a shape that differs; a mistake in
@@ -54,46 +56,21 @@ def places(model: DeepSeekV4Model) -> tuple[Plan, dict[str, tuple[Place, ...]]]:
     found: dict[str, tuple[Place, ...]] = {}
     claimed: set[str] = set()
     for item in plan.items:
-        here = tuple(_places(item, model, live))
+        here = pieces(item, model.spec, model.topology, model.coordinate, model.chunk)
         if here:
-            found[item.name] = here
+            found[item.name] = tuple(_place(item, piece, live) for piece in here)
             claimed |= {p.name for p in here}
     if stray := sorted(set(live) - claimed - transient):
         raise BridgeError(f"binding the model: no row of the table claims {', '.join(stray[:4])}")
     return plan, found
 
 
-def _places(item: Item, model: DeepSeekV4Model, live: dict[str, Tensor]) -> Iterator[Place]:
-    at = 0
-    for region in regions(item, model.spec):
-        rows = region.sizes[-len(item.shape)]
-        name = live_name(region, item, model)
-        if name in live:
-            tensor = live[name]
-            shape = region.global_shape[-len(item.shape) :]
-            if tuple(tensor.shape) != shape:
-                raise BridgeError(f"binding {item.name}: {name} is {list(tensor.shape)}, expected {list(shape)}")
-            yield Place(name, tensor, region.offsets[-len(item.shape)], at, at + rows)
-        at += rows
-
-
-def live_name(region: Region, item: Item, model: DeepSeekV4Model) -> str:
-    """Name in the model of what is `region.key` in a checkpoint (megatron.md 1f).
-
-    Layers and experts count from this rank's first; experts are modules of their own; the body of an
-    MTP depth is `mtp_model_layer`.
-    """
-    key = region.key
-    if item.block.kind == "layer":
-        first = int(model.decoder.layers[0].layer_number) - 1  # type: ignore[arg-type]
-        key = key.replace(f"layers.{item.block.index}.", f"layers.{item.block.index - first}.", 1)
-    if item.block.kind == "mtp":
-        key = key.replace(".transformer_layer.", ".mtp_model_layer.", 1)
-    if item.expert is not None:
-        experts = model.spec.n_routed_experts // model.pg_collection.ep.size()
-        local = item.expert - experts * get_pg_rank(model.pg_collection.ep)
-        key = key.replace(".experts.experts.", f".experts.local_experts.{local}.", 1)
-    return key
+def _place(item: Item, piece: Piece, live: dict[str, Tensor]) -> Place:
+    tensor = live.get(piece.name)
+    shape = None if tensor is None else tuple(tensor.shape)
+    if tensor is None or shape != piece.shape:
+        raise BridgeError(f"binding {item.name}: {piece.name} is {shape}, expected {piece.shape}")
+    return Place(piece.name, tensor, piece.row, *piece.rows, piece.columns)
 
 
 class ModelValues:

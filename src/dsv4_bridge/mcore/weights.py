@@ -10,6 +10,7 @@ from torch import Tensor
 from ..bridge import target_encoding
 from ..dtypes import DTYPES
 from ..emit import Emitter, Scale, Weight
+from ..encodings import TILE
 from ..errors import BridgeError
 from ..items import Item, stored
 from ..spec import ModelSpec
@@ -80,13 +81,16 @@ def _fill(model: DeepSeekV4Model, source: Values, there: set[str], path: Path, a
     for item in plan.items:
         here = found.get(item.name, ())
         for start, stop in _spans([(p.start, p.stop) for p in here]):
-            at = start
-            for stripe in source.stripes(item, start, stop, scratch):
+            at = start // TILE * TILE  # stripes of quantised tensors begin at whole tiles
+            for stripe in source.stripes(item, at, stop, scratch):
                 values = _as_tensor(stripe)
                 for place in here:
                     low, high = max(at, place.start), min(at + len(stripe), place.stop)
                     if low < high:
-                        _store(place.rows(low, high), values[low - at : high - at], item, allow_lossy)
+                        held = values[low - at : high - at]
+                        if values.ndim > 1:
+                            held = held[:, slice(*place.columns)]
+                        _store(place.rows(low, high), held, item, allow_lossy)
                 at += len(stripe)
 
 
