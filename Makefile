@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 $(VENV)/.ready: pyproject.toml constraints.txt
 	test -x $(PY) || python3.12 -m venv $(VENV) || python3 -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
-	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[megatron,hf,dev]'
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[megatron,hf,report,dev]'
 	touch $@
 
 demo: $(VENV)/.ready
@@ -29,6 +29,8 @@ bench: $(VENV)/.ready
 	$(PY) -m pip install --quiet --no-deps megatron-bridge==0.6.2
 	$(PY) benchmarks/codecs.py
 	$(PY) benchmarks/layer.py
+	$(PY) benchmarks/model.py
+	$(PY) benchmarks/model_memory.py
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info

@@ -102,7 +102,7 @@ def toy(
         "tensors": made.tensors,
         "bytes": made.bytes,
     }
-    _print(facts, as_json, f"{dst}: a toy {variant}, {made.tensors} tensors, {made.bytes / 1e6:.1f} MB")
+    put(facts, as_json, f"{dst}: a toy {variant}, {made.tensors} tensors, {made.bytes / 1e6:.1f} MB")
 
 
 @app.command()
@@ -113,8 +113,8 @@ def inspect(ckpt: str, revision: Revision = None, as_json: Json = False) -> None
     from .render import inspect_table
 
     report = look(*describe(ckpt, revision))
-    _print(report.to_json(), as_json, inspect_table(report))
-    _finish(report.sound)
+    put(report.to_json(), as_json, inspect_table(report))
+    finish(report.sound)
 
 
 @app.command()
@@ -134,8 +134,8 @@ def plan(
         report = make_plan(*describe(ckpt, revision))
     else:
         report = make_plan(ckpt)
-    _print(report.to_json() if as_json else {}, as_json, "" if as_json else plan_table(report))
-    _finish(not report.findings)
+    put(report.to_json() if as_json else {}, as_json, "" if as_json else plan_table(report))
+    finish(not report.findings)
 
 
 @app.command("import")
@@ -230,8 +230,8 @@ def verify(
 
     one, other = (Path(x) if Path(x).exists() else resolve(x, revision) for x in (a, b))
     report = compare(one, other, level.value, TerminalProgress())
-    _print(report.to_json(), as_json, verify_table(report))
-    _finish(report.same)
+    put(report.to_json(), as_json, verify_table(report))
+    finish(report.same)
 
 
 @app.command()
@@ -245,8 +245,8 @@ def doctor(folder: Annotated[Path | None, typer.Argument()] = None, as_json: Jso
     if folder is not None and not folder.is_dir():
         raise BridgeError(f"examining {folder}: not a folder")
     checks = examine(folder)
-    _print({"checks": [asdict(c) for c in checks]}, as_json, doctor_table(checks))
-    _finish(all(c.state != "bad" for c in checks))
+    put({"checks": [asdict(c) for c in checks]}, as_json, doctor_table(checks))
+    finish(all(c.state != "bad" for c in checks))
 
 
 def _options(workers: int, resume: bool, overwrite: bool, dry_run: bool) -> Any:
@@ -258,7 +258,8 @@ def _options(workers: int, resume: bool, overwrite: bool, dry_run: bool) -> Any:
     return Options(workers, resume, overwrite, TerminalProgress(), dry_run)
 
 
-def _print(data: dict[str, Any], as_json: bool, shown: Any) -> None:
+def put(data: dict[str, Any], as_json: bool, shown: Any) -> None:
+    """Print one JSON object, or what people read."""
     if as_json:
         sys.stdout.write(json.dumps(data, default=str) + "\n")
         return
@@ -271,16 +272,19 @@ def _print_report(report: Any, out: Path, as_json: bool, dry_run: bool) -> None:
     from .render import conversion_table
 
     facts = {"out": str(out), "dry_run": dry_run} | report.to_json()
-    _print(facts, as_json, conversion_table(report, out, dry_run=dry_run))
+    put(facts, as_json, conversion_table(report, out, dry_run=dry_run))
 
 
-def _finish(good: bool) -> None:
+def finish(good: bool) -> None:
+    """Exit code 1 where a check found something."""
     if not good:
         raise typer.Exit(1)
 
 
 def main() -> None:
     """Entry point: runs a verb, turns every BridgeError into one message and exit code 2."""
+    from . import cli_model  # noqa: F401 - its verbs register themselves
+
     # A plan is hundreds of thousands of small objects that all stay: looking for garbage among them
     # again and again takes a third of the time.
     gc.set_threshold(200_000, 20, 100)

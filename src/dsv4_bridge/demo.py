@@ -1,6 +1,7 @@
 """The whole story on a tiny checkpoint."""
 
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 from .bridge import export_hf, import_hf
@@ -12,7 +13,7 @@ from .verifying import verify
 
 
 def demo(keep: Path | None = None) -> None:
-    """Make a toy Flash in the released format, import it, export it, and compare every byte."""
+    """Make a toy Flash in the released format, import it, export it, compare every byte, and run it."""
     if keep:
         _run(keep)
         return
@@ -43,3 +44,25 @@ def _run(folder: Path) -> None:
     show(f"files that differ: {', '.join(differing) or 'none'}")
     if differing:
         raise BridgeError(f"the demo's round trip changed {', '.join(differing)}; please report this")
+    show("\n[bold]6. dsv4 parity megatron[/]: does the model on Megatron-Core compute what transformers computes?")
+    _compare(megatron)
+
+
+def _compare(megatron: Path) -> None:
+    if lost := [name for name in ("megatron.core", "transformers") if not _installed(name)]:
+        show(f"not run: {' and '.join(lost)} not installed; pip install 'dsv4-bridge[megatron,hf]'")
+        return
+    from .parity import parity
+    from .parity.render import parity_table
+
+    report = parity(megatron)
+    show(parity_table(report))
+    if not report.passed:
+        raise BridgeError("the demo's model does not compute what transformers computes; please report this")
+
+
+def _installed(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:  # of a package that is not there itself
+        return False

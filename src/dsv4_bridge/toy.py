@@ -3,7 +3,7 @@
 Three payloads: `natural`, Gaussian weights encoded by the released rule; `random`, random codes
 with plausible scales (fast, for large shapes); `extreme`, every code with scales across the whole
 legal range, signs of zero, groups whose largest code is small, float32 scales that are no powers
-of two.
+of two. A byte-level tokenizer lies beside the weights.
 """
 
 import json
@@ -22,6 +22,7 @@ from .items import Item, Plan, expand, shard_name, shard_of, stored
 from .spec import ModelSpec
 from .store.safetensors import INDEX, make_header, make_index
 from .store.stream import Buffers, FileStream
+from .toy_tokenizer import toy_tokenizer
 from .values import cuts
 from .variants import VARIANTS, Variant, tiny
 
@@ -98,6 +99,8 @@ def _write_shards(out: Path, plan: Plan, kind: Variant, seed: int, payload: str)
     (out / INDEX).write_bytes(make_index(weight_map, total))
     generation = {"_from_model_config": True, "bos_token_id": 0, "do_sample": True, "eos_token_id": 1}
     (out / "generation_config.json").write_text(json.dumps(generation | {"temperature": 1.0, "top_p": 1.0}) + "\n")
+    for name, content in toy_tokenizer(plan.spec).items():
+        (out / name).write_bytes(content)
     quantised = kind.encodings["linear"] in QUANTISED
     config = released_config(plan.spec, kind.expert_dtype, quantised)
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")

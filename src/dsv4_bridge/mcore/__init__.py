@@ -16,6 +16,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     install()
     from .checkpoints import load_checkpoint, save_checkpoint
+    from .generate import generate
     from .model import DeepSeekV4Model, build_model
     from .runtime import Parallel, initialize
     from .weights import load_weights, stream_weights
@@ -24,6 +25,7 @@ __all__ = [
     "DeepSeekV4Model",
     "Parallel",
     "build_model",
+    "generate",
     "initialize",
     "load_checkpoint",
     "load_weights",

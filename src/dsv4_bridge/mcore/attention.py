@@ -5,12 +5,22 @@ on the output, a window plus compressed blocks (none, all of ratio 128, or chose
 learned sink, and an output projection by groups of heads.
 """
 
+from typing import Any
+
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from .attend import Reach, attend, attend_one
 from .cache import Cache, LayerCache, slot_positions
@@ -28,12 +38,13 @@ class CoreAttention(KeepsFloat32, MegatronModule):
 
     float32_names = ("attn_sink",)
 
-    def __init__(self, config: DeepSeekV4Config, ratio: int, block: str):
+    def __init__(self, config: DeepSeekV4Config, ratio: int, block: str, tp_group: ProcessGroup):
         super().__init__(config)
         self.config: DeepSeekV4Config = config
-        self.ratio, self.block = ratio, block
-        self.attn_sink = new_parameter((config.num_attention_heads,), config, torch.float32)
+        self.ratio, self.block, self.tp_group = ratio, block, tp_group
+        self.attn_sink = new_parameter((config.num_attention_heads // tp_group.size(),), config, torch.float32)
         torch.nn.init.zeros_(self.attn_sink)
+        set_tensor_model_parallel_attributes(self.attn_sink, tp_group.size() > 1, 0, 1)
         self.compressor = Compressor(config, ratio, config.v_head_dim) if ratio else None
         self.indexer = Indexer(config) if ratio == 4 else None
 
@@ -61,6 +72,8 @@ class CoreAttention(KeepsFloat32, MegatronModule):
         if self.compressor is not None:
             blocks = self.compressor(x, cache and cache.compressor, lengths)
             blocks = observe("attn.compressor", self.block, blocks)
+            # Every rank has all blocks and only its heads: their gradients are summed over the ranks.
+            blocks = copy_to_tensor_model_parallel_region(blocks, self.tp_group)
         if self.indexer is not None:
             chosen = self.indexer(x.detach(), qr.detach(), turn, cache and cache.indexer, lengths)
             chosen = observe("attn.index", self.block, chosen)
@@ -86,9 +99,34 @@ class CoreAttention(KeepsFloat32, MegatronModule):
             keys, seen = torch.cat([keys, entries], 1), torch.cat([seen, visible], 1)
         return attend_one(q, keys, seen, self.attn_sink)
 
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """As megatron's, with the sink cut by heads (trap 19)."""
+        return super().sharded_state_dict(prefix, sharded_offsets, metadata) | sharded_rows(
+            self, "attn_sink", prefix, sharded_offsets, metadata
+        )
+
+
+def sharded_rows(module: Any, name: str, prefix: str, offsets: tuple, metadata: dict | None) -> dict[str, Any]:
+    """Checkpoint entry of a bare parameter that tensor parallelism cuts along its first axis."""
+    groups = ensure_metadata_has_dp_cp_group(metadata)
+    return make_sharded_tensors_for_checkpoint(
+        {name: getattr(module, name)},
+        prefix,
+        {name: 0},
+        offsets,
+        tp_group=module.tp_group,
+        dp_cp_group=groups["dp_cp_group"],
+    )
+
 
 class HybridAttention(MegatronModule):
     """One attention sub-layer.
+
+    Under tensor parallelism each rank has some heads and their output groups. The single key head, the
+    compressor and the indexer are computed by every rank on whole sequences; what flows back into them
+    is summed over the ranks once, so their weights have complete gradients everywhere.
 
     Args:
         config: the model's.
@@ -114,7 +152,9 @@ class HybridAttention(MegatronModule):
         self.config: DeepSeekV4Config = config
         self.layer_number, self.attn_mask_type, self.block = layer_number, attn_mask_type, block
         self.tp_group = pg_collection.tp
-        self.heads, self.width, self.groups = config.num_attention_heads, config.v_head_dim, config.o_groups
+        ranks = self.tp_group.size()
+        self.heads, self.groups = config.num_attention_heads // ranks, config.o_groups // ranks
+        self.width = config.v_head_dim
         hidden, low = config.hidden_size, config.q_lora_rank
         grouped = config.o_groups * config.o_lora_rank
         parallel = {
@@ -125,20 +165,25 @@ class HybridAttention(MegatronModule):
             "tp_group": self.tp_group,
         }
         self.linear_q_down_proj = Linear(hidden, low, config)
-        self.q_layernorm = RMSNorm(config, low, config.layernorm_epsilon)
-        self.linear_q_up_proj = ColumnParallelLinear(low, self.heads * self.width, gather_output=False, **parallel)
+        self.q_layernorm = RMSNorm(config, low, config.layernorm_epsilon, whole=True)
+        heads = config.num_attention_heads * self.width
+        self.linear_q_up_proj = ColumnParallelLinear(low, heads, gather_output=False, **parallel)
+        # Its input is whole already: nothing to gather, and its gradient is summed as without sequence parallelism.
+        self.linear_q_up_proj.sequence_parallel = False
+        self.linear_q_up_proj.allreduce_dgrad = ranks > 1
         self.linear_kv_proj = Linear(hidden, self.width, config)
-        self.kv_layernorm = RMSNorm(config, self.width, config.layernorm_epsilon)
-        self.core_attention = CoreAttention(config, compress_ratio, block)
+        self.kv_layernorm = RMSNorm(config, self.width, config.layernorm_epsilon, whole=True)
+        self.core_attention = CoreAttention(config, compress_ratio, block, self.tp_group)
         self.linear_o_group_proj = new_parameter(
-            (grouped, self.heads * self.width // self.groups), config, config.params_dtype
+            (grouped // ranks, heads // config.o_groups), config, config.params_dtype
         )
+        set_tensor_model_parallel_attributes(self.linear_o_group_proj, ranks > 1, 0, 1)
         if config.perform_initialization and config.init_method is not None:
             config.init_method(self.linear_o_group_proj)
         self.linear_proj = RowParallelLinear(grouped, hidden, input_is_parallel=True, **parallel)
 
     def forward(self, x: Tensor, rotary: Rotary, cache: Cache | None = None) -> Tensor:
-        """[s, b, hidden] -> [s, b, hidden].
+        """[s, b, hidden] -> [s, b, hidden]; a rank's part of s, in and out, under sequence parallelism.
 
         Args:
             x: normed input of the sub-layer.
@@ -150,11 +195,15 @@ class HybridAttention(MegatronModule):
         stepping = cache is not None and cache.filled
         # One token a row in a step: positions run along the batch instead of the sequence.
         across = turn.unsqueeze(0) if stepping else turn.unsqueeze(1)
+        if self.config.sequence_parallel:
+            # What comes back is complete on every rank, so each takes its part of it and no sum is made.
+            x = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False, group=self.tp_group)
         qr = self.q_layernorm(self.linear_q_down_proj(x))
         q = self.linear_q_up_proj(qr)[0].unflatten(-1, (self.heads, self.width))  # [s, b, heads, d]
         q = q * inverse_rms(q, self.config.layernorm_epsilon).to(q.dtype)
         q = rotate(q, across.unsqueeze(2))
         kv = rotate(self.kv_layernorm(self.linear_kv_proj(x)), across)  # [s, b, d]
+        kv = copy_to_tensor_model_parallel_region(kv, self.tp_group)
         layer = None if cache is None else cache.layers[self.layer_number - 1]
         if stepping and cache is not None and layer is not None:
             out = self.core_attention.step(q[0], kv[0], x[0], qr[0], turn, layer, cache.lengths).unsqueeze(0)
@@ -172,3 +221,11 @@ class HybridAttention(MegatronModule):
         tokens = out.flatten(2).unflatten(-1, (self.groups, -1)).flatten(0, 1)  # [s*b, g, heads*d/g]
         mixed = torch.bmm(tokens.transpose(0, 1), weight.mT).transpose(0, 1)  # [s*b, g, r]
         return mixed.flatten(1).unflatten(0, out.shape[:2])
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """As megatron's, with the grouped projection cut by groups."""
+        return super().sharded_state_dict(prefix, sharded_offsets, metadata) | sharded_rows(
+            self, "linear_o_group_proj", prefix, sharded_offsets, metadata
+        )

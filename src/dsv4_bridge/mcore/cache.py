@@ -46,6 +46,15 @@ class Ring:
         self.values[rows, positions % self.slots] = values.detach()
         return self.values
 
+    def keep(self, rows: Tensor) -> None:
+        """Forget all rows but these, [kept] int64."""
+        if self.values is not None:
+            self.values = self.values[rows]
+
+    def tensors(self) -> list[Tensor]:
+        """What it holds."""
+        return [] if self.values is None else [self.values]
+
 
 class CompressorCache:
     """One compressor's memory: raw projections of its unfinished (and previous) block, and its entries."""
@@ -71,6 +80,18 @@ class CompressorCache:
         rows = closed.nonzero().squeeze(-1)
         self.entries[rows, block[rows]] = entry[rows].detach()
 
+    def keep(self, rows: Tensor) -> None:
+        """Forget all rows but these, [kept] int64."""
+        self.kv.keep(rows)
+        self.gate.keep(rows)
+        if self.entries is not None:
+            self.entries = self.entries[rows]
+
+    def tensors(self) -> list[Tensor]:
+        """What it holds."""
+        entries = [] if self.entries is None else [self.entries]
+        return self.kv.tensors() + self.gate.tensors() + entries
+
 
 class LayerCache:
     """One attention layer's memory."""
@@ -79,6 +100,10 @@ class LayerCache:
         self.window = Ring(config.csa_window_size)
         self.compressor = CompressorCache(ratio, capacity) if ratio else None
         self.indexer = CompressorCache(ratio, capacity) if ratio == 4 else None
+
+    def parts(self) -> list[Ring | CompressorCache]:
+        """The memories that the layer has."""
+        return [part for part in (self.window, self.compressor, self.indexer) if part is not None]
 
 
 @dataclass
@@ -96,6 +121,19 @@ class Cache:
     lengths: Tensor
     capacity: int
     filled: bool = False
+
+    def keep(self, rows: Tensor) -> None:
+        """Forget all rows but these, [kept] int64: the others are finished."""
+        self.lengths = self.lengths[rows]
+        for layer in self.layers:
+            for part in layer.parts():
+                part.keep(rows)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it holds: rings and entries, whatever the length of the prompts was."""
+        held = (tensor for layer in self.layers for part in layer.parts() for tensor in part.tensors())
+        return sum(tensor.untyped_storage().nbytes() for tensor in held)
 
 
 def new_cache(config: DeepSeekV4Config, lengths: Tensor, capacity: int) -> Cache:

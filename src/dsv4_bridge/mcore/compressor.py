@@ -38,7 +38,7 @@ class Compressor(KeepsFloat32, MegatronModule):
         torch.nn.init.zeros_(self.ape)
         self.linear_wkv = Linear(config.hidden_size, wide, config)
         self.linear_wgate = Linear(config.hidden_size, wide, config)
-        self.norm = RMSNorm(config, width, config.layernorm_epsilon)
+        self.norm = RMSNorm(config, width, config.layernorm_epsilon, whole=True)
 
     def forward(self, x: Tensor, cache: CompressorCache | None = None, lengths: Tensor | None = None) -> Tensor:
         """Entries of all whole blocks.

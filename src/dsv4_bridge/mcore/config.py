@@ -102,9 +102,7 @@ def refuse_unsound(config: DeepSeekV4Config) -> None:
         (config.fp32_residual_connection, "fp32_residual_connection", "streams have the parameters' type"),
         (config.hidden_dropout != 0, "hidden_dropout", "hyper-connections have no dropout"),
         (config.attention_dropout != 0, "attention_dropout", "the attention has no dropout"),
-        (config.tensor_model_parallel_size > 1, "tensor_model_parallel_size", "attention is not cut over ranks yet"),
         (config.context_parallel_size > 1, "context_parallel_size", "sequences are not cut over ranks yet"),
-        (config.sequence_parallel, "sequence_parallel", "it needs tensor parallelism"),
         (config.cuda_graph_impl != "none", "cuda_graph_impl", "attention's loops depend on the sequence length"),
         (config.use_mup, "use_mup", "DeepSeek-V4 has no such scaling"),
         (
@@ -191,7 +189,9 @@ def model_config(
         "activation_func_clamp_value": spec.swiglu_limit,
         "gated_linear_unit": True,
         "add_bias_linear": False,
-        "qk_layernorm": True,
+        # The attention has these norms in any case; megatron would sum the gradient of one of them over
+        # the tensor-parallel ranks, where it is complete already.
+        "qk_layernorm": False,
         "normalization": "RMSNorm",
         "mtp_num_layers": spec.mtp_layers or None,
         "hidden_dropout": 0.0,
@@ -212,6 +212,7 @@ def model_config(
     if topology is not None:
         fields |= {
             "tensor_model_parallel_size": topology.tp,
+            "sequence_parallel": topology.tp > 1,
             "expert_model_parallel_size": topology.ep,
             "expert_tensor_parallel_size": topology.etp,
             "pipeline_model_parallel_size": topology.pp,
@@ -219,12 +220,8 @@ def model_config(
         if topology.pp > 1:
             fields["pipeline_model_parallel_layout"] = str(topology.layout)
         if topology.pp > 1 and topology.layout.vp > 1:
-            # Only so do megatron's interleaved schedules learn that streams are wider than hidden states.
-            fields |= {
-                "virtual_pipeline_model_parallel_size": topology.layout.vp,
-                "variable_seq_lengths": True,
-                "moe_token_dispatcher_type": "alltoall",
-            }
+            # Batched, the messages of two ranks that are each other's next and previous would be mixed up.
+            fields |= {"virtual_pipeline_model_parallel_size": topology.layout.vp, "batch_p2p_comm": False}
     try:
         return DeepSeekV4Config(**fields | settings)
     except (TypeError, ValueError, AssertionError) as error:

@@ -20,6 +20,7 @@ from functools import wraps
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 logger = logging.getLogger(__name__)
 
@@ -28,15 +29,15 @@ _installed = False
 
 
 class _Idle:
-    """Stands for a CUDA stream or event: accepts every call, does nothing."""
+    """Stands for a CUDA stream or event: accepts every call, and gives an idle event back."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         pass
 
-    def __getattr__(self, name: str) -> Callable[..., None]:
+    def __getattr__(self, name: str) -> Callable[..., "_Idle"]:
         if name.startswith("__"):
             raise AttributeError(name)
-        return lambda *args, **kwargs: None
+        return lambda *args, **kwargs: self
 
     def __enter__(self) -> "_Idle":
         return self
@@ -83,6 +84,9 @@ def install() -> bool:
         setattr(torch.cuda, name, _Idle)
     for name in ("range_push", "range_pop", "mark"):
         setattr(torch.cuda.nvtx, name, lambda *args, **kwargs: None)
+    # `with torch.device(…)` looks constructors up in a table made at its first use: it must list torch's
+    # own. Else transformers' from_pretrained, which builds under "meta", leaves its buffers unset.
+    _device_constructors()
     for name in ("zeros", "ones", "empty", "full", "tensor", "arange", "rand", "randn"):
         setattr(torch, name, _kept_on_cpu(getattr(torch, name)))
     torch.Tensor.to = _moved_nowhere(torch.Tensor.to)

@@ -19,8 +19,9 @@ from .config import DeepSeekV4Config
 from .layers import Linear
 from .rope import rotate
 
-# Scores held at a time, in elements.
-_BUDGET = 1 << 22
+# Scores held and queries scored at a time: what stays in a core's cache, and more for a GPU.
+_BUDGET, _CHUNK = 1 << 18, 64
+_GPU_TIMES = 16
 
 
 class Indexer(MegatronModule):
@@ -66,13 +67,19 @@ class Indexer(MegatronModule):
             return everything.expand(x.shape[1], -1, -1)
         weights = self._weights(x).transpose(0, 1)  # [b, s, heads]
         queries = self._queries(qr, turn[:, None, None]).transpose(0, 1)  # [b, s, heads, width]
-        chunk = max(1, _BUDGET // (x.shape[1] * self.heads * count))
-        chosen = []
-        for start in range(0, length, chunk):
-            here = slice(start, start + chunk)
-            scores = index_scores(queries[:, here], keys, weights[:, here])
-            chosen.append(best_blocks(scores, visible[here].unsqueeze(0), self.topk))
-        return torch.cat(chosen, 1)
+        times = 1 if x.device.type == "cpu" else _GPU_TIMES
+        chosen = queries.new_full((x.shape[1], length, self.topk), -1, dtype=torch.int64)
+        start = 0
+        while start < length:
+            # No more blocks than the chunk's last query sees: over a sequence, half of all.
+            most = min(count, (start + times * _CHUNK) // 4)
+            size = times * _BUDGET // (x.shape[1] * self.heads * max(1, most))
+            stop = min(length, start + max(1, min(times * _CHUNK, size)))
+            here, topk = slice(start, stop), min(self.topk, most)
+            scores = index_scores(queries[:, here], keys[:, :most], weights[:, here])
+            chosen[:, here, :topk] = best_blocks(scores, visible[here].unsqueeze(0), topk)
+            start = stop
+        return chosen
 
     @torch.no_grad()
     def step(self, x: Tensor, qr: Tensor, turn: Tensor, cache: CompressorCache, positions: Tensor) -> Tensor:
@@ -94,8 +101,7 @@ class Indexer(MegatronModule):
 def index_scores(q: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
     """Scores in float32: q [b, s, heads, w], keys [b, n, w], weights [b, s, heads] -> [b, s, n]."""
     dots = torch.matmul(q.float().flatten(1, 2), keys.float().mT).unflatten(1, q.shape[1:3])
-    dots = torch.relu(dots) * q.shape[-1] ** -0.5
-    return torch.matmul(weights.unsqueeze(2), dots).squeeze(2)
+    return torch.matmul(weights.unsqueeze(2) * q.shape[-1] ** -0.5, dots.relu_()).squeeze(2)
 
 
 def best_blocks(scores: Tensor, visible: Tensor, topk: int) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
@@ -32,13 +33,22 @@ class Linear(torch.nn.Module):
 
 
 class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm, computed in float32, eps inside the root (transformers' DeepseekV4RMSNorm)."""
+    """Root-mean-square norm, computed in float32, eps inside the root (transformers' DeepseekV4RMSNorm).
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float):
+    Args:
+        config: the model's.
+        hidden_size: width.
+        eps: added to the mean square.
+        whole: whether it sees whole sequences under sequence parallelism, instead of a rank's part.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, whole: bool = False):
         super().__init__()
         self.eps = eps
         self.weight = new_parameter((hidden_size,), config, config.params_dtype)
         torch.nn.init.ones_(self.weight)
+        if not whole:
+            mark_sequence_parallel(config, self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """[…, hidden] -> […, hidden], in x's type."""
@@ -51,9 +61,35 @@ class RMSNorm(torch.nn.Module):
         pass
 
 
+class _InverseRMS(torch.autograd.Function):
+    """One pass over x each way; by single operations, three and six, each with a copy of x."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, eps: float) -> Tensor:  # type: ignore[override]
+        wide = torch.promote_types(x.dtype, torch.float32)
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square()
+        inverse = torch.rsqrt(square / x.shape[-1] + eps)
+        ctx.save_for_backward(x, inverse)
+        return inverse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        x, inverse = ctx.saved_tensors
+        return (x * (grad * inverse.pow(3) / -x.shape[-1])).to(x.dtype), None
+
+
 def inverse_rms(x: Tensor, eps: float) -> Tensor:
     """1 / root of the mean square over the last axis, float32: […, n] -> […, 1]."""
-    return torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+    result = _InverseRMS.apply(x, eps)
+    assert isinstance(result, Tensor)
+    return result
+
+
+def mark_sequence_parallel(config: TransformerConfig, *parameters: torch.nn.Parameter) -> None:
+    """Note parameters that act on a rank's part of the sequence: megatron sums their gradients over the ranks."""
+    for parameter in parameters:
+        parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 def new_parameter(shape: tuple[int, ...], config: TransformerConfig, dtype: torch.dtype) -> torch.nn.Parameter:

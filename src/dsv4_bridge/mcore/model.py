@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -123,6 +124,11 @@ class DeepSeekV4Model(GPTModel):
         if asked := sorted(name for name, value in refused.items() if value is not None):
             raise BridgeError(f"running the model: {', '.join(asked)} is not supported; give whole sequences, [b, s]")
         batch, length = input_ids.shape
+        if self.config.sequence_parallel and (cache is not None or length % self.topology.tp):
+            raise BridgeError(
+                f"running the model with sequence parallelism over {self.topology.tp} ranks: "
+                + ("decoding needs sequence_parallel=False" if cache else f"{length} tokens do not divide")
+            )
         stepping = cache is not None and cache.filled
         if cache is not None:
             _check_cache(cache, batch, length)
@@ -253,8 +259,11 @@ def build_chunks(
     """The same for layouts with several chunks a rank: this rank's chunks, in the order of the data."""
     initialize()
     groups = ProcessGroupCollection.use_mpu_process_groups()
+    parallel_state.set_virtual_pipeline_model_parallel_world_size(None)
     topology = make_topology(spec, groups.tp.size(), groups.pp.size(), groups.ep.size(), groups.expt_tp.size(), layout)
     config = model_config(spec, topology, dtype=dtype, perform_initialization=initialize_weights, **settings)
+    if topology.layout.vp > 1:
+        parallel_state.set_virtual_pipeline_model_parallel_world_size(topology.layout.vp)
     chunks = [
         DeepSeekV4Model(config, spec, topology, max_sequence_length, number, groups)
         for number in range(groups.pp.rank(), len(topology.layout.chunks), topology.pp)

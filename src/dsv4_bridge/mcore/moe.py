@@ -112,8 +112,10 @@ class HashRouter(BiasRouter):
             raise BridgeError(
                 f"routing {self.block} by token id: the stage got no input_ids; a hash layer needs them with its input"
             )
-        # [b, s] -> [s, b]: the order of the tokens in `logits` (trap 26).
-        return self.tid2eid[input_ids.transpose(0, 1).reshape(-1)].long()
+        ids = input_ids.transpose(0, 1)  # [s, b], the order of the tokens in `logits` (trap 26)
+        if self.config.sequence_parallel:
+            ids = ids.chunk(self.tp_group.size())[self.tp_group.rank()]
+        return self.tid2eid[ids.reshape(-1)].long()
 
     def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
         """Nothing to balance."""
@@ -156,11 +158,29 @@ class HashableMoELayer(MoELayer):
         return run(hidden_states), None
 
 
+class Experts(SequentialMLP):
+    """megatron's experts. Without gradients those that got no token are left out: in decoding, most of them.
+
+    With gradients they take part, for data parallelism waits for every parameter's.
+    """
+
+    def forward(
+        self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor
+    ) -> tuple[Tensor, None]:
+        """[tokens, hidden], tokens of each expert, and their weights [tokens] -> [tokens, hidden], and no bias."""
+        hidden, probs = permuted_local_hidden_states, permuted_probs
+        if torch.is_grad_enabled() or len(hidden) == 0:
+            return super().forward(hidden, tokens_per_expert, probs)
+        counts = tokens_per_expert.tolist()
+        parts = zip(self.local_experts, hidden.split(counts), probs.split(counts), strict=True)
+        return torch.cat([expert(tokens, weights)[0] for expert, tokens, weights in parts if len(tokens)]), None
+
+
 def moe_builder(hashed: bool, block: str) -> Any:
     """What builds the MoE sub-layer of one block."""
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     submodules = MoESubmodules(
-        experts=partial(SequentialMLP, submodules=linears),
+        experts=partial(Experts, submodules=linears),
         shared_experts=partial(SharedExpertMLP, submodules=linears),
         router=HashRouter if hashed else BiasRouter,
     )

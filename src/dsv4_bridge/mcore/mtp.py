@@ -11,7 +11,11 @@ import torch
 from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.utils import apply_prefix_mapping
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    gather_from_tensor_model_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.utils import sharded_state_dict_default
@@ -50,7 +54,7 @@ class MTPLayer(KeepsFloat32, MegatronModule):
                 config=config,
                 init_method=config.init_method,
                 bias=False,
-                gather_output=True,
+                gather_output=False,
                 skip_bias_add=False,
                 tp_group=self.tp_group,
             )
@@ -82,7 +86,8 @@ class MTPLayer(KeepsFloat32, MegatronModule):
         n = self.config.num_residual_streams
         # 3-D, for megatron's linear flattens no more than that in its backward (trap 56).
         parts = self.hnorm(streams.unflatten(-1, (n, -1))).flatten(1, 2)  # [s, b*n, h]
-        mixed = self.h_proj(parts)[0].unflatten(1, (-1, n)) + self.e_proj(self.enorm(embedded))[0].unsqueeze(2)
+        mixed = self._whole(self.h_proj, parts).unflatten(1, (-1, n))
+        mixed = mixed + self._whole(self.e_proj, self.enorm(embedded)).unsqueeze(2)
         mixed = mixed.flatten(2)  # [s, b, n*h]
         if self.config.recompute_granularity == "full" and self.training and torch.is_grad_enabled():
 
@@ -94,6 +99,11 @@ class MTPLayer(KeepsFloat32, MegatronModule):
             streams = self.mtp_model_layer(mixed, rotary, None, None, padding_mask)
         one = collapse_by_head(streams, self.hc_head_fn, self.hc_head_base, self.hc_head_scale, self.config)
         return self.final_layernorm(one), streams
+
+    def _whole(self, linear: ColumnParallelLinear, x: Tensor) -> Tensor:
+        """[s, m, h] -> [s, m, h]: the columns that the ranks computed, put together, for this rank's part of s."""
+        whole = gather_from_tensor_model_parallel_region(linear(x)[0], group=self.tp_group)
+        return scatter_to_sequence_parallel_region(whole, self.tp_group) if self.config.sequence_parallel else whole
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

@@ -1,21 +1,15 @@
 """Where the items of the plan live in a model on this rank."""
 
-from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..dtypes import DTYPES
-from ..encodings import ENCODINGS
 from ..errors import BridgeError
 from ..items import Item, Plan, expand
 from ..pieces import Piece, pieces
-from ..values import Scratch, check_ids, cuts, stripe_rows
 from .model import DeepSeekV4Model
-
-_RAW = {torch.bfloat16: "BF16", torch.float32: "F32", torch.int32: "I32"}
 
 
 class Place(NamedTuple):
@@ -71,33 +65,6 @@ def _place(item: Item, piece: Piece, live: dict[str, Tensor]) -> Place:
     if tensor is None or shape != piece.shape:
         raise BridgeError(f"binding {item.name}: {piece.name} is {shape}, expected {piece.shape}")
     return Place(piece.name, tensor, piece.row, *piece.rows, piece.columns)
-
-
-class ModelValues:
-    """The items of a live model as a source of values (see `values.Values`)."""
-
-    def __init__(self, model: DeepSeekV4Model):
-        self.plan, self._places = places(model)
-
-    def encoding(self, item: Item) -> str:
-        dtype = _RAW[self._places[item.name][0].tensor.dtype]
-        return next(e.name for e in ENCODINGS.values() if e.dtype == dtype and e.scale_dtype is None)
-
-    def stripes(self, item: Item, start: int, stop: int, scratch: Scratch) -> Iterator[np.ndarray]:
-        found = self._places[item.name]
-        dtype = DTYPES[_RAW[found[0].tensor.dtype]]
-        for first, last in cuts(start, stop, stripe_rows(item.shape, dtype.itemsize)):
-            out = scratch.take("decoded", dtype.numpy, (last - first, *item.shape[1:]))
-            for place in found:
-                low, high = max(first, place.start), min(last, place.stop)
-                if low < high:
-                    out[low - first : high - first] = to_numpy(place.rows(low, high))
-            if item.row.encoding == "int":
-                check_ids(out, self.plan.spec, item.name)
-            yield out
-
-    def extents(self, item: Item, start: int, stop: int) -> Iterable[tuple[int, int, int]]:
-        return ()
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:

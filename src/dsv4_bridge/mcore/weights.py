@@ -1,6 +1,6 @@
 """Weights into a live model and out of it, a stripe or a tensor at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +18,9 @@ from ..store.hf import HFCheckpoint, open_hf
 from ..store.megatron import looks_megatron, open_megatron
 from ..store.stream import Bytes, as_bytes
 from ..values import HFValues, MegatronValues, Scratch, Values
+from .gather import ModelValues
 from .model import DeepSeekV4Model
-from .places import ModelValues, places
+from .places import places
 
 STREAM_ENCODINGS = ("bf16", "fp8", "source")
 
@@ -144,16 +145,21 @@ class _Memory:
 
 
 def stream_weights(
-    model: DeepSeekV4Model, encoding: str = "bf16", like: Path | str | None = None, *, allow_lossy: bool = False
+    model: DeepSeekV4Model | Sequence[DeepSeekV4Model],
+    encoding: str = "bf16",
+    like: Path | str | None = None,
+    *,
+    allow_lossy: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
     """Tensors of the model in released names, on the host, in the order of the plan.
 
-    Memory holds one tensor at a time. Buffers (`tid2eid`, `gate.bias`) and scales are among them; a
+    Where the model is cut over ranks, every rank calls this, goes through all of it, and gets the whole
+    tensors. Memory holds one tensor at a time. Buffers (`tid2eid`, `gate.bias`) and scales are among them; a
     scale follows its weight. Under `like`, tensors that Megatron has no place for (a drafter, Base's
     own MTP embedding and head) come from there, byte for byte.
 
     Args:
-        model: the model.
+        model: the model, or this rank's chunks of it.
         encoding: `bf16`; `fp8` (linears and experts, 128x128 scales); `source`, as `like` stores each.
         like: released folder whose scales are kept wherever the values still fit them.
         allow_lossy: permit rounding where the encoding is not the source's.
@@ -170,18 +176,18 @@ def stream_weights(
         raise BridgeError("streaming weights in the source's encoding needs the source: like=FOLDER")
     released = open_hf(Path(like)) if like is not None else None
     try:
-        yield from _stream(model, encoding, released, allow_lossy)
+        yield from _stream([model] if isinstance(model, DeepSeekV4Model) else model, encoding, released, allow_lossy)
     finally:
         if released:
             released.close()
 
 
 def _stream(
-    model: DeepSeekV4Model, encoding: str, like: HFCheckpoint | None, allow_lossy: bool
+    chunks: Sequence[DeepSeekV4Model], encoding: str, like: HFCheckpoint | None, allow_lossy: bool
 ) -> Iterator[tuple[str, Tensor]]:
-    values = ModelValues(model)
+    values = ModelValues(chunks)
     if like:
-        _check_numbers(model, like.spec, like.folder.path)
+        _check_numbers(chunks[0], like.spec, like.folder.path)
     emitter = Emitter(values, HFValues(like) if like else None, like, allow_lossy or encoding == "bf16")
     try:
         for item in (like or values).plan.items:

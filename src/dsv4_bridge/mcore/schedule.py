@@ -1,0 +1,87 @@
+"""One pass over micro-batches through megatron-core's pipeline schedules."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import get_attr_wrapped_model, get_model_config
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch.
+
+    Attributes:
+        input_ids: [b, s] int64; every stage gets them.
+        labels: [b, s] int64, the token after each.
+        loss_mask: [b, s], weight of each label; None: all 1.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    loss_mask: Tensor | None = None
+
+
+class StreamCommunicator(P2PCommunicator):
+    """Between stages go all streams, [s, b, n*h], where megatron's schedules expect hidden states, [s, b, h]."""
+
+    def _communicate(self, *, tensor_shape: Any, **rest: Any) -> Any:
+        if tensor_shape is not None:
+            length, batch, width = tensor_shape
+            tensor_shape = (length, batch, width * self.config.num_residual_streams)  # type: ignore[attr-defined]
+        return super()._communicate(tensor_shape=tensor_shape, **rest)  # type: ignore[arg-type]
+
+
+def forward_backward(
+    chunks: Sequence[torch.nn.Module], batches: Sequence[Batch], *, forward_only: bool = False
+) -> list[Tensor]:
+    """Run micro-batches forward and backward; gradients add up, averaged over the micro-batches.
+
+    Args:
+        chunks: this rank's chunks, as `build_chunks` made them, wrapped or not.
+        batches: micro-batches of one shape; every rank of a pipeline passes the same.
+        forward_only: no backward.
+
+    Returns:
+        Mean loss of every micro-batch, on the last pipeline stage; elsewhere an empty list.
+    """
+    config = get_model_config(chunks[0])
+    stages, virtual = config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size
+    size, length = batches[0].input_ids.shape
+    options: dict[str, Any] = {}
+    if stages > 1:
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        options = {"p2p_communicator": StreamCommunicator(groups.pp, config), "pg_collection": groups}
+    found = get_forward_backward_func(stages, virtual)(
+        forward_step_func=_step,
+        data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
+        model=list(chunks),
+        num_microbatches=len(batches),
+        seq_length=length,
+        micro_batch_size=size,
+        forward_only=forward_only,
+        **options,
+    )
+    return [entry["loss"] for entry in found]
+
+
+def _step(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Any]:
+    batch = next(batches)
+    output = model(batch.input_ids, labels=batch.labels, loss_mask=batch.loss_mask)
+
+    def mean_loss(losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        weights = torch.ones_like(losses) if batch.loss_mask is None else batch.loss_mask
+        loss = (losses * weights).sum() / weights.sum().clamp(min=1)
+        return loss, {"loss": loss.detach()}
+
+    return output, mean_loss
+
+
+def module_of(chunk: torch.nn.Module) -> Any:
+    """The model inside its wrappers."""
+    return get_attr_wrapped_model(chunk, "topology", return_model_obj=True)

@@ -1,0 +1,221 @@
+"""How far two tensors, two choices, two sets of logits are apart. Identical ones give exactly 0.
+
+Everything is computed in float64, a piece of rows at a time.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_PIECE = 1 << 22  # elements
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of two tensors, over their vectors (the last dimension: one a token or block).
+
+    Attributes:
+        vectors: how many.
+        cosine_min: of the vector that agrees least.
+        cosine_mean: over all vectors.
+        max_abs: largest difference.
+        error: `max_abs` over the reference's largest magnitude.
+        relative: norm of the difference over the reference's norm.
+        not_finite: values that are infinite or NaN on either side; errors are infinite then.
+    """
+
+    vectors: int
+    cosine_min: float
+    cosine_mean: float
+    max_abs: float
+    error: float
+    relative: float
+    not_finite: int
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Of two choices, compared as sets.
+
+    Attributes:
+        queries: how many sets (tokens for experts, queries for blocks).
+        flips: how many of them differ.
+        ties: how many flips are near-ties: the reference's scores of what was swapped lie within
+            tolerance, so rounding decides between them.
+        gap: largest gap among the flips: best score lost minus worst gained, over the query's largest
+            magnitude; infinite where no score explains it (token ids decide, or sizes differ).
+        boundary: median over queries of the gap between the last chosen and the first not chosen, in the
+            reference; what a near-tie is small against. None where all that there is was chosen.
+    """
+
+    queries: int
+    flips: int
+    ties: int
+    gap: float
+    boundary: float | None
+
+
+@dataclass(frozen=True)
+class LogitsDifference:
+    """Of two sets of logits, over all positions.
+
+    Attributes:
+        positions: how many.
+        error: largest difference over the reference's largest logit.
+        relative: norm of the difference over the reference's norm.
+        cosine_min: of the position that agrees least.
+        cosine_mean: over all positions.
+        last_cosine: of the last position; the smallest of the batch.
+        top1: share of positions with the same largest logit.
+        kl_mean: KL(reference || ours) in nats, mean over positions.
+        kl_p95: 95th percentile.
+        kl_max: largest.
+        not_finite: values that are infinite or NaN on either side.
+        kl: [b, s] float64, of every position.
+    """
+
+    positions: int
+    error: float
+    relative: float
+    cosine_min: float
+    cosine_mean: float
+    last_cosine: float
+    top1: float
+    kl_mean: float
+    kl_p95: float
+    kl_max: float
+    not_finite: int
+    kl: np.ndarray
+
+
+def compare_values(ours: Tensor, theirs: Tensor) -> Difference:
+    """[…, width] against the same shape.
+
+    Raises:
+        ValueError: shapes differ.
+    """
+    cosines, parts = _cosines(ours, theirs)
+    return Difference(len(cosines), *_over(cosines), *parts)
+
+
+def compare_choices(ours: Tensor, theirs: Tensor, scores: Tensor | None, tie: float) -> Choice:
+    """Compare rows of indices as sets.
+
+    Args:
+        ours: [queries, k] int64, -1 for none.
+        theirs: [queries, k'].
+        scores: [queries, n], what the reference chose by (-inf: not allowed); None: nothing.
+        tie: gap up to which a flip counts as a near-tie.
+    """
+    queries, flips, gaps, edges = len(theirs), 0, [], []
+    count = 1 + max((int(x.amax()) for x in (ours, theirs) if x.numel()), default=-1)
+    count = max(count, 0 if scores is None else scores.shape[1])
+    if not count:  # nothing to choose from yet
+        return Choice(queries, 0, 0, 0.0, None)
+    for rows in _pieces(queries, count):
+        mine, other = _members(ours[rows], count), _members(theirs[rows], count)
+        lost, gained = other & ~mine, mine & ~other
+        differ = (lost | gained).any(-1)
+        flips += int(differ.sum())
+        if scores is None:
+            gaps.append(torch.full((int(differ.sum()),), math.inf, dtype=torch.float64))
+            continue
+        known = scores[rows].double()
+        scale = known.abs().masked_fill(known.isinf(), 0).amax(-1).clamp(min=1e-30)
+        best = known.masked_fill(~lost, -math.inf)
+        worst = known.masked_fill(~gained, math.inf)
+        if bool(differ.any()):
+            gap = (best.amax(-1) - worst.amin(-1)) / scale
+            same = lost.sum(-1) == gained.sum(-1)
+            gaps.append(torch.where(same & gap.isfinite(), gap.clamp(min=0), math.inf)[differ])
+        edge = known.masked_fill(~other, math.inf).amin(-1) - known.masked_fill(other, -math.inf).amax(-1)
+        edges.append((edge / scale)[edge.isfinite()])
+    gap = torch.cat(gaps) if gaps else torch.zeros(0)
+    edge = torch.cat(edges) if edges else torch.zeros(0)
+    return Choice(
+        queries,
+        flips,
+        int((gap <= tie).sum()),
+        float(gap.max()) if len(gap) else 0.0,
+        float(edge.median()) if len(edge) else None,
+    )
+
+
+def compare_logits(ours: Tensor, theirs: Tensor) -> LogitsDifference:
+    """[b, s, vocabulary] against the same shape."""
+    batch, length = theirs.shape[:2]
+    cosines, (_, error, relative, bad) = _cosines(ours, theirs)
+    same, kl = 0, []
+    mine, other = ours.flatten(0, 1), theirs.flatten(0, 1)
+    for rows in _pieces(len(other), other.shape[-1]):
+        a, b = mine[rows].double(), other[rows].double()
+        same += int((a.argmax(-1) == b.argmax(-1)).sum())
+        p, q = b.log_softmax(-1), a.log_softmax(-1)
+        # Rounding can leave a sum of nearly equal terms just below zero.
+        kl.append((p.exp() * (p - q)).sum(-1).clamp(min=0))
+    found = torch.cat(kl).numpy()
+    finite = found if np.isfinite(found).all() else np.where(np.isfinite(found), found, np.inf)
+    return LogitsDifference(
+        len(other),
+        error,
+        relative,
+        *_over(cosines),
+        float(cosines.reshape(batch, length)[:, -1].min()),
+        same / len(other),
+        float(finite.mean()),
+        float(np.quantile(finite, 0.95, method="higher")),
+        float(finite.max()),
+        bad,
+        finite.reshape(batch, length),
+    )
+
+
+def _cosines(ours: Tensor, theirs: Tensor) -> tuple[Tensor, tuple[float, float, float, int]]:
+    """Cosine of every vector; largest difference, error, relative error, values that are not finite."""
+    if ours.shape != theirs.shape:
+        raise ValueError(f"comparing {list(ours.shape)} with {list(theirs.shape)}")
+    a, b = ours.reshape(-1, ours.shape[-1]), theirs.reshape(-1, ours.shape[-1])
+    cosines: list[Tensor] = []
+    apart = most = 0.0
+    squares, norm, bad = 0.0, 0.0, 0
+    for rows in _pieces(len(a), a.shape[-1]):
+        x, y = a[rows].double(), b[rows].double()
+        bad += int((~(x.isfinite() & y.isfinite())).sum())
+        delta = x - y
+        xy, xx, yy = (x * y).sum(-1), (x * x).sum(-1), (y * y).sum(-1)
+        # sqrt(xx * xx) is xx: equal vectors give exactly 1; two zero vectors are equal.
+        cosine = torch.where((xx == 0) & (yy == 0), 1.0, xy / (xx * yy).sqrt().clamp(min=1e-300))
+        cosines.append(cosine.nan_to_num(-1.0).clamp(-1, 1))
+        apart = max(apart, float(delta.abs().max()))
+        most = max(most, float(y.abs().max()))
+        squares += float((delta * delta).sum())
+        norm += float((y * y).sum())
+    if bad:
+        return torch.cat(cosines), (math.inf, math.inf, math.inf, bad)
+    found = torch.cat(cosines) if cosines else torch.ones(0, dtype=torch.float64)
+    return found, (apart, _ratio(apart, most), _ratio(math.sqrt(squares), math.sqrt(norm)), 0)
+
+
+def _over(cosines: Tensor) -> tuple[float, float]:
+    return (float(cosines.min()), float(cosines.mean())) if len(cosines) else (1.0, 1.0)
+
+
+def _ratio(a: float, b: float) -> float:
+    return a / b if b else (0.0 if a == 0 else math.inf)
+
+
+def _pieces(rows: int, width: int) -> Iterator[slice]:
+    step = max(1, _PIECE // max(1, width))
+    for start in range(0, rows, step):
+        yield slice(start, start + step)
+
+
+def _members(indices: Tensor, count: int) -> Tensor:
+    """[q, k] with -1 for none -> [q, count] bool."""
+    found = torch.zeros((len(indices), count + 1), dtype=torch.bool)
+    found.scatter_(1, torch.where(indices < 0, count, indices), True)
+    return found[:, :count]

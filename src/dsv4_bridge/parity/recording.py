@@ -1,0 +1,79 @@
+"""Our model under watch: every site compared with the record as it passes, choices replaced on request.
+
+Nothing of ours is kept: a value is compared where it appears. Our layouts are [s, b, …] where
+transformers has [b, s, …].
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import BridgeError
+from ..mcore.observe import watching
+from .metrics import compare_choices, compare_logits, compare_values
+from .reference import Record
+from .result import Run, SiteResult, Tolerance
+from .sites import SITES
+
+# Sites whose tensors have the batch first already.
+_BATCH_FIRST = {"attn.compressor", "attn.index"}
+
+
+class _Watcher:
+    """Compares what passes; gives the reference's choices back where `replay` says so."""
+
+    def __init__(self, record: Record, shape: tuple[int, int], replay: bool, tolerance: Tolerance):
+        self.record, self.shape, self.replay, self.tolerance = record, shape, replay, tolerance
+        self.found: list[SiteResult] = []
+
+    def __call__(self, site: str, block: str, value: Tensor) -> Tensor | None:
+        theirs = self.record.values.get((block, site))
+        if theirs is None:
+            raise BridgeError(f"comparing {block} {site}: the reference has nothing there, a mistake in this package")
+        layer = int(block.removeprefix("layers.")) if block != "model" else None
+        ours = self._turned(site, value.detach()).cpu()
+        if SITES[site].choices:
+            found = compare_choices(
+                ours.flatten(0, -2), theirs.flatten(0, -2), self.record.scores.get((block, site)), self.tolerance.tie
+            )
+            self.found.append(SiteResult(layer, site, found))
+            return self._back(site, theirs).to(value.device) if self.replay else None
+        self.found.append(SiteResult(layer, site, compare_values(ours, theirs.reshape(ours.shape))))
+        return None
+
+    def _turned(self, site: str, value: Tensor) -> Tensor:
+        """Ours in transformers' layout."""
+        if site in _BATCH_FIRST:
+            return value
+        if site == "ffn.router":  # [s*b, k] -> [b*s, k]
+            batch, length = self.shape
+            return value.unflatten(0, (length, batch)).transpose(0, 1).flatten(0, 1)
+        return value.transpose(0, 1)
+
+    def _back(self, site: str, value: Tensor) -> Tensor:
+        """The reference's choice in our layout."""
+        if site == "ffn.router":
+            return value.unflatten(0, self.shape).transpose(0, 1).flatten(0, 1)
+        return value
+
+
+def compare_run(model: Any, ids: Tensor, record: Record, replay: bool, tolerance: Tolerance) -> Run:
+    """Run our model on ids [b, s] and compare with the record.
+
+    Args:
+        model: ours.
+        ids: what the record was made with.
+        record: of the reference.
+        replay: whether our model takes the reference's experts and blocks.
+        tolerance: for near-ties.
+    """
+    batch, length = ids.shape
+    watcher = _Watcher(record, (batch, length), replay, tolerance)
+    with torch.no_grad(), watching(watcher):
+        logits = model(ids).cpu()
+    if missed := set(record.values) - {
+        ("model" if s.layer is None else f"layers.{s.layer}", s.site) for s in watcher.found
+    }:
+        raise BridgeError(f"comparing: our model never came by {sorted(missed)[0]}, a mistake in this package")
+    return Run(tuple(watcher.found), compare_logits(logits, record.logits))

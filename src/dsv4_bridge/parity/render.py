@@ -1,0 +1,137 @@
+"""A comparison as tables for a terminal."""
+
+import textwrap
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from .metrics import Choice, Difference
+from .result import ParityReport, Run, SiteResult, Tolerance
+
+_LEGEND = (
+    "error: largest difference over the largest value; experts, blocks, flips: sets chosen otherwise, ~: near-ties\n"
+)
+
+
+def parity_table(report: ParityReport, every_site: bool = False) -> Group:
+    """What was compared, a line a layer (or a sub-layer), the logits, the verdict."""
+    table = sites_table(report) if every_site else layers_table(report)
+    style = "bold green" if report.passed else "bold red"
+    verdict = "\n".join(textwrap.wrap(report.verdict.text, 118))
+    return Group(
+        Text("\n".join(about(report))), Text(), table, Text(_LEGEND, "dim"), logits_table(report), Text(verdict, style)
+    )
+
+
+def about(report: ParityReport) -> list[str]:
+    """What was compared, and with which versions."""
+    same = report.reference == report.checkpoint
+    tokens = report.inputs
+    seed = f", seed {tokens['seed']}" if tokens["seed"] is not None else ""
+    return [
+        f"checkpoint  {report.checkpoint}",
+        f"reference   {'the same' if same else report.reference}, in {report.against}' DeepseekV4ForCausalLM (eager)",
+        f"tokens      {tokens['batch']} x {tokens['seq_length']}, {tokens['source']}{seed}",
+        f"computed    in {report.dtype} on {report.device}: "
+        + ", ".join(f"{name} {number}" for name, number in report.versions.items()),
+        "left out    MTP and DSpark blocks, which the reference lacks",
+    ]
+
+
+def layers_table(report: ParityReport) -> Table:
+    """One line a layer: its worst sub-layer, its flipped choices."""
+    table = _table("layer", "kind")
+    for run in _runs(report):
+        _columns(table, run, len(_runs(report)), "worst", ">error", ">1-cosine", ">experts", ">blocks")
+    for layer, kind in [*enumerate(report.layers), (None, "")]:
+        cells: list[Any] = []
+        for _, run in _runs(report):
+            sites = run.of_layer(layer)
+            worst = max((s for s in sites if isinstance(s.found, Difference)), key=lambda s: s.error)
+            cells += [worst.site, *_error(worst, report.tolerance)]
+            cells += [_flips(next((s for s in sites if s.site == name), None)) for name in ("ffn.router", "attn.index")]
+        table.add_row("head" if layer is None else str(layer), kind, *cells)
+    return table
+
+
+def sites_table(report: ParityReport) -> Table:
+    """One line a sub-layer."""
+    table = _table("layer", "sub-layer")
+    for run in _runs(report):
+        _columns(table, run, len(_runs(report)), ">error", ">1-cosine", ">relative", ">flips")
+    last: int | None = 0
+    for index, first in enumerate(report.free.sites):
+        if first.layer != last:
+            table.add_section()
+        cells: list[Any] = []
+        for _, run in _runs(report):
+            site = run.sites[index]
+            relative = f"{site.found.relative:.1e}" if isinstance(site.found, Difference) else ""
+            cells += [*_error(site, report.tolerance), relative, _flips(site)]
+        name = "head" if first.layer is None else str(first.layer)
+        table.add_row(name if first.layer != last or not index else "", first.site, *cells)
+        last = first.layer
+    return table
+
+
+def logits_table(report: ParityReport) -> Table:
+    """The logits of every run, over all positions."""
+    table = _table("logits")
+    for column in (">error", ">cosine, last", ">cosine, least", ">top-1", ">KL mean", ">p95", ">max"):
+        _column(table, column)
+    for title, run in _runs(report):
+        found = run.logits
+        table.add_row(
+            title,
+            f"{found.error:.1e}",
+            f"{found.last_cosine:.7f}",
+            f"{found.cosine_min:.7f}",
+            f"{100 * found.top1:.2f} %",
+            *(f"{x:.1e}" for x in (found.kl_mean, found.kl_p95, found.kl_max)),
+        )
+    return table
+
+
+def _runs(report: ParityReport) -> list[tuple[str, Run]]:
+    replayed = [("choices replayed", report.replayed)] if report.replayed else []
+    return [("own choices", report.free), *replayed]
+
+
+def _error(site: SiteResult, tolerance: Tolerance) -> tuple[Text, Text]:
+    if not isinstance(site.found, Difference):
+        return Text(), Text()
+    style = "" if site.error <= tolerance.site else "red"
+    return Text(f"{site.error:.1e}", style), Text(f"{1 - site.found.cosine_min:.1e}")
+
+
+def _flips(site: SiteResult | None) -> Text:
+    """Flipped sets of all; `~` before it: near-ties only. Empty where nothing is chosen."""
+    if site is None or not isinstance(site.found, Choice):
+        return Text()
+    if not site.flips:
+        return Text("0")
+    near = not site.far
+    return Text(f"{'~' if near else ''}{site.flips}/{site.found.queries}", "yellow" if near else "red")
+
+
+def _table(*columns: str) -> Table:
+    table = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        _column(table, column)
+    return table
+
+
+def _columns(table: Table, run: tuple[str, Run], runs: int, *names: str) -> None:
+    """Columns of one run, its title above the first where there are several."""
+    for name in names:
+        over = "" if runs == 1 else f"{run[0] if name is names[0] else ''}\n"
+        right = name.startswith(">")
+        _column(table, f"{'>' if right else ''}{over}{name.lstrip('>')}")
+
+
+def _column(table: Table, name: str) -> None:
+    right = name.startswith(">")
+    table.add_column(name.lstrip(">"), justify="right" if right else "left", no_wrap=True)

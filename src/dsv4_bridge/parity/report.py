@@ -1,0 +1,161 @@
+"""A comparison as a page for a browser: `index.html`, its plots beside it, nothing fetched from elsewhere."""
+
+import json
+from collections.abc import Iterable
+from html import escape
+from importlib.util import find_spec
+from pathlib import Path
+
+from ..errors import BridgeError
+from .metrics import Choice, Difference
+from .render import about
+from .result import ParityReport, Run, SiteResult
+from .sites import SITES
+
+_STYLE = """
+:root { color-scheme: light; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 76rem; margin: 2rem auto;
+  padding: 0 1.2rem; }
+h1 { font-size: 1.6rem; margin: 0 0 1rem; }
+h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
+.verdict { border-left: .5rem solid; padding: .7rem 1rem; border-radius: .2rem; }
+.passed { border-color: #009E73; background: #eaf7f2; }
+.failed { border-color: #D55E00; background: #fdf0e8; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.2rem; margin: 1.2rem 0; }
+dt { color: #555; } dd { margin: 0; overflow-wrap: anywhere; }
+figure { margin: 0 0 1.6rem; } figure img { width: 100%; height: auto; } figcaption { color: #444; font-size: .92rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .88rem; }
+th, td { padding: .18rem .5rem; text-align: right; white-space: nowrap; } th { color: #444; font-weight: 600; }
+th.l, td.l { text-align: left; }
+thead tr:last-child th { border-bottom: 2px solid #888; } tbody tr.new td { border-top: 1px solid #ccc; }
+td.bad { color: #b03a00; font-weight: 600; } td.near { color: #7a5b00; } th.run { text-align: center; }
+code { font-size: .95em; }
+"""
+
+
+def can_report(folder: Path) -> None:
+    """Say before the work that a report could not be written.
+
+    Raises:
+        BridgeError: matplotlib is missing, or the folder is a file.
+    """
+    if find_spec("matplotlib") is None:
+        raise BridgeError("writing a report: matplotlib is not installed; pip install 'dsv4-bridge[report]'")
+    if folder.exists() and not folder.is_dir():
+        raise BridgeError(f"writing a report: {folder} is not a folder")
+
+
+def write_report(report: ParityReport, folder: Path) -> Path:
+    """Write index.html, its plots and parity.json.
+
+    Args:
+        report: what was found.
+        folder: made where it does not exist; files of an earlier report are replaced.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        BridgeError: it cannot be written.
+    """
+    can_report(folder)
+    from .plots import draw
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        figures = draw(report, folder)
+        (folder / "parity.json").write_text(json.dumps(report.to_json(), indent=1) + "\n")
+        page = folder / "index.html"
+        page.write_text(_page(report, figures))
+    except OSError as error:
+        raise BridgeError(f"writing a report to {folder}: {error.strerror or error}") from None
+    return page
+
+
+def _page(report: ParityReport, figures: dict[str, str]) -> str:
+    state = "passed" if report.passed else "failed"
+    title = f"Parity with {report.against}: {'passed' if report.passed else 'differs'}"
+    facts = [line.split(maxsplit=1) for line in about(report)]
+    facts = [("left out", words.removeprefix("out").strip()) if key == "left" else (key, words) for key, words in facts]
+    pictures = "\n".join(
+        f'<figure><img src="{name}" alt="{escape(words, quote=True)}"><figcaption>{escape(words)}</figcaption></figure>'
+        for name, words in figures.items()
+    )
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(title)}</title><style>{_STYLE}</style></head>
+<body>
+<h1>{escape(title)}</h1>
+<p class="verdict {state}">{escape(report.verdict.text[:1].upper() + report.verdict.text[1:])}.</p>
+<dl>{"".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts)}</dl>
+<h2>Logits, all positions</h2>
+<div class="wide">{_logits(report)}</div>
+<h2>Pictures</h2>
+{pictures}
+<h2>Every sub-layer</h2>
+<p>Error: largest difference over the reference's largest value; tolerance {report.tolerance.site:g}.
+1&minus;cosine: of the token that agrees least. Flips: sets chosen otherwise (experts of a token,
+blocks of a query), and the widest gap between the scores of what was swapped, over the largest; up to
+{report.tolerance.tie:g} it is a near-tie. <code>parity.json</code> holds all numbers.</p>
+<div class="wide">{_sites(report)}</div>
+</body>
+</html>
+"""
+
+
+def _logits(report: ParityReport) -> str:
+    head = ("error", "cosine, last", "cosine, least", "top-1 equal", "KL mean (nats)", "KL p95", "KL max")
+    rows = []
+    for title, run in _runs(report):
+        f = run.logits
+        cells = [f"{f.error:.2e}", f"{f.last_cosine:.8f}", f"{f.cosine_min:.8f}", f"{100 * f.top1:.3f} %"]
+        cells += [f"{x:.2e}" for x in (f.kl_mean, f.kl_p95, f.kl_max)]
+        rows.append(f'<tr><td class="l">{title}</td>{_cells(cells)}</tr>')
+    header = '<th class="l"></th>' + "".join(f"<th>{h}</th>" for h in head)
+    return f"<table><thead><tr>{header}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+
+
+def _sites(report: ParityReport) -> str:
+    runs = _runs(report)
+    over = "".join(f'<th class="run" colspan="3">{title}</th>' for title, _ in runs)
+    columns = "".join("<th>error</th><th>1&minus;cosine</th><th>flips</th>" for _ in runs)
+    rows = []
+    for index, first in enumerate(report.free.sites):
+        new = not index or report.free.sites[index - 1].layer != first.layer
+        layer = "head" if first.layer is None else f"layer {first.layer} ({report.layers[first.layer]})"
+        cells = "".join(_site_cells(run.sites[index], report) for _, run in runs)
+        rows.append(
+            f'<tr{" class=new" if new else ""}><td class="l">{escape(layer) if new else ""}</td>'
+            f'<td class="l">{first.site}</td><td class="l">{escape(SITES[first.site].words)}</td>{cells}</tr>'
+        )
+    return (
+        f'<table><thead><tr><th class="l" colspan="3"></th>{over}</tr><tr><th class="l">layer</th><th class="l">'
+        f'sub-layer</th><th class="l">what</th>{columns}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+    )
+
+
+def _site_cells(site: SiteResult, report: ParityReport) -> str:
+    found = site.found
+    if isinstance(found, Difference):
+        bad = "" if site.error <= report.tolerance.site else ' class="bad"'
+        return f"<td{bad}>{found.error:.2e}</td><td>{1 - found.cosine_min:.1e}</td><td></td>"
+    return f"<td></td><td></td>{_flips(found, report.tolerance.tie)}"
+
+
+def _flips(found: Choice, tie: float) -> str:
+    if not found.flips:
+        return "<td>0</td>"
+    gap = "" if found.gap == float("inf") else f" (gap {found.gap:.0e})"
+    kind = "near" if found.gap <= tie else "bad"
+    return f'<td class="{kind}">{found.flips:,}{gap}</td>'
+
+
+def _cells(values: Iterable[str]) -> str:
+    return "".join(f"<td>{v}</td>" for v in values)
+
+
+def _runs(report: ParityReport) -> list[tuple[str, Run]]:
+    replayed = [("choices replayed", report.replayed)] if report.replayed else []
+    return [("own choices", report.free), *replayed]

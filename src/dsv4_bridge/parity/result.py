@@ -1,0 +1,188 @@
+"""What a comparison found; plain data."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .metrics import Choice, Difference, LogitsDifference
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What counts as the same.
+
+    Attributes:
+        logits: largest error of the logits, or None where the last position's cosine decides.
+        top1: share of positions that must have the same largest logit, or None.
+        last_cosine: smallest cosine of the last position, or None.
+        site: error above which a sub-layer is named in the verdict.
+        tie: gap of scores up to which a flipped choice is a near-tie.
+        far: share of a site's sets that may flip by more.
+    """
+
+    logits: float | None
+    top1: float | None
+    last_cosine: float | None
+    site: float
+    tie: float
+    far: float
+
+
+# bf16 keeps 8 bits, and rounds at every sub-layer: values differ by percents, scores of blocks by more.
+TOLERANCES = {
+    "float32": Tolerance(1e-5, 1.0, None, 3e-5, 1e-4, 0.0),
+    "bf16": Tolerance(None, None, 0.999, 5e-2, 0.1, 0.01),
+}
+
+
+@dataclass(frozen=True)
+class SiteResult:
+    """One site of one layer.
+
+    Attributes:
+        layer: decoder layer, None for the model's head.
+        site: name, see `sites.SITES`.
+        found: a `Difference`, or a `Choice`.
+    """
+
+    layer: int | None
+    site: str
+    found: Difference | Choice
+
+    @property
+    def error(self) -> float:
+        """The error of values; 0 for choices."""
+        return self.found.error if isinstance(self.found, Difference) else 0.0
+
+    @property
+    def flips(self) -> int:
+        """Flipped choices; 0 for values."""
+        return self.found.flips if isinstance(self.found, Choice) else 0
+
+    @property
+    def far(self) -> int:
+        """Flipped choices that are no near-ties."""
+        return self.found.flips - self.found.ties if isinstance(self.found, Choice) else 0
+
+    def flipped(self, tolerance: Tolerance) -> bool:
+        """Whether more choices than allowed differ by more than a near-tie."""
+        return isinstance(self.found, Choice) and self.far > tolerance.far * self.found.queries
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain types; every key of either kind, None where it does not apply."""
+        empty = dict.fromkeys((*Difference.__dataclass_fields__, *Choice.__dataclass_fields__))
+        return {"layer": self.layer, "site": self.site} | empty | _plain(asdict(self.found))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of our model against the recorded reference.
+
+    Attributes:
+        sites: in the order of the computation.
+        logits: of all positions.
+    """
+
+    sites: tuple[SiteResult, ...]
+    logits: LogitsDifference
+
+    def within(self, tolerance: Tolerance) -> bool:
+        """Whether logits agree and no choice differs by more than a near-tie."""
+        found = self.logits
+        return (
+            found.not_finite == 0
+            and (tolerance.logits is None or found.error <= tolerance.logits)
+            and (tolerance.top1 is None or found.top1 >= tolerance.top1)
+            and (tolerance.last_cosine is None or found.last_cosine >= tolerance.last_cosine)
+            and not any(s.flipped(tolerance) for s in self.sites)
+        )
+
+    def of_layer(self, layer: int | None) -> tuple[SiteResult, ...]:
+        """The sites of a layer."""
+        return tuple(s for s in self.sites if s.layer == layer)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain types, without the KL of single positions."""
+        logits = {k: v for k, v in vars(self.logits).items() if k != "kl"}
+        return {"logits": _plain(logits), "sites": [s.to_json() for s in self.sites]}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The outcome.
+
+    Attributes:
+        passed: whether the models agree within tolerance.
+        text: in words.
+        layer: of the first site beyond tolerance; None for the head, or where none is.
+        site: name of that site, None where there is none.
+        tensors: released names of the tensors that act first there.
+    """
+
+    passed: bool
+    text: str
+    layer: int | None = None
+    site: str | None = None
+    tensors: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """All that `parity` found.
+
+    Attributes:
+        checkpoint: what our model holds.
+        reference: what transformers' model holds.
+        against: the other implementation.
+        dtype: of both models.
+        device: where they ran.
+        inputs: batch, seq_length, and where the tokens are from.
+        layers: kind of every decoder layer, as `CSA, routed`.
+        versions: of the packages that computed.
+        tolerance: what counts as the same.
+        free: our model making its own choices.
+        replayed: our model made to take the reference's choices, or None; choices in it are what it
+            would have taken by itself, on the reference's way.
+        verdict: the outcome.
+        bytes: memory stated before the start.
+        seconds: wall time.
+    """
+
+    checkpoint: str
+    reference: str
+    against: str
+    dtype: str
+    device: str
+    inputs: dict[str, Any]
+    layers: tuple[str, ...]
+    versions: dict[str, str]
+    tolerance: Tolerance
+    free: Run
+    replayed: Run | None
+    verdict: Verdict
+    bytes: int
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the models agree within tolerance."""
+        return self.verdict.passed
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain types; a number that is not finite is None."""
+        plain = {k: getattr(self, k) for k in ("checkpoint", "reference", "against", "dtype", "device", "inputs")}
+        return plain | {
+            "layers": list(self.layers),
+            "versions": self.versions,
+            "tolerance": asdict(self.tolerance),
+            "bytes": self.bytes,
+            "seconds": round(self.seconds, 3),
+            "passed": self.passed,
+            "verdict": asdict(self.verdict),
+            "free": self.free.to_json(),
+            "replayed": self.replayed.to_json() if self.replayed else None,
+        }
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}

@@ -1,0 +1,31 @@
+"""What stands in for CUDA leaves the rest of torch, and whoever uses it, alone."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from reference import small_spec
+from transformers import AutoConfig, DeepseekV4ForCausalLM
+
+from dsv4_bridge.config import released_config
+
+pytestmark = pytest.mark.megatron
+
+
+def test_a_device_context_still_places_new_tensors() -> None:
+    with torch.device("meta"):
+        made = [torch.empty(3), torch.zeros(3), torch.tensor([1.0]), torch.arange(3), torch.nn.Linear(2, 2).weight]
+    assert {t.device.type for t in made} == {"meta"}
+    assert torch.zeros(3, device="meta").device.type == "meta"
+    assert torch.zeros(3).device.type == "cpu"
+
+
+def test_transformers_loads_a_model_whole(tmp_path: Path) -> None:
+    """Rotations are buffers that no checkpoint holds; they come from the config, under a device context."""
+    (tmp_path / "config.json").write_text(json.dumps(released_config(small_spec(), None, False)))
+    made = DeepseekV4ForCausalLM(AutoConfig.from_pretrained(tmp_path))
+    made.save_pretrained(tmp_path / "saved")
+    loaded = dict(DeepseekV4ForCausalLM.from_pretrained(tmp_path / "saved").named_buffers())
+    for name, buffer in made.named_buffers():
+        assert torch.equal(loaded[name], buffer), name
