@@ -1,6 +1,6 @@
 """The model against transformers' eager DeepseekV4ForCausalLM, with the same values, in one run.
 
-    python benchmarks/model.py [--specs tiny,medium] [--lengths 512,2048,8192] [--limit GIB] [--only WHAT] [--json]
+    python benchmarks/model.py [--specs tiny,medium] [--lengths 512,2048,4096,8192] [--limit GIB] [--only WHAT] [--json]
 
 Forward, forward with backward, and cached decoding, batch 1, float32. The two sides take turns on one
 thread, and what counts is CPU time: on a shared machine it is what the wall clock would show on an idle
@@ -136,16 +136,21 @@ def decode(reference: Any, model: Any, length: int, steps: int) -> dict[str, flo
 
 
 def shares(model: Any, ids: torch.Tensor) -> dict[str, float]:
-    """Where the time of forward and backward goes, in shares of CPU time."""
+    """Where the time of forward and backward goes, in shares."""
     from torch.profiler import ProfilerActivity, profile
 
     train(model, ids)
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        train(model, ids)
-    spent: Counter[str] = Counter()
-    for event in profiler.events() or ():
-        spent[_part_of(event)] += event.self_cpu_time_total
-    return {name: value / spent.total() for name, value in spent.most_common()}
+    runs = []
+    for _ in range(5 if ids.shape[1] <= 2048 else 2):
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            train(model, ids)
+        spent: Counter[str] = Counter()
+        for event in profiler.events() or ():
+            spent[_part_of(event)] += event.self_cpu_time_total
+        runs.append(spent)
+    # The profiler reads the wall clock, so the quickest run is the least disturbed.
+    best = min(runs, key=lambda spent: spent.total())
+    return {name: value / best.total() for name, value in best.most_common()}
 
 
 def _part_of(event: Any) -> str:
@@ -180,7 +185,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             if args.only in ("", "shares"):
                 found["shares"][f"{name}, S = {length}"] = shares(model, ids)
         if args.only in ("", "decode"):
-            for length in (1024, 8192):
+            # transformers' prompt of 8192 tokens does not fit the limit with the medium numbers.
+            for length in (1024, 8192) if name == "tiny" else (1024,):
                 found["decode"][f"{name}, behind {length}"] = decode(reference, model, length, 20)
     return found
 
@@ -211,8 +217,8 @@ def report(found: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--specs", default="tiny,medium")
-    parser.add_argument("--lengths", default="512,2048,8192")
-    parser.add_argument("--limit", type=float, default=14, help="GiB of memory that a side may take")
+    parser.add_argument("--lengths", default="512,2048,4096,8192")
+    parser.add_argument("--limit", type=float, default=13, help="GiB of memory that a side may take")
     parser.add_argument("--only", default="", choices=("", "speed", "decode", "shares"))
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()

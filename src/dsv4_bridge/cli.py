@@ -117,27 +117,6 @@ def inspect(ckpt: str, revision: Revision = None, as_json: Json = False) -> None
     finish(report.sound)
 
 
-@app.command()
-def plan(
-    ckpt: str,
-    revision: Revision = None,
-    as_json: Json = False,
-) -> None:
-    """What goes where: tensors, encodings, bytes on both sides; CKPT is a folder, hub id or variant's name."""
-    from .planning import known_variant
-    from .planning import plan as make_plan
-    from .render import plan_table
-
-    if not Path(ckpt).exists() and (revision or known_variant(ckpt) is None) and "/" in ckpt:
-        from .hub import describe
-
-        report = make_plan(*describe(ckpt, revision))
-    else:
-        report = make_plan(ckpt)
-    put(report.to_json() if as_json else {}, as_json, "" if as_json else plan_table(report))
-    finish(not report.findings)
-
-
 @app.command("import")
 def import_(
     hf: str,
@@ -251,11 +230,12 @@ def doctor(folder: Annotated[Path | None, typer.Argument()] = None, as_json: Jso
 
 def _options(workers: int, resume: bool, overwrite: bool, dry_run: bool) -> Any:
     from .convert import Options
+    from .ranks import Ranks
     from .render import TerminalProgress
 
     if resume and overwrite:
         raise BridgeError("--resume continues an earlier run, --overwrite starts over: give one of them")
-    return Options(workers, resume, overwrite, TerminalProgress(), dry_run)
+    return Options(workers, resume, overwrite, TerminalProgress(), dry_run, Ranks.from_environment())
 
 
 def put(data: dict[str, Any], as_json: bool, shown: Any) -> None:
@@ -269,8 +249,11 @@ def put(data: dict[str, Any], as_json: bool, shown: Any) -> None:
 
 
 def _print_report(report: Any, out: Path, as_json: bool, dry_run: bool) -> None:
+    from .ranks import Ranks
     from .render import conversion_table
 
+    if Ranks.from_environment().rank:  # rank 0 prints what all of them did
+        return
     facts = {"out": str(out), "dry_run": dry_run} | report.to_json()
     put(facts, as_json, conversion_table(report, out, dry_run=dry_run))
 
@@ -283,7 +266,7 @@ def finish(good: bool) -> None:
 
 def main() -> None:
     """Entry point: runs a verb, turns every BridgeError into one message and exit code 2."""
-    from . import cli_model  # noqa: F401 - its verbs register themselves
+    from . import cli_model, cli_plan  # noqa: F401 - their verbs register themselves
 
     # A plan is hundreds of thousands of small objects that all stay: looking for garbage among them
     # again and again takes a third of the time.
@@ -304,3 +287,10 @@ def main() -> None:
         sys.stderr.close()
         code = 0
     sys.exit(code or 0)
+
+
+if __name__ == "__main__":
+    # Not this copy of the module: the verbs of cli_model are registered with the imported one.
+    from dsv4_bridge.cli import main as run_imported
+
+    run_imported()

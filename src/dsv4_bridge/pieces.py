@@ -100,11 +100,14 @@ def chunk_of(item: Item, spec: ModelSpec, layout: Layout) -> tuple[int, ...]:
     return (0, last) if spec.mtp_layers and last else (0,)
 
 
-def pieces(item: Item, spec: ModelSpec, topology: Topology, at: Coordinate, chunk: int) -> tuple[Piece, ...]:
+def pieces(
+    item: Item, spec: ModelSpec, topology: Topology, at: Coordinate, chunk: int, grouped: bool = False
+) -> tuple[Piece, ...]:
     """What the rank at `at` holds of an item in its pipeline chunk number `chunk`; empty if nothing.
 
     Layers and experts are numbered from the chunk's and the rank's first; the body of an MTP layer is
-    `mtp_model_layer` in a live model (megatron.md 1f).
+    `mtp_model_layer` in a live model (megatron.md 1f). A module holds one expert, or with `grouped` all of
+    the rank's, which changes names only.
     """
     if item.passenger or chunk not in chunk_of(item, spec, topology.layout):
         return ()
@@ -128,7 +131,7 @@ def pieces(item: Item, spec: ModelSpec, topology: Topology, at: Coordinate, chun
             low, high = _share(rows, size, rank)
             height, offset = height // size, offset // size
         shape = (height,) if vector else (height, right - left)
-        name = _live_name(region.key, item, topology.layout.chunks[chunk].start, local)
+        name = _live_name(region.key, item, topology.layout.chunks[chunk].start, local, grouped)
         found.append(Piece(name, shape, (first + low, first + high), (left, right), offset))
         first += rows
     return tuple(found)
@@ -139,11 +142,13 @@ def _share(total: int, size: int, rank: int) -> tuple[int, int]:
     return rank * each, (rank + 1) * each
 
 
-def _live_name(key: str, item: Item, first_layer: int, expert: int) -> str:
+def _live_name(key: str, item: Item, first_layer: int, expert: int, grouped: bool) -> str:
     if item.block.kind == "layer":
         key = key.replace(f"layers.{item.block.index}.", f"layers.{item.block.index - first_layer}.", 1)
     if item.block.kind == "mtp":
         key = key.replace(".transformer_layer.", ".mtp_model_layer.", 1)
-    if item.expert is not None:
+    if item.expert is not None and grouped:
+        key = key.replace(".experts.experts.", ".experts.", 1) + str(expert)
+    elif item.expert is not None:
         key = key.replace(".experts.experts.", f".experts.local_experts.{expert}.", 1)
     return key

@@ -80,7 +80,8 @@ def size(nbytes: int | float) -> str:
     return f"{nbytes:.2f} TB"
 
 
-def _table(title: str, *columns: str) -> Table:
+def make_table(title: str, *columns: str) -> Table:
+    """An empty table; a column that begins with `>` is set to the right."""
     table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", pad_edge=False)
     for column in columns:
         right = column.startswith(">")
@@ -90,7 +91,7 @@ def _table(title: str, *columns: str) -> Table:
 
 def verify_table(report: VerifyReport) -> Group:
     """The tally by row, the differences, the verdict."""
-    table = _table(f"verify --level {report.level}", "row", ">tensors", ">bytes", ">identical", "")
+    table = make_table(f"verify --level {report.level}", "row", ">tensors", ">bytes", ">identical", "")
     for key, row in report.rows.items():
         mark = Text("same", "green") if row.identical == row.tensors else Text("DIFFERS", "bold red")
         table.add_row(key, f"{row.tensors:,}", size(row.bytes), f"{row.identical:,}", mark)
@@ -115,7 +116,7 @@ def verify_verdict(report: VerifyReport) -> Group:
 
 def inspect_table(report: InspectReport) -> Group:
     """What a checkpoint is, row by row."""
-    table = _table(f"{report.path}", "row", ">tensors", ">values", ">bytes", "encoding")
+    table = make_table(f"{report.path}", "row", ">tensors", ">values", ">bytes", "encoding")
     for key, row in report.rows.items():
         table.add_row(key, f"{row.tensors:,}", f"{row.values:,}", size(row.bytes), ", ".join(row.encodings))
     return Group(table, inspect_facts(report))
@@ -142,7 +143,7 @@ def inspect_facts(report: InspectReport) -> Group:
 def plan_table(report: PlanReport) -> Group:
     """What goes where."""
     title = f"plan of {report.what} ({report.variant})"
-    table = _table(
+    table = make_table(
         title,
         "row",
         ">tensors",
@@ -193,12 +194,12 @@ def conversion_table(report: Report, out: Path, *, dry_run: bool) -> Group:
     errors = (">values rounded", ">largest error", ">relative RMS")
     parts: list[Any] = []
     if report.encoded:
-        table = _table("encoded", "row", ">blocks", ">source scale kept", ">fresh scale", *errors)
+        table = make_table("encoded", "row", ">blocks", ">source scale kept", ">fresh scale", *errors)
         for key, done in report.encoded.items():
             table.add_row(key, *(f"{n:,}" for n in (done.blocks, done.kept, done.fresh)), *_errors(done))
         parts.append(table)
     if report.recoded:
-        table = _table("MXFP4 to FP8 certificate", "row", ">blocks", ">exact", ">largest scale spread", *errors)
+        table = make_table("MXFP4 to FP8 certificate", "row", ">blocks", ">exact", ">largest scale spread", *errors)
         for key, done in report.recoded.items():
             table.add_row(key, f"{done.blocks:,}", f"{done.exact:,}", str(done.spread), *_errors(done))
         parts.append(table)
@@ -213,7 +214,7 @@ def _errors(done: EncodeStats | Certificate) -> tuple[str, str, str]:
 
 def doctor_table(checks: Iterable[Check]) -> Table:
     """One line a check."""
-    table = _table("doctor", "what", "found", "", "hint")
+    table = make_table("doctor", "what", "found", "", "hint")
     style = {"ok": "green", "missing": "yellow", "bad": "bold red"}
     for c in checks:
         table.add_row(c.what, c.found, Text(c.state, style[c.state]), c.hint if c.state != "ok" else "")

@@ -16,17 +16,18 @@ _FORMAT = 1
 _MAX_BYTES = 1 << 20  # ours have 3,000; PyYAML needs seconds for a megabyte
 
 
-def run_config(spec: ModelSpec, source: Mapping[str, Any]) -> bytes:
+def run_config(spec: ModelSpec, source: Mapping[str, Any], layout: list[list[str]] | None = None) -> bytes:
     """The file's bytes.
 
     Args:
         spec: the model.
         source: what was imported: variant, encodings, naming, own_mtp_head, passengers.
+        layout: layers of every pipeline chunk that saved it, by megatron's names; None: one stage.
     """
     body = {
         "dsv4_bridge": {"format": _FORMAT, "source": dict(source)},
         "hf_config": released_config(spec, None, False),
-        "model": megatron_model(spec),
+        "model": megatron_model(spec) | {"pipeline_model_parallel_layout": layout},
     }
     return yaml.safe_dump(body, sort_keys=False, width=100, default_flow_style=None).encode()
 

@@ -15,6 +15,7 @@ Rules (megatron.md section 5):
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby, pairwise
 
 from .errors import BridgeError
@@ -232,6 +233,7 @@ def flop_costs(spec: ModelSpec, length: int = 4096) -> Costs:
     return Costs(tuple(layer(r) for r in ratios[: spec.num_hidden_layers]), 0.0, draft, head)
 
 
+@cache
 def parameter_costs(spec: ModelSpec) -> Costs:
     """Parameters of each piece, as the table lists them; passengers not counted."""
     from .items import expand

@@ -13,11 +13,10 @@ import torch
 WORKER = Path(__file__).with_name("rank_worker.py")
 
 
-def run_ranks(folder: Path, tag: str, world: int, action: str, **told: Any) -> list[Any]:
-    """Run an action of rank_worker.py in `world` processes; what each returned."""
-    told |= {"tag": tag, "folder": str(folder), "action": action}
+def run_ranks(folder: Path, tag: str, world: int, cases: list[dict[str, Any]], **told: Any) -> list[list[Any]]:
+    """Run cases of rank_worker.py in `world` processes: for every case, what each rank returned."""
     instructions = folder / f"{tag}.json"
-    instructions.write_text(json.dumps(told, default=str))
+    instructions.write_text(json.dumps(told | {"tag": tag, "folder": str(folder), "cases": cases}, default=str))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -28,45 +27,48 @@ def run_ranks(folder: Path, tag: str, world: int, action: str, **told: Any) -> l
         "OMP_NUM_THREADS": "1",
         "OMP_WAIT_POLICY": "passive",
     }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(WORKER), str(instructions)],
-            env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    outputs = []
+    processes, outputs = [], []
     try:
-        for process in processes:
-            outputs.append(process.communicate(timeout=300)[0])
+        for rank in range(world):
+            said = (folder / f"{tag}.rank{rank}.log").open("w+")
+            outputs.append(said)
+            command = [sys.executable, "-W", "ignore", str(WORKER), str(instructions)]
+            own = env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            processes.append(subprocess.Popen(command, env=own, stdout=said, stderr=subprocess.STDOUT))
+        codes = [process.wait(timeout=400) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    for rank, (process, said) in enumerate(zip(processes, outputs, strict=True)):
-        assert process.returncode == 0, f"rank {rank} of {tag}:\n{said[-4000:]}"
-    return [torch.load(folder / f"{tag}.rank{r}.pt", weights_only=False) for r in range(world)]
+    for rank, (code, said) in enumerate(zip(codes, outputs, strict=True)):
+        said.seek(0)
+        assert code == 0, f"rank {rank} of {tag}:\n{said.read()[-4000:]}"
+        said.close()
+    found = [torch.load(folder / f"{tag}.rank{r}.pt", weights_only=False) for r in range(world)]
+    return [list(case) for case in zip(*found, strict=True)]
 
 
-def whole_gradients(results: list[Any]) -> dict[str, torch.Tensor]:
-    """Gradients of whole items, put together from what the ranks hold; copies must agree."""
+def whole(results: list[Any], what: str) -> dict[str, torch.Tensor]:
+    """Whole items, put together from the boxes that the ranks hold; copies must agree."""
     boxes: dict[str, dict[tuple[Any, ...], torch.Tensor]] = {}
     for result in results:
-        for name, held in result["gradients"].items():
-            for start, stop, columns, grad in held:
-                known = boxes.setdefault(name, {}).setdefault((start, stop, columns), grad)
-                assert torch.allclose(known, grad, rtol=1e-5, atol=1e-7 * float(known.abs().max() + 1e-30)), name
-    found = {}
-    for name, parts in boxes.items():
-        rows = max(stop for _, stop, _ in parts)
-        width = max(columns[1] for _, _, columns in parts)
-        vector = next(iter(parts.values())).ndim == 1
-        whole = torch.full((rows,) if vector else (rows, width), float("nan"))
-        for (start, stop, columns), grad in parts.items():
-            box = (slice(start, stop),) if vector else (slice(start, stop), slice(*columns))
-            whole[box] = grad
-        assert not whole.isnan().any(), name
-        found[name] = whole
-    return found
+        for name, held in result[what].items():
+            for start, stop, columns, values in held:
+                known = boxes.setdefault(name, {}).setdefault((start, stop, columns), values)
+                close = 1e-6 * float(known.abs().max() + 1e-30) if known.is_floating_point() else 0
+                assert torch.allclose(known, values, rtol=1e-5, atol=close), name
+    return {name: _joined(name, parts) for name, parts in boxes.items()}
+
+
+def _joined(name: str, parts: dict[tuple[Any, ...], torch.Tensor]) -> torch.Tensor:
+    rows, width = max(stop for _, stop, _ in parts), max(columns[1] for _, _, columns in parts)
+    first = next(iter(parts.values()))
+    joined = torch.full((rows,) if first.ndim == 1 else (rows, width), -123456, dtype=first.dtype)
+    for (start, stop, columns), values in parts.items():
+        joined[(slice(start, stop),) if first.ndim == 1 else (slice(start, stop), slice(*columns))] = values
+    assert not (joined == -123456).any(), f"{name} is not whole"
+    return joined
+
+
+def losses(results: list[Any], what: str = "losses") -> list[float]:
+    """Losses of the last pipeline stage."""
+    return next(r[what] for r in results if r[what])

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from ..errors import BridgeError
 from ..pieces import Topology
 from ..spec import ModelSpec
+
+EXPERT_LAYOUTS = ("sequential", "grouped", "transformer_engine")
 
 
 @dataclass
@@ -31,6 +34,9 @@ class DeepSeekV4Config(MLATransformerConfig):
         moe_n_hash_layers: first layers, which route by token id.
         actual_vocab_size: rows of a hash layer's table.
         attention_chunk: queries that attention computes at a time at most; it changes memory, not values.
+        expert_layout: how a rank holds and computes its routed experts: `sequential`, a module each; `grouped`,
+            all in one launch (`GroupedExperts`); `transformer_engine`, megatron's TEGroupedMLP. Checkpoints
+            are the same.
     """
 
     o_groups: int = 8
@@ -44,6 +50,7 @@ class DeepSeekV4Config(MLATransformerConfig):
     moe_n_hash_layers: int = 0
     actual_vocab_size: int = 0
     attention_chunk: int = 128
+    expert_layout: str = "sequential"
 
     def __post_init__(self) -> None:
         refuse_unsound(self)  # first, for megatron's own checks say less
@@ -103,6 +110,21 @@ def refuse_unsound(config: DeepSeekV4Config) -> None:
         (config.hidden_dropout != 0, "hidden_dropout", "hyper-connections have no dropout"),
         (config.attention_dropout != 0, "attention_dropout", "the attention has no dropout"),
         (config.context_parallel_size > 1, "context_parallel_size", "sequences are not cut over ranks yet"),
+        (
+            config.expert_layout not in EXPERT_LAYOUTS,
+            "expert_layout",
+            f"expected one of {', '.join(EXPERT_LAYOUTS)}",
+        ),
+        (
+            config.expert_layout == "transformer_engine" and not HAVE_TE,
+            "expert_layout",
+            "Transformer Engine is not installed; 'grouped' does the same without it",
+        ),
+        (
+            config.moe_grouped_gemm and config.expert_layout == "sequential",
+            "moe_grouped_gemm",
+            "nothing reads it here; say expert_layout='grouped'",
+        ),
         (config.cuda_graph_impl != "none", "cuda_graph_impl", "attention's loops depend on the sequence length"),
         (config.use_mup, "use_mup", "DeepSeek-V4 has no such scaling"),
         (

@@ -25,8 +25,11 @@ from torch import Tensor
 
 from ..errors import BridgeError
 from .config import DeepSeekV4Config
+from .experts import GroupedExperts
 from .floats import KeepsFloat32
 from .observe import observe
+
+_LINEARS = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
 
 
 class BiasRouter(KeepsFloat32, TopKRouter):
@@ -176,12 +179,23 @@ class Experts(SequentialMLP):
         return torch.cat([expert(tokens, weights)[0] for expert, tokens, weights in parts if len(tokens)]), None
 
 
+def routed_experts(num_local_experts: int, config: Any, **kwargs: Any) -> Any:
+    """The experts of a rank, as `config.expert_layout` asks for them."""
+    if config.expert_layout == "grouped":
+        return GroupedExperts(num_local_experts, config, **kwargs)
+    if config.expert_layout == "transformer_engine":
+        # Imported here: without Transformer Engine it is not importable.
+        from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+        return TESpecProvider().grouped_mlp_modules(True)(num_local_experts, config, **kwargs)
+    return Experts(num_local_experts, config, _LINEARS, **kwargs)
+
+
 def moe_builder(hashed: bool, block: str) -> Any:
     """What builds the MoE sub-layer of one block."""
-    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     submodules = MoESubmodules(
-        experts=partial(Experts, submodules=linears),
-        shared_experts=partial(SharedExpertMLP, submodules=linears),
+        experts=routed_experts,
+        shared_experts=partial(SharedExpertMLP, submodules=_LINEARS),
         router=HashRouter if hashed else BiasRouter,
     )
     return partial(HashableMoELayer, submodules=submodules, block=block)

@@ -49,8 +49,9 @@ def places(model: DeepSeekV4Model) -> tuple[Plan, dict[str, tuple[Place, ...]]]:
     transient = {n for n, _ in model.named_buffers()} - set(model.state_dict())
     found: dict[str, tuple[Place, ...]] = {}
     claimed: set[str] = set()
+    grouped = model.config.expert_layout != "sequential"
     for item in plan.items:
-        here = pieces(item, model.spec, model.topology, model.coordinate, model.chunk)
+        here = pieces(item, model.spec, model.topology, model.coordinate, model.chunk, grouped)
         if here:
             found[item.name] = tuple(_place(item, piece, live) for piece in here)
             claimed |= {p.name for p in here}

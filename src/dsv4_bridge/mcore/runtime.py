@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -9,7 +10,7 @@ import torch.distributed as dist
 from ..errors import BridgeError
 from .cpu import install
 
-_strides_accepted = False
+_mended = False
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ def initialize(parallel: Parallel | None = None, seed: int = 1234) -> None:
         BridgeError: the groups exist with other sizes, or the world does not divide into them.
     """
     on_cpu = install()
-    _accept_strides()
+    _mend_megatron()
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
@@ -84,18 +85,28 @@ def _check_sizes(sizes: Parallel, world: int) -> None:
             raise BridgeError(f"making process groups: {name} is {need}, which does not divide the {world} ranks")
 
 
-def _accept_strides() -> None:
-    """megatron-core 0.19 hands every attribute of TensorProperties to torch.empty; torch 2.15 added one it lacks."""
+def _mend_megatron() -> None:
+    """Two places where megatron-core 0.19 does not meet plain torch, on any device; once a process.
+
+    It hands every attribute of TensorProperties to torch.empty, and torch 2.15 added one that this does
+    not take. And loading the distributed optimizer it looks for torch Adam's `step` among the tensors of a
+    parameter, where it has left it out a line before.
+    """
+    global _mended
+    if _mended:
+        return
+    _mended = True
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from torch.distributed.checkpoint.metadata import TensorProperties
 
-    global _strides_accepted
-    if _strides_accepted:
-        return
-    _strides_accepted = True
-    original = TensorProperties.__setstate__
+    set_state, set_tensors = TensorProperties.__setstate__, DistributedOptimizer._set_main_param_and_optimizer_states
 
-    def setstate(self: TensorProperties, state: object) -> None:
-        original(self, state)
+    def without_strides(self: TensorProperties, state: object) -> None:
+        set_state(self, state)
         self.__dict__.pop("strides", None)
 
-    TensorProperties.__setstate__ = setstate
+    def with_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+        set_tensors(self, model_param, {"step": None} | tensors)
+
+    TensorProperties.__setstate__ = without_strides
+    DistributedOptimizer._set_main_param_and_optimizer_states = with_step

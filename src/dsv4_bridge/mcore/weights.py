@@ -16,11 +16,12 @@ from ..items import Item, stored
 from ..spec import ModelSpec
 from ..store.hf import HFCheckpoint, open_hf
 from ..store.megatron import looks_megatron, open_megatron
+from ..store.reading import kept_in_cache
 from ..store.stream import Bytes, as_bytes
 from ..values import HFValues, MegatronValues, Scratch, Values
 from .gather import ModelValues
 from .model import DeepSeekV4Model
-from .places import places
+from .places import Place, places
 
 STREAM_ENCODINGS = ("bf16", "fp8", "source")
 
@@ -79,20 +80,24 @@ def _fill(model: DeepSeekV4Model, source: Values, there: set[str], path: Path, a
             "build the model without MTP (spec.without_draft()) where the checkpoint has none"
         )
     scratch = Scratch()
-    for item in plan.items:
-        here = found.get(item.name, ())
-        for start, stop in _spans([(p.start, p.stop) for p in here]):
-            at = start // TILE * TILE  # stripes of quantised tensors begin at whole tiles
-            for stripe in source.stripes(item, at, stop, scratch):
-                values = _as_tensor(stripe)
-                for place in here:
-                    low, high = max(at, place.start), min(at + len(stripe), place.stop)
-                    if low < high:
-                        held = values[low - at : high - at]
-                        if values.ndim > 1:
-                            held = held[:, slice(*place.columns)]
-                        _store(place.rows(low, high), held, item, allow_lossy)
-                at += len(stripe)
+    with kept_in_cache():  # other ranks of this machine read the same
+        for item in plan.items:
+            _fill_item(item, found.get(item.name, ()), source, scratch, allow_lossy)
+
+
+def _fill_item(item: Item, here: Sequence[Place], source: Values, scratch: Scratch, allow_lossy: bool) -> None:
+    for start, stop in _spans([(p.start, p.stop) for p in here]):
+        at = start // TILE * TILE  # stripes of quantised tensors begin at whole tiles
+        for stripe in source.stripes(item, at, stop, scratch):
+            values = _as_tensor(stripe)
+            for place in here:
+                low, high = max(at, place.start), min(at + len(stripe), place.stop)
+                if low < high:
+                    held = values[low - at : high - at]
+                    if values.ndim > 1:
+                        held = held[:, slice(*place.columns)]
+                    _store(place.rows(low, high), held, item, allow_lossy)
+            at += len(stripe)
 
 
 def _spans(parts: list[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -9,11 +9,28 @@ import contextlib
 import os
 import queue
 import threading
+from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Final
 
 _DROP_FROM: Final = 512 << 10  # smaller reads are headers and scales, which are read again
 _ASK: Final = 2 << 20
+_kept: ContextVar[bool] = ContextVar("kept", default=False)
+
+
+@contextlib.contextmanager
+def kept_in_cache() -> Iterator[None]:
+    """Leave in the page cache what is read meanwhile, for other processes that read the same.
+
+    It also has every byte read from the disk once. Giving pages back at once costs 1.2 to 1.4 reads a byte where
+    tensors are not read in the order of the file: the kernel gives back large pages whole, with what it read ahead.
+    """
+    token = _kept.set(True)
+    try:
+        yield
+    finally:
+        _kept.reset(token)
 
 
 def open_to_read(path: Path) -> int:
@@ -25,7 +42,7 @@ def open_to_read(path: Path) -> int:
 
 def drop_behind(fd: int, offset: int, nbytes: int) -> None:
     """Give back the cached pages of a stretch that was just read, if it is a large one."""
-    if nbytes >= _DROP_FROM:
+    if nbytes >= _DROP_FROM and not _kept.get():
         os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
 
