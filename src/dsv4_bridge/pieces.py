@@ -47,10 +47,9 @@ class Piece(NamedTuple):
     Attributes:
         name: of the live tensor in its chunk's `state_dict`.
         shape: of the live tensor.
-        rows: first and last-but-one row of the item, `(start, stop)`.
-        columns: the same for columns; `(0, 1)` for a vector.
+        rows: `(start, stop)` of the item.
+        columns: the same for columns; `(0, 1)` for a vector. They begin at column 0 of the live tensor.
         row: row of the live tensor where it begins.
-        column: column of the live tensor where it begins (always 0: what is cut by columns is held alone).
     """
 
     name: str

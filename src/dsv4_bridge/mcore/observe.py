@@ -35,11 +35,6 @@ def watching(watcher: Watcher) -> Iterator[None]:
         _watchers.remove(watcher)
 
 
-def observed() -> bool:
-    """Whether anyone watches."""
-    return bool(_watchers)
-
-
 def observe(site: str, block: str, value: Tensor) -> Tensor:
     """Show a value to the watchers; returns it, or what one of them put in its place."""
     for watcher in _watchers:

@@ -8,7 +8,7 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.utils import get_attr_wrapped_model, get_model_config
+from megatron.core.utils import get_model_config
 from torch import Tensor
 
 
@@ -80,8 +80,3 @@ def _step(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Any
         return loss, {"loss": loss.detach()}
 
     return output, mean_loss
-
-
-def module_of(chunk: torch.nn.Module) -> Any:
-    """The model inside its wrappers."""
-    return get_attr_wrapped_model(chunk, "topology", return_model_obj=True)
