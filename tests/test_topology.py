@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv4_bridge import BridgeError
-from dsv4_bridge.topology import broken_rules, layout_of, parameter_costs, parse_layout, solve
 from dsv4_bridge.spec import ModelSpec, replace_spec
+from dsv4_bridge.topology import broken_rules, layout_of, parameter_costs, parse_layout, solve
 from dsv4_bridge.variants import VARIANTS
 
 FLASH, PRO = VARIANTS["Flash"].spec, VARIANTS["Pro"].spec
