@@ -45,7 +45,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp2ep2": (4, {"parallel": {"pp": 2, "ep": 2}}),
 }
 CUT = [name for name in LAYOUTS if name != "one"]
-EXCHANGED = ("one", "tp2", "ep2", "pp2", "pp2vp2", "dp2", "etp2")
+# Not pp2: what it would save of the optimizer is refused, for it does not come back right.
+EXCHANGED = ("one", "tp2", "ep2", "pp2vp2", "dp2", "etp2")
 
 
 @pytest.fixture(scope="module")
