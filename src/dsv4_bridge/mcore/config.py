@@ -4,6 +4,7 @@ Field names that megatron-core 0.19 lacks are those of the Megatron-LM dev branc
 written for either reads the same.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +14,11 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from ..errors import BridgeError
 from ..pieces import Topology
+from ..run_config import megatron_model
 from ..spec import ModelSpec
 
+# Of the checkpoint's numbers under dev's names, what only dev's model reads.
+_OF_DEV_ALONE = ("experimental_attention_variant", "enable_hyper_connections", "pipeline_model_parallel_layout")
 EXPERT_LAYOUTS = ("sequential", "grouped", "transformer_engine")
 
 
@@ -43,7 +47,7 @@ class DeepSeekV4Config(MLATransformerConfig):
     o_lora_rank: int = 1024
     csa_compress_rotary_base: float = 160000.0
     csa_window_size: int = 128
-    csa_compress_ratios: tuple[int, ...] = ()
+    csa_compress_ratios: Sequence[int] = ()
     num_residual_streams: int = 4
     mhc_sinkhorn_iterations: int = 20
     mhc_eps: float = 1e-6
@@ -167,55 +171,21 @@ def model_config(
     if dtype not in (torch.float32, torch.bfloat16):
         raise BridgeError(f"configuring the model: parameters of {dtype}, expected torch.float32 or torch.bfloat16")
     on_gpu = torch.cuda.is_available()
-    fields: dict[str, Any] = {
-        "num_layers": spec.num_hidden_layers,
-        "hidden_size": spec.hidden_size,
+    numbers = {name: value for name, value in megatron_model(spec).items() if name not in _OF_DEV_ALONE}
+    fields: dict[str, Any] = numbers | {
         "ffn_hidden_size": spec.moe_intermediate_size,
-        "num_attention_heads": spec.num_attention_heads,
-        "v_head_dim": spec.head_dim,
-        "qk_head_dim": spec.head_dim - spec.qk_rope_head_dim,
-        "qk_pos_emb_head_dim": spec.qk_rope_head_dim,
-        "kv_lora_rank": spec.head_dim - spec.qk_rope_head_dim,
-        "q_lora_rank": spec.q_lora_rank,
-        "o_groups": spec.o_groups,
-        "o_lora_rank": spec.o_lora_rank,
-        "rotary_base": spec.rope_theta,
-        "csa_compress_rotary_base": spec.compress_rope_theta,
-        "rotary_scaling_factor": spec.rope_factor,
-        "original_max_position_embeddings": spec.rope_original_max_position_embeddings,
-        "beta_fast": spec.rope_beta_fast,
-        "beta_slow": spec.rope_beta_slow,
         "mscale_all_dim": 1.0,
-        "csa_window_size": spec.sliding_window,
-        "csa_compress_ratios": spec.compress_ratios[: spec.num_hidden_layers + spec.mtp_layers],
-        "dsa_indexer_n_heads": spec.index_n_heads,
-        "dsa_indexer_head_dim": spec.index_head_dim,
-        "dsa_indexer_topk": spec.index_topk,
-        "num_residual_streams": spec.hc_mult,
-        "mhc_sinkhorn_iterations": spec.hc_sinkhorn_iters,
         "mhc_eps": spec.hc_eps,
-        "layernorm_epsilon": spec.rms_norm_eps,
-        "num_moe_experts": spec.n_routed_experts,
-        "moe_router_topk": spec.num_experts_per_tok,
-        "moe_ffn_hidden_size": spec.moe_intermediate_size,
-        "moe_shared_expert_intermediate_size": spec.shared_intermediate_size,
-        "moe_router_score_function": spec.scoring_func,
-        "moe_router_topk_scaling_factor": spec.routed_scaling_factor,
-        "moe_router_enable_expert_bias": True,
         "moe_router_load_balancing_type": "none",
         "moe_router_dtype": "fp32",
         "moe_token_dispatcher_type": "alltoall" if on_gpu else "allgather",
-        "moe_n_hash_layers": spec.num_hash_layers,
-        "actual_vocab_size": spec.vocab_size,
         "activation_func": torch.nn.functional.silu,
-        "activation_func_clamp_value": spec.swiglu_limit,
         "gated_linear_unit": True,
         "add_bias_linear": False,
         # The attention has these norms in any case; megatron would sum the gradient of one of them over
         # the tensor-parallel ranks, where it is complete already.
         "qk_layernorm": False,
         "normalization": "RMSNorm",
-        "mtp_num_layers": spec.mtp_layers or None,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "init_method_std": spec.initializer_range or 0.02,
@@ -229,7 +199,6 @@ def model_config(
         "cuda_graph_modules": [],
         "persist_layer_norm": False,
         "use_cpu_initialization": not on_gpu,
-        "hetereogenous_dist_checkpoint": True,
     }
     if topology is not None:
         fields |= {

@@ -1,0 +1,1 @@
+"""Training: recipes, data, chat encoding, LoRA, the loop, FLOPs."""
