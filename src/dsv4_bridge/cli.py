@@ -230,11 +230,12 @@ def doctor(folder: Annotated[Path | None, typer.Argument()] = None, as_json: Jso
 
 def _options(workers: int, resume: bool, overwrite: bool, dry_run: bool) -> Any:
     from .convert import Options
+    from .ranks import Ranks
     from .render import TerminalProgress
 
     if resume and overwrite:
         raise BridgeError("--resume continues an earlier run, --overwrite starts over: give one of them")
-    return Options(workers, resume, overwrite, TerminalProgress(), dry_run)
+    return Options(workers, resume, overwrite, TerminalProgress(), dry_run, Ranks.from_environment())
 
 
 def put(data: dict[str, Any], as_json: bool, shown: Any) -> None:
@@ -248,8 +249,11 @@ def put(data: dict[str, Any], as_json: bool, shown: Any) -> None:
 
 
 def _print_report(report: Any, out: Path, as_json: bool, dry_run: bool) -> None:
+    from .ranks import Ranks
     from .render import conversion_table
 
+    if Ranks.from_environment().rank:  # rank 0 prints what all of them did
+        return
     facts = {"out": str(out), "dry_run": dry_run} | report.to_json()
     put(facts, as_json, conversion_table(report, out, dry_run=dry_run))
 
@@ -283,3 +287,10 @@ def main() -> None:
         sys.stderr.close()
         code = 0
     sys.exit(code or 0)
+
+
+if __name__ == "__main__":
+    # Not this copy of the module: the verbs of cli_model are registered with the imported one.
+    from dsv4_bridge.cli import main as run_imported
+
+    run_imported()

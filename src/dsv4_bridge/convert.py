@@ -1,152 +1,122 @@
 """The one loop that every conversion is: files of segments, written by workers, resumable.
 
 While it runs, the output folder holds only a work folder, `.dsv4-partial`, with finished files and
-a journal. When every file is there they move to their places and the files that readers look for
-(index, config.json, .metadata, tracker) follow last, by rename: a folder that looks complete is
-complete, whenever the process was killed.
+a journal, and what the processes that share the work tell each other (see `team`). When every file
+is there they move to their places and the files that readers look for (index, config.json, .metadata,
+tracker) follow last, by rename: a folder that looks complete is complete, whenever a process was
+killed.
 """
 
 import contextlib
 import errno
-import hashlib
-import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from . import journal
 from .emit import Emitter, Report
 from .errors import BridgeError
+from .job import Job, Options, Progress, Silent, identity_hash
 from .layout import OutFile
-from .store.stream import Buffers, CountingStream, FileStream
-
-WORK = ".dsv4-partial"
-_JOURNAL = "journal.jsonl"
-_SLACK = 64 << 20  # left free on the disk
-
-# What a checkpoint folder of either kind may hold at its top; --overwrite removes nothing else.
-_MARKS = ("config.json", "model.safetensors.index.json", "latest_checkpointed_iteration.txt", WORK)
-
-
-class Progress(Protocol):
-    """Told what is about to be written and every piece that was."""
-
-    def start(self, label: str, total: int, done: int) -> None:
-        """`total` bytes are to be written, `done` of them are there already."""
-        ...
-
-    def advance(self, nbytes: int) -> None:
-        """`nbytes` more are on disk."""
-        ...
-
-    def stop(self) -> None:
-        """The work is over, or failed."""
-        ...
-
-
-class Silent:
-    """No progress."""
-
-    def start(self, label: str, total: int, done: int) -> None:
-        pass
-
-    def advance(self, nbytes: int) -> None:
-        pass
-
-    def stop(self) -> None:
-        pass
-
-
-@dataclass(frozen=True)
-class Job:
-    """One conversion, ready to run.
-
-    Attributes:
-        label: what it is, for people.
-        files: output files.
-        emitter: makes the emitter of one worker.
-        identity: everything that decides the bytes of the output; a restart must agree with it.
-        copies: output name -> file to copy (tokenizer, licence).
-        markers: the files that make the folder a checkpoint, written last, in this order.
-    """
-
-    label: str
-    files: tuple[OutFile, ...]
-    emitter: Callable[[], Emitter]
-    identity: Mapping[str, Any]
-    copies: Mapping[str, Path] = field(default_factory=dict)
-    markers: Mapping[str, bytes] = field(default_factory=dict)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all output files."""
-        return sum(f.nbytes for f in self.files) + sum(len(m) for m in self.markers.values())
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to run a job: worker threads, continue an earlier run, replace an earlier output, write nothing."""
-
-    workers: int = 1
-    resume: bool = False
-    overwrite: bool = False
-    progress: Progress = field(default_factory=Silent)
-    dry_run: bool = False
+from .preparing import MARKS, RANKS, WORK, amount, begin, check_space, clear, examine, finished, readable
+from .ranks import shares
+from .store.stream import Buffers, Bytes, CountingStream, FileStream
+from .team import Team
 
 
 def run(job: Job, out: Path, options: Options) -> Report:
-    """Run a job into the folder `out`.
+    """Run a job into the folder `out`, alone or with the other ranks of `options.ranks`.
+
+    Returns:
+        What all ranks did, on every one of them.
 
     Raises:
-        BridgeError: the folder is in the way, the disk is too small, or a tensor cannot be
-            converted; in the last case nothing stays behind.
+        BridgeError: the folder is in the way, another run writes into it, the disk is too small, another
+            rank failed, or a tensor cannot be converted; in the last case nothing stays behind.
     """
     if options.dry_run:
+        if options.ranks.world > 1:
+            raise BridgeError(f"{job.label}: --dry-run is the work of one process; unset WORLD_SIZE")
         with _named_errors(job, out):
             return dry_run(job, options.progress)
     work = out / WORK
-    with _named_errors(job, out), _leave_no_folders(out):
-        copies = sum(_readable(p) for p in job.copies.values())
-        done = _prepare(job, out, work, options)
-        report = Report()
-        for entry in done.values():
-            report.merge(Report.from_json(entry))
-        left = [f for f in job.files if f.name not in done]
-        need = sum(f.nbytes for f in left) + copies
+    with _named_errors(job, out):
+        copies = sum(readable(p) for p in job.copies.values())
+        examine(out, options, earlier=work.is_dir())
+        if options.resume and options.ranks.world == 1:
+            finished(job, out, work)  # refuses another job before anything is touched
+        team = Team(work / RANKS, options.ranks, _facts(job, options), job.label)
+        progress, working = options.progress if team.leads else Silent(), False
+        team.claim()
         try:
-            _check_space(out, need, job)
-        except BridgeError:
-            if not options.resume:
-                shutil.rmtree(work, ignore_errors=True)
-            raise
-        options.progress.start(job.label, job.nbytes, job.nbytes - sum(f.nbytes for f in left))
-        try:
-            report.merge(_write_files(job, left, work, options))
-            _finish(job, out, work)
-        except BridgeError:
-            # The input cannot be converted: a restart would not help.
-            shutil.rmtree(work, ignore_errors=True)
+            team.meet()
+            mine, report = _take_share(job, out, copies, options, team, progress)
+            working = True
+            report.merge(_write_files(job, mine, work, options.workers, team, progress))
+            if team.leads:
+                for result in team.results():
+                    report.merge(Report.from_json(result))
+                _finish(job, out, work)
+                team.finish(report.to_json())
+            else:
+                report = Report.from_json(team.hand_in(report.to_json()))
+        except BaseException as error:
+            # Where the input cannot be converted, a restart would not help.
+            discard = working and isinstance(error, BridgeError) and getattr(error, "discard", True)
+            team.fail(_named(job, out, error) or error, discard=discard)
+            if discard and team.leads:
+                with contextlib.suppress(OSError):  # a rank that does not answer may still hold a file
+                    clear(work)
             raise
         finally:
-            options.progress.stop()
+            team.close()
+            progress.stop()
+        if team.leads:
+            shutil.rmtree(work)
+            _sync_folder(out)
         return report
 
 
-@contextlib.contextmanager
-def _leave_no_folders(out: Path) -> Iterator[None]:
-    """After a failure, remove the folders that were made for `out` and hold nothing."""
-    made = [p for p in (out, *out.parents) if not p.exists()]
+def _facts(job: Job, options: Options) -> dict[str, str]:
+    """What every rank must have been started with."""
+    return {
+        "WORLD_SIZE": str(options.ranks.world),
+        "job": f"{job.label} ({identity_hash(job)[:12]})",
+        "--resume": str(options.resume),
+        "--overwrite": str(options.overwrite),
+    }
+
+
+def _take_share(
+    job: Job, out: Path, copies: int, options: Options, team: Team, progress: Progress
+) -> tuple[list[OutFile], Report]:
+    """The files that this rank writes, in the order of the job, which is the order of its input.
+
+    And, on rank 0, the report of those that an earlier run finished.
+    """
+    work, report = out / WORK, Report()
+    if not team.leads:
+        mine = set(team.assignment())
+        return [f for f in job.files if f.name in mine], report
+    done = begin(job, out, work, options)
+    for entry in done.values():
+        report.merge(Report.from_json(entry))
+    left = [f for f in job.files if f.name not in done]
+    need = sum(f.nbytes for f in left)
     try:
-        yield
-    except BaseException:
-        for folder in made:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+        check_space(out, need + copies, job)
+    except BridgeError:
+        if not options.resume:
+            clear(work)
         raise
+    progress.start(job.label, job.nbytes, job.nbytes - need)
+    team.watch(progress.advance)
+    mine = set(team.assign(shares(((f.name, f.nbytes) for f in left), options.ranks.world)))
+    return [f for f in left if f.name in mine], report
 
 
 def dry_run(job: Job, progress: Progress | None = None) -> Report:
@@ -163,9 +133,35 @@ def dry_run(job: Job, progress: Progress | None = None) -> Report:
     return report
 
 
-def _write_files(job: Job, files: Iterable[OutFile], work: Path, options: Options) -> Report:
+class _Watched:
+    """A stream that stops when the other ranks have stopped."""
+
+    def __init__(self, stream: FileStream, check: Callable[[], None]):
+        self._stream, self._check = stream, check
+
+    def write(self, data: Bytes) -> None:
+        self._check()
+        self._stream.write(data)
+
+    def patch(self, offset: int, data: bytes) -> None:
+        self._stream.patch(offset, data)
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def abort(self) -> None:
+        self._stream.abort()
+
+
+def _write_files(
+    job: Job, files: Iterable[OutFile], work: Path, workers: int, team: Team, progress: Progress
+) -> Report:
     total, lock, local, stop = Report(), threading.Lock(), threading.local(), threading.Event()
     emitters: list[Emitter] = []
+
+    def advance(nbytes: int) -> None:
+        progress.advance(nbytes)
+        team.wrote(nbytes)
 
     def one(file: OutFile) -> None:
         if stop.is_set():
@@ -176,7 +172,8 @@ def _write_files(job: Job, files: Iterable[OutFile], work: Path, options: Option
                 emitters.append(local.emitter)
         path = work / file.name
         path.parent.mkdir(parents=True, exist_ok=True)
-        stream = FileStream(path.with_name(path.name + ".part"), local.buffers, options.progress.advance)
+        part = path.with_name(f"{path.name}.{team.word}.part")
+        stream = _Watched(FileStream(part, local.buffers, advance), team.check)
         try:
             report = local.emitter.emit(file.segments, stream)
             stream.close()
@@ -184,19 +181,20 @@ def _write_files(job: Job, files: Iterable[OutFile], work: Path, options: Option
             stop.set()
             with contextlib.suppress(OSError):
                 stream.abort()
-            path.with_name(path.name + ".part").unlink(missing_ok=True)
+            part.unlink(missing_ok=True)
             raise
-        path.with_name(path.name + ".part").replace(path)
+        team.confirm()
+        part.replace(path)
         with lock:
-            _append(work / _JOURNAL, {"file": file.name, "size": file.nbytes, "report": report.to_json()})
+            journal.enter(work, team.ranks.rank, file.name, file.nbytes, report.to_json())
             total.merge(report)
 
     try:
-        if options.workers <= 1:
+        if workers <= 1:
             for file in files:
                 one(file)
         else:
-            _in_threads(one, files, options.workers, stop)
+            _in_threads(one, files, workers, stop)
     finally:
         for emitter in emitters:
             emitter.close()
@@ -215,91 +213,6 @@ def _in_threads(one: Callable[[OutFile], None], files: Iterable[OutFile], worker
             future.result()
 
 
-# ---------------------------------------------------------------- before
-
-
-def identity_hash(job: Job) -> str:
-    """Digest of everything that decides a job's bytes."""
-    files = [(f.name, f.nbytes, len(f.segments)) for f in job.files]
-    markers = {name: hashlib.sha256(data).hexdigest() for name, data in job.markers.items()}
-    text = json.dumps([dict(job.identity), files, markers, sorted(job.copies)], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _prepare(job: Job, out: Path, work: Path, options: Options) -> dict[str, Any]:
-    """Make the work folder; return the journal's reports of files that are already finished."""
-    if out.exists() and not out.is_dir():
-        raise BridgeError(f"writing {out}: it exists and is not a folder")
-    present = sorted(p.name for p in out.iterdir()) if out.exists() else []
-    if work.is_dir():
-        if not options.resume and not options.overwrite:
-            raise BridgeError(
-                f"writing {out}: an earlier run stopped half way here; --resume continues it, --overwrite starts over"
-            )
-        if options.resume:
-            return _read_journal(job, out, work)
-        shutil.rmtree(work)
-    elif present and not options.overwrite:
-        if options.resume and any(m in present for m in _MARKS):
-            raise BridgeError(
-                f"writing {out}: there is nothing to resume, the folder is complete; --overwrite replaces it"
-            )
-        raise BridgeError(
-            f"writing {out}: the folder is not empty; choose another, or --overwrite replaces a checkpoint"
-        )
-    elif present and not any(m in present for m in _MARKS):
-        raise BridgeError(
-            f"writing {out}: --overwrite replaces checkpoints, and this folder is none ({', '.join(present[:3])} …)"
-        )
-    work.mkdir(parents=True)
-    _append(work / _JOURNAL, {"identity": identity_hash(job), "label": job.label})
-    return {}
-
-
-def _read_journal(job: Job, out: Path, work: Path) -> dict[str, Any]:
-    lines = []
-    for raw in (work / _JOURNAL).read_bytes().splitlines() if (work / _JOURNAL).exists() else []:
-        with contextlib.suppress(ValueError):  # the last line of a killed run may be torn
-            lines.append(json.loads(raw))
-    if not lines:
-        shutil.rmtree(work)
-        work.mkdir(parents=True)
-        _append(work / _JOURNAL, {"identity": identity_hash(job), "label": job.label})
-        return {}
-    if lines[0].get("identity") != identity_hash(job):
-        raise BridgeError(
-            f"resuming {out}: the earlier run ({lines[0].get('label')}) had another input or other options; "
-            "repeat it with the same, or start over with --overwrite"
-        )
-    sizes = {f.name: f.nbytes for f in job.files}
-    done = {}
-    for line in lines[1:]:
-        name = line.get("file")
-        if any(p.is_file() and p.stat().st_size == sizes.get(name) for p in (work / str(name), out / str(name))):
-            done[name] = line["report"]
-    return done
-
-
-def _readable(path: Path) -> int:
-    """Size of a file that can be opened; found out before hours of work, not after."""
-    with path.open("rb") as file:
-        return os.fstat(file.fileno()).st_size
-
-
-def _amount(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
-
-
-def _check_space(out: Path, need: int, job: Job) -> None:
-    probe = next(p for p in (out, *out.parents) if p.exists())
-    free = shutil.disk_usage(probe).free
-    if need + _SLACK > free:
-        raise BridgeError(
-            f"writing {out}: {job.label} needs {_amount(need)} more and {_amount(_SLACK)} to spare, "
-            f"{_amount(free)} are free on that disk"
-        )
-
-
 # ---------------------------------------------------------------- after
 
 
@@ -312,13 +225,13 @@ def _finish(job: Job, out: Path, work: Path) -> None:
     names = [f.name for f in job.files]
     # A previous checkpoint goes first, its markers before its data.
     placed = {n for n in names if not (work / n).exists() and (out / n).exists()}
-    for old in sorted(out.iterdir(), key=lambda p: p.name not in _MARKS):
+    for old in sorted(out.iterdir(), key=lambda p: p.name not in MARKS):
         if old.name not in keep and not any(n == old.name or n.startswith(old.name + "/") for n in placed):
             shutil.rmtree(old) if old.is_dir() else old.unlink()
     for name in (*names, *job.copies):
         target = out / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        if (work / name).exists():
+        if name not in placed:
             (work / name).replace(target)
     for name, data in job.markers.items():
         target = out / name
@@ -330,8 +243,6 @@ def _finish(job: Job, out: Path, work: Path) -> None:
             os.fsync(file.fileno())
         part.replace(target)
         _sync_folder(target.parent)
-    shutil.rmtree(work)
-    _sync_folder(out)
 
 
 def _sync_folder(path: Path) -> None:
@@ -342,13 +253,6 @@ def _sync_folder(path: Path) -> None:
         os.close(fd)
 
 
-def _append(path: Path, entry: Mapping[str, Any]) -> None:
-    with path.open("ab") as file:
-        file.write(json.dumps(entry).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
 class _named_errors(contextlib.AbstractContextManager[None]):
     """Turns operating-system errors into messages that say what to do."""
 
@@ -356,12 +260,17 @@ class _named_errors(contextlib.AbstractContextManager[None]):
         self._job, self._out = job, out
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if not isinstance(error, OSError):
-            return
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise BridgeError(
-                f"writing {self._out}: the disk is full; what is finished is kept: make room "
-                f"({_amount(self._job.nbytes)} in all) and repeat the command with --resume"
-            ) from None
-        where = error.filename or self._out
-        raise BridgeError(f"{self._job.label}: {where}: {error.strerror or error}") from None
+        if named := _named(self._job, self._out, error):
+            raise named from None
+
+
+def _named(job: Job, out: Path, error: BaseException | None) -> BridgeError | None:
+    """The message of an operating-system error."""
+    if not isinstance(error, OSError):
+        return None
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return BridgeError(
+            f"writing {out}: the disk is full; what is finished is kept: make room "
+            f"({amount(job.nbytes)} in all) and repeat the command with --resume"
+        )
+    return BridgeError(f"{job.label}: {error.filename or out}: {error.strerror or error}")

@@ -47,7 +47,7 @@ def build_only(told: dict[str, Any]) -> list[Any]:
     return build_chunks(spec, initialize_weights=False, layout=layout, **settings)
 
 
-def wrap(chunks: list[Any]) -> tuple[list[Any], Any]:
+def wrap(chunks: list[Any], told: dict[str, Any]) -> tuple[list[Any], Any]:
     """Chunks in megatron's data-parallel wrapper, and its distributed optimizer."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.distributed.finalize_model_grads import finalize_model_grads
@@ -55,7 +55,9 @@ def wrap(chunks: list[Any]) -> tuple[list[Any], Any]:
 
     config = chunks[0].config
     config.finalize_model_grads_func = finalize_model_grads
-    options = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+    options = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=True, bucket_size=told.get("bucket_size")
+    )
     for chunk in chunks:
         chunk.train()
     wrapped = [
@@ -75,7 +77,7 @@ def build(told: dict[str, Any]) -> tuple[list[Any], list[Any], Any]:
     chunks = build_only(told)
     for chunk in chunks:
         load_weights(chunk, told["weights"])
-    return chunks, *wrap(chunks)
+    return chunks, *wrap(chunks, told)
 
 
 def batches(told: dict[str, Any], chunks: list[Any]) -> list[Any]:
@@ -171,7 +173,7 @@ def resume(told: dict[str, Any]) -> dict[str, Any]:
     from dsv4_bridge.mcore import load_checkpoint
 
     chunks = build_only(told)
-    wrapped, optimizer = wrap(chunks)
+    wrapped, optimizer = wrap(chunks, told)
     assert load_checkpoint(chunks, Path(told["folder"]) / told["load"], optimizer) == 1
     result = train(told, chunks, wrapped, optimizer)
     return {"losses": result["losses"], "norm": result["norm"], "values": boxes(chunks, "data")}

@@ -35,7 +35,7 @@ def run_ranks(folder: Path, tag: str, world: int, cases: list[dict[str, Any]], *
             command = [sys.executable, "-W", "ignore", str(WORKER), str(instructions)]
             own = env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             processes.append(subprocess.Popen(command, env=own, stdout=said, stderr=subprocess.STDOUT))
-        codes = [process.wait(timeout=400) for process in processes]
+        codes = [process.wait(timeout=300 + 30 * len(cases)) for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -232,12 +232,12 @@ def test_training_resumed_with_the_other_kind_is_training_continued(tmp_path: Pa
     """Optimizer state too, the step count among it: the second step is the same."""
     told = RUN | {"batch": 2}
     model = randomise(build_model(SPEC, expert_layout="grouped"), 4)
-    wrapped, optimizer = wrap([model])
+    wrapped, optimizer = wrap([model], {})
     train(told, [model], wrapped, optimizer)
     save_checkpoint(model, tmp_path, 1, optimizer)
     before = values(model)
     other = build_model(SPEC)
-    again, its_optimizer = wrap([other])
+    again, its_optimizer = wrap([other], {})
     load_checkpoint(other, tmp_path, its_optimizer)
     assert values(other) == before
     # The sum over parameters of another order gives another last bit of the norm that gradients are clipped by.
@@ -291,7 +291,7 @@ def test_a_layers_experts_are_one_block_of_memory_and_stay_one_under_the_distrib
                 assert all(torch.equal(a, b) for a, b in zip(block, matrices.weights, strict=True))
                 assert all(a.data_ptr() < b.data_ptr() for a, b in pairwise(matrices.weights))
         where = model.decoder.layers[0].mlp.experts.linear_fc1.weights[0].data_ptr()
-        wrap([model])
+        wrap([model], {})
     assert where != model.decoder.layers[0].mlp.experts.linear_fc1.weights[0].data_ptr()
     scattered = [w.clone() for w in reversed(matrices.weights)]
     assert torch.equal(stacked(scattered), block.flip(0))

@@ -48,21 +48,13 @@ def save_checkpoint(model: Chunks, root: Path | str, iteration: int = 0, optimiz
         names it last: a run that dies while saving leaves the checkpoint before.
 
     Raises:
-        BridgeError: the folder is in the way, or cannot be written; optimizer state of a pipeline with one
-            chunk a rank.
+        BridgeError: the folder is in the way, or cannot be written.
     """
     chunks = _chunks(model)
     final = Path(root) / f"iter_{iteration:07d}"
     part = final.with_name(final.name + _PART)
     if final.exists():
         raise BridgeError(f"saving {final}: it exists; save another iteration or remove it")
-    topology = chunks[0].topology
-    if optimizer is not None and topology.pp > 1 and topology.layout.vp == 1:
-        # Measured: the model's weights come back, the optimizer's copy of them does not.
-        raise BridgeError(
-            f"saving {final}: the optimizer's state of a pipeline with one chunk a rank does not come back right yet; "
-            "save the model alone, or take a layout with two chunks a rank"
-        )
     try:
         with _rank_zero() as first:
             if first:

@@ -86,11 +86,13 @@ def _check_sizes(sizes: Parallel, world: int) -> None:
 
 
 def _mend_megatron() -> None:
-    """Two places where megatron-core 0.19 does not meet plain torch, on any device; once a process.
+    """Three places where megatron-core 0.19 goes wrong, on any device; once a process.
 
     It hands every attribute of TensorProperties to torch.empty, and torch 2.15 added one that this does
-    not take. And loading the distributed optimizer it looks for torch Adam's `step` among the tensors of a
-    parameter, where it has left it out a line before.
+    not take. Loading the distributed optimizer it looks for torch Adam's `step` among the tensors of a
+    parameter, where it has left it out a line before. Saving that optimizer it takes out the padding between
+    buckets and then looks parameters up by where they are with it: every one behind a padded bucket would be
+    saved from its neighbour's values (a pipeline's shared embedding, or any model of several buckets).
     """
     global _mended
     if _mended:
@@ -108,5 +110,32 @@ def _mend_megatron() -> None:
     def with_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
         set_tensors(self, model_param, {"step": None} | tensors)
 
+    shard_state = DistributedOptimizer.sharded_param_state_fully_reshardable
+
+    def with_padding(self: Any, *args: Any, **kwargs: Any) -> Any:
+        gather = self.get_parameter_state_dp_zero
+        self.get_parameter_state_dp_zero = lambda **how: _pad_between_buckets(self.buffers, gather(**how))
+        try:
+            return shard_state(self, *args, **kwargs)
+        finally:
+            del self.get_parameter_state_dp_zero
+
     TensorProperties.__setstate__ = without_strides
     DistributedOptimizer._set_main_param_and_optimizer_states = with_step
+    DistributedOptimizer.sharded_param_state_fully_reshardable = with_padding
+
+
+def _pad_between_buckets(buffers: Any, gathered: dict[Any, Any] | None) -> dict[Any, Any] | None:
+    """State of whole buffers, each bucket where the buffer itself has it; gathered without what pads buckets."""
+    for number, buffer in enumerate(buffers if gathered is not None else ()):
+        for states in gathered[number].values():  # type: ignore[reportOptionalSubscript]
+            for name, packed in states.items():
+                if not torch.is_tensor(packed):
+                    continue
+                padded, start = packed.new_zeros(buffer.numel), 0
+                for bucket in buffer.buckets:
+                    stop = start + bucket.numel_unpadded
+                    padded[bucket.offset : bucket.offset + bucket.numel_unpadded] = packed[start:stop]
+                    start = stop
+                states[name] = padded
+    return gathered

@@ -1,0 +1,140 @@
+"""The processes that share a conversion: which one this is, what each writes, and which of them live.
+
+A rank is known by the small file that it keeps writing (see `team`): here is how one is read.
+"""
+
+import json
+import os
+import time
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import BridgeError
+
+BEAT = 0.5  # seconds between two writes of a rank's file
+_STALE = 10.0  # a file of another machine that did not change for so long is an old run's
+_FIELDS = {"rank", "word", "session", "state", "facts", "host", "machine", "pid", "began", "beat", "nbytes"}
+HERE: set[str] = set()  # words of the runs in this process
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that share a conversion.
+
+    Attributes:
+        rank: its number, from 0.
+        world: how many there are.
+        timeout: seconds to wait for a rank that says nothing.
+    """
+
+    rank: int = 0
+    world: int = 1
+    timeout: float = 300.0
+
+    @classmethod
+    def from_environment(cls, env: Mapping[str, str] = os.environ) -> "Ranks":
+        """What RANK, WORLD_SIZE (set by torchrun) and DSV4_RANK_TIMEOUT say; alone without them.
+
+        Raises:
+            BridgeError: a value that makes no sense.
+        """
+        world = _whole_number(env, "WORLD_SIZE", 1, 1)
+        if world > 1 and "RANK" not in env:
+            raise BridgeError(f"WORLD_SIZE is {world} and RANK is not set: set both, or unset WORLD_SIZE to run alone")
+        rank = _whole_number(env, "RANK", 0, 0) if world > 1 else 0
+        if rank >= world:
+            raise BridgeError(f"RANK is {rank}, expected less than WORLD_SIZE, {world}")
+        return cls(rank, world, _whole_number(env, "DSV4_RANK_TIMEOUT", 300, 1))
+
+
+def _whole_number(env: Mapping[str, str], name: str, default: int, least: int) -> int:
+    text = env.get(name, str(default))
+    if not (text.isascii() and text.isdigit()) or int(text) < least:
+        raise BridgeError(f"{name} is {text!r} in the environment, expected a whole number from {least} on")
+    return int(text)
+
+
+def shares(sizes: Iterable[tuple[str, int]], world: int) -> list[list[str]]:
+    """The names that each rank writes: largest first, to whoever has least.
+
+    Args:
+        sizes: name and bytes of every file.
+        world: number of ranks.
+    """
+    found: list[list[str]] = [[] for _ in range(world)]
+    load = [0] * world
+    for name, nbytes in sorted(sizes, key=lambda pair: (-pair[1], pair[0])):
+        least = load.index(min(load))
+        found[least].append(name)
+        load[least] += nbytes
+    return found
+
+
+# ---------------------------------------------------------------- who is alive
+
+
+def this_machine() -> str:
+    """Same for processes that see each other's numbers, and differs otherwise."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        return f"unknown {uuid.uuid4()}"
+
+
+def began(pid: int) -> str | None:
+    """When a process of this machine began, in the kernel's ticks; None if it is gone or a zombie."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    """What a rank last wrote; None if there is no such file."""
+    for _ in range(5):
+        try:
+            entry = json.loads(path.read_bytes())
+            return entry if isinstance(entry, dict) and entry.keys() >= _FIELDS else None
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError):  # it is being replaced at this moment
+            time.sleep(0.02)
+    return None
+
+
+def who(entry: Mapping[str, Any]) -> str:
+    """A rank, for people."""
+    return f"rank {entry['rank']} (process {entry['pid']} on {entry['host']})"
+
+
+def known(entry: Mapping[str, Any], machine: str) -> bool | None:
+    """Whether a process is alive, where that can be told at once."""
+    if entry["machine"] != machine:
+        return None
+    if entry["pid"] == os.getpid():
+        return entry["word"] in HERE
+    return began(entry["pid"]) == entry["began"]
+
+
+def alive(paths: Iterable[Path]) -> dict[str, Any] | None:
+    """What the first of some ranks says whose process lives; None if none does. Takes a while for other machines."""
+    machine, unsure = this_machine(), {}
+    for path in paths:
+        entry = read(path)
+        lives = entry and known(entry, machine)
+        if lives:
+            return entry
+        if entry and lives is None:
+            unsure[path] = entry
+    until = time.monotonic() + _STALE
+    while unsure and time.monotonic() < until:
+        time.sleep(BEAT)
+        for path, entry in unsure.items():
+            now = read(path)
+            if now and (now["word"], now["beat"]) != (entry["word"], entry["beat"]):
+                return now
+    return None
