@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 $(VENV)/.ready: pyproject.toml constraints.txt
 	test -x $(PY) || python3.12 -m venv $(VENV) || python3 -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
-	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[megatron,hf,report,dev]'
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[megatron,hf,train,report,dev]'
 	touch $@
 
 demo: $(VENV)/.ready
@@ -20,6 +20,7 @@ check: $(VENV)/.ready
 	$(VENV)/bin/ruff format --check src tests benchmarks
 	$(VENV)/bin/ruff check src tests benchmarks
 	$(VENV)/bin/pyright src
+	$(VENV)/bin/shellcheck examples/slurm/*.sh
 
 format: $(VENV)/.ready
 	$(VENV)/bin/ruff format src tests benchmarks

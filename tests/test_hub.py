@@ -322,6 +322,14 @@ def test_export_takes_its_like_from_the_hub(
     assert set(same_files(repo, tmp_path / "out")) == set(UNWANTED)
 
 
+def test_a_tokenizer_comes_without_weights(server: FakeHub, client: Client, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one")
+    message = one_message(client("data", tmp_path / "a.txt", tmp_path / "out", "--tokenizer", REPO))
+    assert "tokenizer.json: no tokenizer" in message  # it is the repository's, which is none
+    assert {"config.json", "tokenizer.json"} <= server.fetched()
+    assert not any(name.endswith(".safetensors") for name in server.fetched())
+
+
 def test_the_revision_is_honoured(server: FakeHub, client: Client, repo: Path, tmp_path: Path) -> None:
     other = make_toy(tmp_path / "other", "Flash-BF16", 42)
     server.repos[REPO]["v2"] = other

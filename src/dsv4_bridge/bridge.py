@@ -50,7 +50,7 @@ def import_hf(
     checkpoint = open_hf(source)
     try:
         job = import_job(checkpoint, drop_passengers=drop_passengers, allow_lossy=allow_lossy)
-        _apart(source, out)
+        apart(source, out)
         return run(job, out, options or Options())
     finally:
         checkpoint.close()
@@ -125,9 +125,9 @@ def export_hf(
     try:
         megatron = open_megatron(source, released)
         along = None if drop_passengers else open_along(megatron)
-        _apart(source, out)
+        apart(source, out)
         if like:
-            _apart(like, out)
+            apart(like, out)
         job = export_job(megatron, released, along, encoding, drop_passengers=drop_passengers, allow_lossy=allow_lossy)
         return run(job, out, options or Options())
     finally:
@@ -221,7 +221,7 @@ def repack(
         raise BridgeError(f"repacking {source}: encoding {encoding!r} is not fp8 or bf16")
     checkpoint = open_hf(source)
     try:
-        _apart(source, out)
+        apart(source, out)
         return run(repack_job(checkpoint, encoding, allow_lossy=allow_lossy), out, options or Options())
     finally:
         checkpoint.close()
@@ -313,7 +313,8 @@ def _shown(folder: Path) -> str:
     return folder.resolve().name
 
 
-def _apart(source: Path, out: Path) -> None:
+def apart(source: Path, out: Path) -> None:
+    """Refuse an output that overlaps an input."""
     one, other = source.resolve(), out.resolve()
     if one == other or one in other.parents or other in one.parents:
         raise BridgeError(f"writing {out}: it overlaps the input {source}; choose another folder")

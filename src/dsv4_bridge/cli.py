@@ -266,7 +266,7 @@ def finish(good: bool) -> None:
 
 def main() -> None:
     """Entry point: runs a verb, turns every BridgeError into one message and exit code 2."""
-    from . import cli_model, cli_plan  # noqa: F401 - their verbs register themselves
+    from . import cli_data, cli_flops, cli_lora, cli_model, cli_plan, cli_train  # noqa: F401 - verbs register themselves
 
     # A plan is hundreds of thousands of small objects that all stay: looking for garbage among them
     # again and again takes a third of the time.

@@ -97,10 +97,14 @@ def generate(
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
-    """Continue prompts with a checkpoint of either format, cached, greedy or sampled."""
+    """Continue prompts with a checkpoint of either format, cached, greedy or sampled.
+
+    Started by torchrun, each process holds a share of the experts.
+    """
     from .generating import Ask, InOrder
     from .generating import generate as run
     from .hub import resolve
+    from .ranks import Ranks
     from .sampling import Sampling
     from .text import parse_ids
 
@@ -108,8 +112,11 @@ def generate(
     ask = Ask(prompt or (), ids, max_new_tokens, stop or (), chat, answer or ())
     how = Sampling(temperature, top_p, top_k, seed)
     order = InOrder(len(ask.texts) + len(ids), _write)
-    heard = _silent if as_json else order.heard
+    second = Ranks.from_environment().rank > 0  # ranks hold a share of the experts each, and say the same
+    heard = _silent if as_json or second else order.heard
     report = run(resolve(ckpt, revision), ask, how, dtype=dtype.value, heard=heard)
+    if second:
+        return
     if as_json:
         put(report.to_json(), as_json, None)
     for row in report.continuations:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import BridgeError
 from .items import expand
+from .pieces import make_topology
+from .ranks import Ranks
 from .sampling import Sampling
 from .spec import ModelSpec
 from .store.hf import open_hf
@@ -213,12 +215,18 @@ def _load(path: Path, spec: ModelSpec, dtype: str) -> "DeepSeekV4Model":
     import torch
 
     kind = torch.float32 if dtype == "float32" else torch.bfloat16
-    size = sum(item.numel for item in expand(spec).items) * kind.itemsize
+    ranks = Ranks.from_environment().world
+    if ranks > 1:  # each holds a share of the experts, and all of the rest
+        make_topology(spec, 1, 1, ranks, 1)
+        mcore.initialize(mcore.Parallel(ep=ranks))
+    numbers = (item.numel / (1 if item.expert is None else ranks) for item in expand(spec).items)
+    size = sum(numbers) * kind.itemsize
     free, where = _free_memory()
     if size > free:
         hint = "" if dtype == "bf16" else "; --dtype bf16 takes half"
+        whose = "a rank" if ranks > 1 else "the model"
         raise BridgeError(
-            f"loading {path}: the model takes {size / 1e9:,.1f} GB in {dtype}, and {free / 1e9:,.1f} GB of {where} "
+            f"loading {path}: {whose} takes {size / 1e9:,.1f} GB in {dtype}, and {free / 1e9:,.1f} GB of {where} "
             f"are free{hint}"
         )
     model = mcore.build_model(spec, dtype=kind, initialize_weights=False)

@@ -74,6 +74,20 @@ def describe(source: str, revision: str | None = None) -> tuple[Path, Mapping[st
         raise _explained(error, source, revision) from None
 
 
+def fetch_small(source: str, revision: str | None = None) -> Path:
+    """A local folder for `source` with its config.json and small files, the tokenizer's among them; no weights.
+
+    Args:
+        source: a folder, or `owner/name` on the Hub (where no such folder exists).
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        BridgeError: no such folder or repository, it cannot be reached, or it is another model.
+    """
+    local = _local(source, revision)
+    return local or _fetch(source, _pinned(_description(source, revision), revision), [_CONFIG, *_SMALL])
+
+
 def _local(source: str, revision: str | None) -> Path | None:
     path = Path(source)
     if path.exists():

@@ -32,6 +32,8 @@ class Run:
         recompute: full recompute of every layer.
         grad_dtype: type that gradients are summed in.
         distributed_optimizer: whether optimizer state is cut over the data-parallel ranks.
+        optimizer: adamw, or muon for linear maps and AdamW for the rest.
+        moments_dtype: type of AdamW's moments.
         lora_rank: rank of the adapters.
     """
 
@@ -44,6 +46,8 @@ class Run:
     grad_dtype: str = "float32"
     distributed_optimizer: bool = True
     lora_rank: int = 16
+    optimizer: str = "adamw"
+    moments_dtype: str = "float32"
 
     def shape(self, topology: Topology) -> Shape:
         """What one micro-batch is, on a rank."""
@@ -268,7 +272,9 @@ def _state(part: Part, run: Run, dp: int, edp: int) -> tuple[int, int, int, int]
     gradients = sum(c.plain * gradient + c.wide * 4 for c, _ in trained)
     optimizer = 0
     for count, copies in trained:
-        # Two float32 moments; a bf16 parameter has a float32 master too, a float32 one is its own.
-        whole = count.plain * (12 if run.dtype == "bf16" else 8) + count.wide * 8
+        # A bf16 parameter has a float32 master, a float32 one is its own; Muon keeps one float32 momentum.
+        momenta = count.matrices if run.optimizer == "muon" else 0
+        whole = momenta * 4 + (count.parameters - momenta) * 2 * DTYPE_BYTES[run.moments_dtype]
+        whole += count.plain * 4 if run.dtype == "bf16" else 0
         optimizer += -(-whole // copies) if run.distributed_optimizer else whole
     return values, weights, gradients, optimizer

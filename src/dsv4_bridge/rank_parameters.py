@@ -17,17 +17,24 @@ class Count:
         plain: parameters of the model's type.
         wide: parameters that stay float32.
         buffers: what routers read and no gradient changes: float32 biases, int32 tables.
+        matrices: of the parameters, those in linear maps.
     """
 
     plain: int = 0
     wide: int = 0
     buffers: int = 0
+    matrices: int = 0
 
     def __add__(self, other: "Count") -> "Count":
-        return Count(self.plain + other.plain, self.wide + other.wide, self.buffers + other.buffers)
+        return Count(
+            self.plain + other.plain,
+            self.wide + other.wide,
+            self.buffers + other.buffers,
+            self.matrices + other.matrices,
+        )
 
     def __mul__(self, times: int) -> "Count":
-        return Count(self.plain * times, self.wide * times, self.buffers * times)
+        return Count(self.plain * times, self.wide * times, self.buffers * times, self.matrices * times)
 
     @property
     def parameters(self) -> int:
@@ -115,7 +122,9 @@ def _block_part(
 def _counted(item: Item, values: int) -> Count:
     if item.row.when in ("routed", "hash"):  # what only a kind of router reads is a buffer of it
         return Count(buffers=values)
-    return Count(wide=values) if item.row.encoding == "f32" else Count(plain=values)
+    matrices = values if item.row.matrix else 0
+    wide = item.row.encoding == "f32"
+    return Count(wide=values, matrices=matrices) if wide else Count(plain=values, matrices=matrices)
 
 
 @cache

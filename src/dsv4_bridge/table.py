@@ -50,6 +50,11 @@ class Row:
         """Whether there is one such tensor an expert."""
         return "{expert}" in self.released
 
+    @property
+    def matrix(self) -> bool:
+        """Whether it is a linear map, not a table of vectors: embedding, head, position biases."""
+        return len(self.shape) == 2 and self.cut != "vocabulary" and self.shape[0] != "ratio"
+
 
 # fmt: off
 _H, _ML = "hidden_size", "moe_intermediate_size"

@@ -220,7 +220,21 @@ def memory(told: dict[str, Any]) -> dict[str, Any]:
     return measure(told, chunks, batches)
 
 
-ACTIONS = {"memory": memory, "step": step, "resume": resume, "stream": stream, "logits": logits}
+def objectives(told: dict[str, Any]) -> dict[str, Any]:
+    """A step on packed rows with every auxiliary objective."""
+    from rank_objectives import objectives as run
+
+    return run(told)
+
+
+ACTIONS = {
+    "memory": memory,
+    "step": step,
+    "resume": resume,
+    "stream": stream,
+    "logits": logits,
+    "objectives": objectives,
+}
 
 if __name__ == "__main__":
     main(sys.argv[1])

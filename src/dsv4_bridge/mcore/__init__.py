@@ -10,8 +10,16 @@ from .cpu import install
 
 # megatron-core says at import which optional packages are absent, and at every model that GPTModel
 # is to be replaced one day: true, and nothing a user of these commands can act on.
-for _name in ("megatron.core.models.gpt.gpt_model", "torch.utils.cpp_extension"):
+for _name in (
+    "megatron.core.distributed.distributed_data_parallel",
+    "megatron.core.dist_checkpointing",
+    "megatron.core.models.gpt.gpt_model",
+    "torch.utils.cpp_extension",
+):
     logging.getLogger(_name).setLevel(logging.ERROR)
+# Its optimizers look at gradients of tensors that are no leaves, and find none, as they expect.
+warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
+warnings.filterwarnings("ignore", "MimoModelConfig is experimental")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     install()

@@ -9,6 +9,7 @@ Shapes: b batch, s queries, n compressed blocks, h heads, d head_dim, k chosen b
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -107,6 +108,37 @@ class _Attend(torch.autograd.Function):
             grad_sink,
             None,
         )
+
+
+class OnBlocks(NamedTuple):
+    """What the queries of one chunk put on compressed blocks, m at a time.
+
+    Attributes:
+        here: the queries.
+        weights: [b, c, h, m], of the softmax over window, these blocks and the sink; 0 where not seen.
+        seen: [1 or b, c, m] bool.
+        picked: [b, c, m] indices of the blocks (any where not seen); None: the first m blocks.
+    """
+
+    here: slice
+    weights: Tensor
+    seen: Tensor
+    picked: Tensor | None
+
+
+def weights_on_blocks(
+    q: Tensor, kv: Tensor, blocks: Tensor, chosen: Tensor | None, sink: Tensor, reach: Reach
+) -> Iterator[OnBlocks]:
+    """The weights that `attend` gives to blocks, a chunk of queries at a time; arguments as there."""
+    for part in _parts(q, kv, blocks, chosen, reach):
+        here = slice(part.start, part.stop)
+        weights = part.weights(q[:, here], sink)
+        shared = part.keys.shape[1]
+        if part.picked is not None:
+            yield OnBlocks(here, weights[..., shared:-1], part.picked >= 0, part.picked.clamp(min=0))
+        else:
+            wide = shared - part.seen
+            yield OnBlocks(here, weights[..., wide:shared], part.mask[..., wide:], None)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ on the output, a window plus compressed blocks (none, all of ratio 128, or chose
 learned sink, and an output projection by groups of heads.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from megatron.core.tensor_parallel import (
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.experimental_attention_variant.dsa import DSAIndexerLossAutoScaler
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from torch import Tensor
@@ -26,9 +28,12 @@ from .attend import Reach, attend, attend_one
 from .cache import Cache, LayerCache, slot_positions
 from .compressor import Compressor
 from .config import DeepSeekV4Config
+from .documents import Documents
 from .floats import KeepsFloat32
 from .indexer import Indexer
+from .indexer_loss import indexer_loss
 from .layers import Linear, RMSNorm, inverse_rms, new_parameter
+from .metrics import Tally
 from .observe import observe
 from .rope import Rotary, rotate
 
@@ -49,8 +54,16 @@ class CoreAttention(KeepsFloat32, MegatronModule):
         self.indexer = Indexer(config) if ratio == 4 else None
 
     def forward(
-        self, q: Tensor, kv: Tensor, x: Tensor, qr: Tensor, turn: Tensor, cache: LayerCache | None, lengths: Tensor
-    ) -> Tensor:
+        self,
+        q: Tensor,
+        kv: Tensor,
+        x: Tensor,
+        qr: Tensor,
+        turn: Tensor,
+        counted: Tensor | None = None,
+        cache: LayerCache | None = None,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
         """Attention of whole sequences.
 
         Args:
@@ -59,25 +72,43 @@ class CoreAttention(KeepsFloat32, MegatronModule):
             x: [s, b, hidden], the layer's input.
             qr: [s, b, q_lora_rank].
             turn: [s, pairs].
+            counted: [b, s] bool, queries that the indexer is trained on; None: all.
             cache: memory to fill, or None.
-            lengths: [b], tokens that are no padding; read with a cache only.
+            lengths: [b], tokens that are no padding; with a cache.
 
         Returns:
-            [b, s, heads, d].
+            [b, s, heads, d], and the indexer's loss where it is trained, summed over queries.
         """
         reach = Reach(self.config.csa_window_size, self.ratio, self.config.attention_chunk)
         blocks = chosen = None
-        if cache is not None:
+        if cache is not None and lengths is not None:
             cache.window.fill(kv, lengths)
         if self.compressor is not None:
             blocks = self.compressor(x, cache and cache.compressor, lengths)
             blocks = observe("attn.compressor", self.block, blocks)
             # Every rank has all blocks and only its heads: their gradients are summed over the ranks.
             blocks = copy_to_tensor_model_parallel_region(blocks, self.tp_group)
-        if self.indexer is not None:
-            chosen = self.indexer(x.detach(), qr.detach(), turn, cache and cache.indexer, lengths)
+        terms = None
+        if self.trains_indexer and self.indexer is not None:
+            terms = self.indexer.terms(x.detach(), qr.detach(), turn)
+        if self.indexer is not None and not self.config.csa_dense_attention:
+            if terms is None:
+                chosen = self.indexer(x.detach(), qr.detach(), turn, cache and cache.indexer, lengths)
+            else:
+                chosen = self.indexer.choose(terms)
             chosen = observe("attn.index", self.block, chosen)
-        return attend(q, kv, blocks, chosen, self.attn_sink, reach)
+        out = attend(q, kv, blocks, chosen, self.attn_sink, reach)
+        if terms is None or blocks is None or blocks.shape[1] == 0:
+            return out, None
+        compared = chosen if self.config.dsa_indexer_use_sparse_loss else None
+        q, kv, blocks, sink = (t.detach() for t in (q, kv, blocks, self.attn_sink))
+        return out, indexer_loss(terms, q, kv, blocks, compared, sink, reach, counted, self.tp_group)
+
+    @property
+    def trains_indexer(self) -> bool:
+        """Whether this pass trains an indexer: in recomputation, the one with gradients."""
+        wanted = bool(self.config.dsa_indexer_loss_coeff)
+        return wanted and self.indexer is not None and self.training and torch.is_grad_enabled()
 
     def step(
         self, q: Tensor, kv: Tensor, x: Tensor, qr: Tensor, turn: Tensor, cache: LayerCache, positions: Tensor
@@ -87,7 +118,8 @@ class CoreAttention(KeepsFloat32, MegatronModule):
         seen = slot_positions(positions + 1, cache.window.slots) >= 0
         if self.compressor is not None and cache.compressor is not None:
             entries = self.compressor.step(x, cache.compressor, positions)
-            if self.indexer is not None and cache.indexer is not None:
+            sparse = not self.config.csa_dense_attention
+            if self.indexer is not None and cache.indexer is not None and sparse:
                 chosen = self.indexer.step(x, qr, turn, cache.indexer, positions)
                 chosen = observe("attn.index", self.block, chosen.unsqueeze(1)).squeeze(1)
                 at = chosen.clamp(min=0).unsqueeze(-1).expand(-1, -1, entries.shape[-1])
@@ -180,15 +212,21 @@ class HybridAttention(MegatronModule):
         set_tensor_model_parallel_attributes(self.linear_o_group_proj, ranks > 1, 0, 1)
         if config.perform_initialization and config.init_method is not None:
             config.init_method(self.linear_o_group_proj)
+        # Adapters: output and input of the groups -> output; no module of its own runs this product.
+        self.adapt_groups: Callable[[Tensor, Tensor], Tensor] | None = None
         self.linear_proj = RowParallelLinear(grouped, hidden, input_is_parallel=True, **parallel)
+        self.tally = ("indexer_loss", Tally())
 
-    def forward(self, x: Tensor, rotary: Rotary, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: Rotary, cache: Cache | None = None, padding_mask: Tensor | None = None
+    ) -> Tensor:
         """[s, b, hidden] -> [s, b, hidden]; a rank's part of s, in and out, under sequence parallelism.
 
         Args:
             x: normed input of the sub-layer.
             rotary: turns of the positions: [s, pairs], or [b, pairs] for a step with a filled cache.
             cache: None; one to fill with whole prompts; or a filled one, and then s is 1.
+            padding_mask: [b, s], True for tokens that the indexer is not trained on.
         """
         ratio = self.core_attention.ratio
         turn = rotary.of(ratio)
@@ -208,18 +246,47 @@ class HybridAttention(MegatronModule):
         if stepping and cache is not None and layer is not None:
             out = self.core_attention.step(q[0], kv[0], x[0], qr[0], turn, layer, cache.lengths).unsqueeze(0)
         else:
-            lengths = torch.empty(0) if cache is None else cache.lengths
-            out = self.core_attention(
-                q.transpose(0, 1).contiguous(), kv.transpose(0, 1).contiguous(), x, qr, turn, layer, lengths
-            ).transpose(0, 1)
+            q, kv = q.transpose(0, 1).contiguous(), kv.transpose(0, 1).contiguous()
+            counted = None if padding_mask is None else ~padding_mask.bool()
+            if rotary.documents is None:
+                lengths = None if cache is None else cache.lengths
+                out, loss = self.core_attention(q, kv, x, qr, turn, counted, layer, lengths)
+            else:
+                out, loss = self._by_document(rotary.documents, q, kv, x, qr, turn, counted)
+            out = self._with_indexer_loss(out, loss, counted).transpose(0, 1)
         out = rotate(out, across.unsqueeze(2), inverse=True)  # [s, b, heads, d]
         return self.linear_proj(self._by_group(out))[0]
+
+    def _by_document(self, documents: Documents, *inputs: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Attention of a packed row, inputs as `CoreAttention` takes them: each document on its own."""
+        # Split, not indexed: the gradient of an index is as long as the row, for every document.
+        sizes = [part.stop - part.start for part in documents]
+        axes = (1, 1, 0, 0, 0, 1)
+        cut = [[None] * len(sizes) if t is None else t.split(sizes, axis) for t, axis in zip(inputs, axes, strict=True)]
+        outs, losses = zip(*(self.core_attention(*part) for part in zip(*cut, strict=True)), strict=True)
+        found = [loss for loss in losses if loss is not None]
+        return torch.cat(outs, 1), torch.stack(found).sum() if found else None
+
+    def _with_indexer_loss(self, out: Tensor, loss: Tensor | None, counted: Tensor | None) -> Tensor:
+        """`out` [b, s, heads, d] as it is; its backward starts that of the indexer's loss, by megatron's device."""
+        if loss is None:
+            return out
+        queries = out.shape[0] * out.shape[1] if counted is None else counted.sum().clamp(min=1)
+        mean = loss / queries
+        self.tally[1].add(mean)
+        # A loss a token is divided by the count of tokens at the end of the step.
+        summed = loss if self.config.calculate_per_token_loss else mean
+        result = DSAIndexerLossAutoScaler.apply(out, summed * (self.config.dsa_indexer_loss_coeff or 0.0))
+        assert isinstance(result, Tensor)
+        return result
 
     def _by_group(self, out: Tensor) -> Tensor:
         """[s, b, heads, d] -> [s, b, groups * o_lora_rank]: each group of heads by its own matrix."""
         weight = self.linear_o_group_proj.unflatten(0, (self.groups, -1))  # [g, r, heads*d/g]
         tokens = out.flatten(2).unflatten(-1, (self.groups, -1)).flatten(0, 1)  # [s*b, g, heads*d/g]
         mixed = torch.bmm(tokens.transpose(0, 1), weight.mT).transpose(0, 1)  # [s*b, g, r]
+        if self.adapt_groups is not None:
+            mixed = self.adapt_groups(mixed, tokens)
         return mixed.flatten(1).unflatten(0, out.shape[:2])
 
     def sharded_state_dict(

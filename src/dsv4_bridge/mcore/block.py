@@ -55,7 +55,7 @@ class HyperConnectedLayer(TransformerLayer):
             rotary: turns of the positions.
             input_ids: [b, s], for a hash layer.
             cache: memory of decoding, or None.
-            padding_mask: [b, s], True for tokens that balance does not count.
+            padding_mask: [b, s], True for tokens that balance and the indexer's loss do not count.
 
         Returns:
             [s, b, n*h].
@@ -63,7 +63,8 @@ class HyperConnectedLayer(TransformerLayer):
         streams, block = hidden_states, self.block
         x, post, mix = self.self_attention_hyper_connection(streams)
         x = observe("attn.mix", block, x)
-        out = observe("attn", block, self.self_attention(self.input_layernorm(x), rotary, cache))
+        out = self.self_attention(self.input_layernorm(x), rotary, cache, padding_mask)
+        out = observe("attn", block, out)
         streams = self.self_attention_hyper_connection.expand(out, streams, post, mix)
         x, post, mix = self.mlp_hyper_connection(streams)
         x = observe("ffn.mix", block, x)
@@ -151,7 +152,11 @@ class HyperConnectedBlock(KeepsFloat32, TransformerBlock):
             assert self.input_tensor is not None
             streams = self.input_tensor
         streams = make_viewless_tensor(inp=streams, requires_grad=True, keep_graph=True)
-        recompute = self.config.recompute_granularity == "full" and self.training and torch.is_grad_enabled()
+        training = self.training and torch.is_grad_enabled()
+        if training and self.config.recompute_granularity and not streams.requires_grad:
+            # Under a frozen embedding, recomputation from an input without gradient would give its layer none.
+            streams = streams.detach().requires_grad_()
+        recompute = self.config.recompute_granularity == "full" and training
         for layer in self.layers:
             if recompute:
                 # Ids are captured by value of this call, so each micro-batch recomputes with its own.

@@ -9,13 +9,14 @@ import io
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
 from ..errors import BridgeError
 from ..run_config import FILE as RUN_CONFIG
@@ -23,18 +24,23 @@ from ..run_config import run_config
 from ..store.megatron import TRACKER
 from ..store.torch_dist import find_iteration
 from .model import DeepSeekV4Model
+from .optimizer_state import SHARDING, load_state, sharded_state, steps_made
 
 _PART = ".part"
-_SHARDING = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "chained_optim_avoid_prefix": True,
-    "singleton_local_shards": False,
-}
-
+_ADAPTERS = "adapters"
 Chunks = DeepSeekV4Model | Sequence[DeepSeekV4Model]
 
 
-def save_checkpoint(model: Chunks, root: Path | str, iteration: int = 0, optimizer: Any = None) -> Path:
+def save_checkpoint(
+    model: Chunks,
+    root: Path | str,
+    iteration: int = 0,
+    optimizer: Any = None,
+    *,
+    adapters: bool = False,
+    files: Mapping[str, bytes] | None = None,
+    queue: AsyncCallsQueue | None = None,
+) -> Path:
     """Save the model through `megatron.core.dist_checkpointing`; every rank calls it.
 
     Args:
@@ -42,6 +48,10 @@ def save_checkpoint(model: Chunks, root: Path | str, iteration: int = 0, optimiz
         root: checkpoint root; the iteration's folder must not exist yet.
         iteration: its number.
         optimizer: megatron's optimizer, whose state is saved too; None: the model alone.
+        adapters: save the adapters in the model, not what they adapt.
+        files: further files of the folder, by name.
+        queue: write in the background: weights are copied at once, and `queue.maybe_finalize_async_calls`, called
+            by every rank now and then, makes the checkpoint appear when all is written.
 
     Returns:
         The iteration folder, `root/iter_NNNNNNN`. It appears when it is complete, and the tracker
@@ -55,27 +65,42 @@ def save_checkpoint(model: Chunks, root: Path | str, iteration: int = 0, optimiz
     part = final.with_name(final.name + _PART)
     if final.exists():
         raise BridgeError(f"saving {final}: it exists; save another iteration or remove it")
+
+    def complete() -> None:
+        with _rank_zero() as first:
+            if first:
+                source = {"variant": "saved by megatron-core", "own_mtp_head": False, "passengers": False}
+                spec, layout = _built(chunks[0]), chunks[0].topology.layout
+                own = {RUN_CONFIG: run_config(spec, source, layout.to_list() if layout.pp > 1 else None)}
+                for name, data in (own | dict(files or {})).items():
+                    (part / name).write_bytes(data)
+                part.rename(final)
+                _replace(Path(root) / TRACKER, str(iteration).encode())
+
     try:
         with _rank_zero() as first:
             if first:
                 shutil.rmtree(part, ignore_errors=True)
                 part.mkdir(parents=True)
-        state = {"iteration": iteration, "checkpoint_version": 3.0} | _state(chunks, optimizer, loading=False)
+        common = {"iteration": iteration, "checkpoint_version": 3.0}
+        state = common | _state(chunks, optimizer, loading=False, adapters=adapters)
         with _quiet():
-            dist_checkpointing.save(state, str(part))
-        with _rank_zero() as first:
-            if first:
-                source = {"variant": "saved by megatron-core", "own_mtp_head": False, "passengers": False}
-                spec, layout = _built(chunks[0]), chunks[0].topology.layout
-                (part / RUN_CONFIG).write_bytes(run_config(spec, source, layout.to_list() if layout.pp > 1 else None))
-                part.rename(final)
-                _replace(Path(root) / TRACKER, str(iteration).encode())
+            if queue is None:
+                dist_checkpointing.save(state, str(part))
+            else:
+                request: Any = dist_checkpointing.save(
+                    state, str(part), async_sharded_save=True, async_strategy="mcore"
+                )
+                request.add_finalize_fn(complete)
+                queue.schedule_async_request(request)
+        if queue is None:
+            complete()
     except OSError as error:
         raise BridgeError(f"saving {final}: {error.strerror or error}") from None
     return final
 
 
-def load_checkpoint(model: Chunks, checkpoint: Path | str, optimizer: Any = None) -> int:
+def load_checkpoint(model: Chunks, checkpoint: Path | str, optimizer: Any = None, *, adapters: bool = False) -> int:
     """Load a torch_dist checkpoint through `megatron.core.dist_checkpointing`, strictly; every rank calls it.
 
     `load_weights` reads the same folders with this package's own reader, and Hugging Face ones too.
@@ -84,6 +109,7 @@ def load_checkpoint(model: Chunks, checkpoint: Path | str, optimizer: Any = None
         model: the model, or this rank's chunks of it; of any layout.
         checkpoint: root or iteration folder.
         optimizer: megatron's optimizer, whose state is loaded too; None: the model alone.
+        adapters: load the adapters in the model, not what they adapt.
 
     Returns:
         The iteration.
@@ -94,8 +120,8 @@ def load_checkpoint(model: Chunks, checkpoint: Path | str, optimizer: Any = None
     chunks = _chunks(model)
     folder, _ = find_iteration(checkpoint)
     with _quiet():
-        _begin(optimizer)
-        wanted = _state(chunks, optimizer, loading=True)
+        wanted = _state(chunks, optimizer, loading=True, adapters=adapters)
+        live = {key: sharded.data for key, sharded in wanted.get(_ADAPTERS, {}).items()}
         loaded: Any = dist_checkpointing.load(wanted, str(folder), strict="return_all")
     state, missing, unexpected = loaded
     # Megatron's words: `unexpected` keys are the model's, `missing` ones the checkpoint's. A rank sees all of
@@ -106,56 +132,29 @@ def load_checkpoint(model: Chunks, checkpoint: Path | str, optimizer: Any = None
             f"loading {folder}: {len(unexpected)} keys of the model are not in it ({sorted(unexpected)[:3]}), "
             f"{len(strange)} keys in it are not the model's ({strange[:3]})"
         )
-    for number, chunk in enumerate(chunks):
+    with torch.no_grad():
+        for key, parameter in live.items():
+            parameter.copy_(state[_ADAPTERS][key])
+    for number, chunk in enumerate([] if adapters else chunks):
         chunk.load_state_dict(state[f"model{number}"])
     if optimizer is not None:
-        _load_optimizer(optimizer, state["optimizer"], int(state["optimizer_step"]))
+        load_state(optimizer, state["optimizer"], int(state["optimizer_step"]))
     return int(state.get("iteration", 0))
 
 
-def _state(chunks: Sequence[DeepSeekV4Model], optimizer: Any, loading: bool) -> dict[str, Any]:
-    metadata = _SHARDING | {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    state: dict[str, Any] = {
-        f"model{number}": chunk.sharded_state_dict(metadata=metadata) for number, chunk in enumerate(chunks)
-    }
+def _state(chunks: Sequence[DeepSeekV4Model], optimizer: Any, loading: bool, adapters: bool) -> dict[str, Any]:
+    from .adapters import sharded_adapters
+
+    metadata = SHARDING | {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    state: dict[str, Any] = (
+        {_ADAPTERS: sharded_adapters(chunks)}
+        if adapters
+        else {f"model{number}": chunk.sharded_state_dict(metadata=metadata) for number, chunk in enumerate(chunks)}
+    )
     if optimizer is not None:
-        parts = [part.sharded_state_dict(state, is_loading=loading, metadata=metadata) for part in _parts_of(optimizer)]
-        # What depends on how the layout groups parameters (one optimizer, or a second for experts) stays out;
-        # hyperparameters are the new run's.
-        state["optimizer"] = [part["param_state"] for part in parts]
-        state["optimizer_step"] = parts[0]["optimizer"]["param_groups"][0]["step"]
+        state["optimizer"] = sharded_state(optimizer, state, loading, metadata)
+        state["optimizer_step"] = steps_made(optimizer)
     return state
-
-
-def _load_optimizer(optimizer: Any, loaded: list[Any], step: int) -> None:
-    for part, values in zip(_parts_of(optimizer), loaded, strict=True):
-        own = part.state_dict()
-        for group in own["optimizer"]["param_groups"]:
-            group["step"] = step
-        sharding = {"param_state_sharding_type": _SHARDING["distrib_optim_sharding_type"]}
-        part.load_state_dict(own | sharding | {"param_state": values})
-        # Megatron gives torch's Adam one counter for all parameters: every one of them would count it up.
-        for state in part.optimizer.state.values():
-            if torch.is_tensor(state.get("step")):
-                state["step"] = state["step"].clone()
-
-
-def _parts_of(optimizer: Any) -> list[Any]:
-    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
-
-
-def _begin(optimizer: Any) -> None:
-    """Give torch's Adam its state before the first step: megatron-core asks a new optimizer for its step count."""
-    for part in _parts_of(optimizer):
-        inner = getattr(part, "optimizer", None)
-        if not isinstance(inner, torch.optim.Adam):
-            continue
-        for group in inner.param_groups:
-            for parameter in group["params"]:
-                if not inner.state[parameter]:
-                    inner.state[parameter] = {"step": torch.zeros(())} | {
-                        name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")
-                    }
 
 
 def _chunks(model: Chunks) -> Sequence[DeepSeekV4Model]:
@@ -168,6 +167,54 @@ def _of_training(key: str) -> bool:
 
 def _built(model: DeepSeekV4Model) -> Any:
     return model.spec.without_draft() if model.spec.dspark or not model.config.mtp_num_layers else model.spec
+
+
+class Saver:
+    """Checkpoints of a run: the last few, each whole.
+
+    Args:
+        root: where they are.
+        keep: how many stay; the others go when a newer one is complete.
+        background: write while training goes on.
+        adapters: save adapters alone.
+    """
+
+    def __init__(self, root: Path, keep: int, background: bool = False, adapters: bool = False):
+        self._root, self._keep, self._adapters = root, keep, adapters
+        self._queue = AsyncCallsQueue() if background else None
+
+    @property
+    def last(self) -> Path | None:
+        """The newest that is complete."""
+        return find_iteration(self._root)[0] if (self._root / TRACKER).exists() else None
+
+    def save(self, model: Chunks, iteration: int, optimizer: Any, files: Mapping[str, bytes]) -> None:
+        """See `save_checkpoint`; of the same iteration, there is nothing to do."""
+        self.finish()
+        if self.last is not None and self.last.name == f"iter_{iteration:07d}":
+            return
+        save_checkpoint(
+            model, self._root, iteration, optimizer, adapters=self._adapters, files=files, queue=self._queue
+        )
+        self._prune()
+
+    def poll(self) -> None:
+        """Complete what the background has written by now; every rank calls it after every step."""
+        if self._queue is not None and self._queue.maybe_finalize_async_calls(blocking=False):
+            self._prune()
+
+    def finish(self) -> None:
+        """Wait for the background."""
+        if self._queue is not None and self._queue.maybe_finalize_async_calls(blocking=True):
+            self._prune()
+
+    def _prune(self) -> None:
+        with _rank_zero() as first:
+            if first and self.last is not None:
+                newest = self.last
+                done = sorted(p for p in self._root.glob("iter_*") if p.is_dir() and p.suffix != _PART)
+                for old in [p for p in done if p <= newest][: -self._keep]:
+                    shutil.rmtree(old)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.transformer.experimental_attention_variant.dsa import DSAIndexerLossAutoScaler
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from ..errors import BridgeError
@@ -41,6 +42,10 @@ class DeepSeekV4Config(MLATransformerConfig):
         expert_layout: how a rank holds and computes its routed experts: `sequential`, a module each; `grouped`,
             all in one launch (`GroupedExperts`); `transformer_engine`, megatron's TEGroupedMLP. Checkpoints
             are the same.
+        csa_dense_attention: layers with an indexer attend to all visible blocks, whatever it would choose:
+            the first phase of pretraining, and the indexer's warm-up.
+        dsa_indexer_loss_coeff: weight of the indexer's own loss (megatron's field); None or 0: it is not trained.
+        dsa_indexer_use_sparse_loss: it is trained on the blocks it chose, not on all visible (megatron's field).
     """
 
     o_groups: int = 8
@@ -55,9 +60,12 @@ class DeepSeekV4Config(MLATransformerConfig):
     actual_vocab_size: int = 0
     attention_chunk: int = 128
     expert_layout: str = "sequential"
+    csa_dense_attention: bool = False
 
     def __post_init__(self) -> None:
         refuse_unsound(self)  # first, for megatron's own checks say less
+        # Where megatron's schedules say how the main loss is scaled, for the indexer's to be scaled alike.
+        self.experimental_attention_variant_loss_scale_func = DSAIndexerLossAutoScaler.set_loss_scale
         super().__post_init__()
         refuse_unsound(self)  # and again, with the defaults that megatron filled in
 
@@ -68,6 +76,9 @@ def refuse_unsound(config: DeepSeekV4Config) -> None:
     Raises:
         BridgeError: every such setting, with its reason.
     """
+    kinds, weights = config.moe_router_load_balancing_type, config.moe_aux_loss_coeff
+    balancing = [kinds] if isinstance(kinds, str) else list(kinds)
+    coefficients = list(weights) if isinstance(weights, list | tuple) else [weights]
     rules = (
         (config.bias_activation_fusion, "bias_activation_fusion", "megatron's fused SwiGLU drops the clamp (trap 28)"),
         (
@@ -105,6 +116,32 @@ def refuse_unsound(config: DeepSeekV4Config) -> None:
             "DeepSeek-V4 drops no token; a capacity would",
         ),
         (config.moe_apply_probs_on_input, "moe_apply_probs_on_input", "routing weights belong behind the activation"),
+        (
+            not config.moe_router_enable_expert_bias,
+            "moe_router_enable_expert_bias",
+            "experts are chosen by score and bias; moe_router_bias_update_rate=0 leaves the bias as it is",
+        ),
+        (
+            bool(set(balancing) - {"none", "seq_aux_loss", "aux_loss", "global_aux_loss"}),
+            "moe_router_load_balancing_type",
+            "experts are chosen by score and bias, whose balance losses are seq_aux_loss (the report's), aux_loss and "
+            "global_aux_loss",
+        ),
+        (
+            "none" in balancing and any(coefficients),
+            "moe_aux_loss_coeff",
+            "nothing reads it without a balance loss; say moe_router_load_balancing_type='seq_aux_loss'",
+        ),
+        (
+            (config.dsa_indexer_loss_coeff or 0) < 0,
+            "dsa_indexer_loss_coeff",
+            "the indexer would learn to avoid what attention looks at",
+        ),
+        (
+            config.csa_dense_attention and config.dsa_indexer_use_sparse_loss,
+            "dsa_indexer_use_sparse_loss",
+            "attention is dense and nothing is chosen; the warm-up compares all blocks",
+        ),
         (config.mtp_num_layers == 0, "mtp_num_layers", "0 is not None to megatron; a model without MTP has None"),
         (config.mtp_use_repeated_layer, "mtp_use_repeated_layer", "each MTP depth has weights of its own"),
         (config.fp8 is not None, "fp8", "the reference computes in the parameters' type"),

@@ -125,7 +125,7 @@ def _ends(counts: list[int], device: torch.device) -> Tensor:
 
 
 def stacked(weights: Sequence[Tensor]) -> Tensor:
-    """[n, out, in]: a view where the matrices lie one behind the other, as `_Matrices` makes them; else a copy."""
+    """[n, out, in]: a view where the matrices lie one behind the other, as `Matrices` makes them; else a copy."""
     first = weights[0]
     step = first.numel() * first.element_size()
     start, storage = first.data_ptr(), first.untyped_storage().data_ptr()
@@ -154,7 +154,10 @@ def clamped_swiglu(x: Tensor, weights: Tensor, limit: float | None) -> Tensor:
     return (F.silu(gate) * up * weights.unsqueeze(-1)).to(x.dtype)
 
 
-class _Matrices(torch.nn.Module):
+Adapt = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
+
+
+class Matrices(torch.nn.Module):
     """`weight0` … `weight{n-1}`, in one block of memory.
 
     They are registered from the last to the first: megatron's distributed optimizer moves parameters to a
@@ -169,6 +172,7 @@ class _Matrices(torch.nn.Module):
     def __init__(self, count: int, linear: Callable[[], torch.nn.Module]):
         super().__init__()
         self.count = count
+        self.adapt: Adapt | None = None  # adapters: output [T, out], input [T, in] and counts -> output
         made: list[torch.nn.Parameter] = []
         block = torch.empty(0)
         for j in range(count):
@@ -188,6 +192,11 @@ class _Matrices(torch.nn.Module):
     def weights(self) -> list[torch.nn.Parameter]:
         """In the order of the experts."""
         return [getattr(self, f"weight{j}") for j in range(self.count)]
+
+    def multiply(self, x: Tensor, counts: Sequence[int]) -> Tensor:
+        """[T, in], `counts` rows of each expert -> [T, out]."""
+        y = grouped_linear(x, counts, self.weights)
+        return y if self.adapt is None else self.adapt(y, x, counts)
 
 
 def _drop_states(module: torch.nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -232,17 +241,17 @@ class GroupedExperts(MegatronModule):
         wide = common | {"init_method": config.init_method, "gather_output": False, "stride": 2}
         back = common | {"init_method": config.output_layer_init_method, "input_is_parallel": True}
         # [2f, h] each, gate then up; and [h, f]
-        self.linear_fc1 = _Matrices(num_local_experts, partial(ColumnParallelLinear, hidden, 2 * width, **wide))
-        self.linear_fc2 = _Matrices(num_local_experts, partial(RowParallelLinear, width, hidden, **back))
+        self.linear_fc1 = Matrices(num_local_experts, partial(ColumnParallelLinear, hidden, 2 * width, **wide))
+        self.linear_fc2 = Matrices(num_local_experts, partial(RowParallelLinear, width, hidden, **back))
 
     def forward(
         self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor
     ) -> tuple[Tensor, None]:
         """[T, h], tokens of each expert [n] and their routing weights [T] -> [T, h], and no bias."""
         counts = tokens_per_expert.tolist()
-        gate_up = grouped_linear(permuted_local_hidden_states, counts, self.linear_fc1.weights)  # [T, 2f]
+        gate_up = self.linear_fc1.multiply(permuted_local_hidden_states, counts)  # [T, 2f]
         active = clamped_swiglu(gate_up, permuted_probs, self.config.activation_func_clamp_value)  # [T, f]
-        return grouped_linear(active, counts, self.linear_fc2.weights), None
+        return self.linear_fc2.multiply(active, counts), None
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None

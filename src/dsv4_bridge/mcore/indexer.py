@@ -1,13 +1,14 @@
 """The lightning indexer: which compressed blocks a query of a CSA layer attends to.
 
 score(t, i) = sum over heads of w[t, head] * relu(q[t, head] . k[i]), on entries of its own compressor;
-the best `index_topk` visible blocks are chosen. The choice has no gradient: in the model the indexer
-is frozen by construction, as in transformers, and is trained by an objective of its own (technical
-report 2.3.1). The Hadamard rotation of the released inference code is orthonormal, applied to both
+the best `index_topk` visible blocks are chosen. The choice has no gradient: the indexer is frozen by
+construction, as in transformers, unless it is trained by an objective of its own (`indexer_loss`;
+technical report 2.3.1). The Hadamard rotation of the released inference code is orthonormal, applied to both
 sides, and cancels (trap 16).
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from megatron.core.transformer.module import MegatronModule
@@ -24,6 +25,20 @@ _BUDGET, _CHUNK = 1 << 18, 64
 _GPU_TIMES = 16
 
 
+class IndexTerms(NamedTuple):
+    """What scores are made of.
+
+    Attributes:
+        queries: [b, s, heads, width], rotated.
+        keys: [b, n, width], entries of the indexer's own compressor.
+        weights: [b, s, heads] float32, of the heads.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    weights: Tensor
+
+
 class Indexer(MegatronModule):
     """Chooses blocks for queries."""
 
@@ -36,7 +51,6 @@ class Indexer(MegatronModule):
         self.linear_weights_proj = Linear(config.hidden_size, self.heads, config)
         self.compressor = Compressor(config, 4, self.width)
 
-    @torch.no_grad()
     def forward(
         self,
         x: Tensor,
@@ -57,23 +71,34 @@ class Indexer(MegatronModule):
         Returns:
             [b, s, k] int64, k = min(index_topk, blocks); -1 where a query sees fewer.
         """
-        length = x.shape[0]
-        keys = self.compressor(x, cache, lengths)  # [b, n, width]
+        with torch.no_grad():
+            keys = self.compressor(x, cache, lengths)  # [b, n, width]
+            if keys.shape[1] > self.topk:
+                return self.choose(self.terms(x, qr, turn, keys))
+        return every_block(x.shape[0], x.shape[1], keys.shape[1], x.device)
+
+    def terms(self, x: Tensor, qr: Tensor, turn: Tensor, keys: Tensor | None = None) -> "IndexTerms":
+        """What scores are made of, with gradients: x, qr and turn as in `forward`; `keys` where they are known."""
+        queries = self._queries(qr, turn[:, None, None]).transpose(0, 1)
+        found = self.compressor(x) if keys is None else keys
+        return IndexTerms(queries, found, self._weights(x).transpose(0, 1))
+
+    @torch.no_grad()
+    def choose(self, terms: "IndexTerms") -> Tensor:
+        """The best visible blocks of every query: [b, s, k] int64, -1 where a query sees fewer."""
+        queries, keys, weights = terms
+        batch, length = queries.shape[:2]
         count = keys.shape[1]
-        visible = (torch.arange(length, device=x.device) + 1) // 4  # [s]
-        if count <= self.topk:  # all that is visible is chosen
-            block = torch.arange(count, device=x.device)
-            everything = torch.where(block < visible[:, None], block, -1)
-            return everything.expand(x.shape[1], -1, -1)
-        weights = self._weights(x).transpose(0, 1)  # [b, s, heads]
-        queries = self._queries(qr, turn[:, None, None]).transpose(0, 1)  # [b, s, heads, width]
-        times = 1 if x.device.type == "cpu" else _GPU_TIMES
-        chosen = queries.new_full((x.shape[1], length, self.topk), -1, dtype=torch.int64)
+        if count <= self.topk:
+            return every_block(length, batch, count, keys.device)
+        visible = (torch.arange(length, device=keys.device) + 1) // 4  # [s]
+        times = 1 if keys.device.type == "cpu" else _GPU_TIMES
+        chosen = queries.new_full((batch, length, self.topk), -1, dtype=torch.int64)
         start = 0
         while start < length:
             # No more blocks than the chunk's last query sees: over a sequence, half of all.
             most = min(count, (start + times * _CHUNK) // 4)
-            size = times * _BUDGET // (x.shape[1] * self.heads * max(1, most))
+            size = times * _BUDGET // (batch * self.heads * max(1, most))
             stop = min(length, start + max(1, min(times * _CHUNK, size)))
             here, topk = slice(start, stop), min(self.topk, most)
             scores = index_scores(queries[:, here], keys[:, :most], weights[:, here])
@@ -96,6 +121,13 @@ class Indexer(MegatronModule):
 
     def _weights(self, x: Tensor) -> Tensor:
         return self.linear_weights_proj(x).float() * self.heads**-0.5
+
+
+def every_block(length: int, batch: int, count: int, device: torch.device) -> Tensor:
+    """All visible blocks of every query, [b, s, count] int64, -1 where a block is not complete yet."""
+    visible = (torch.arange(length, device=device) + 1) // 4
+    block = torch.arange(count, device=device)
+    return torch.where(block < visible[:, None], block, -1).expand(batch, -1, -1)
 
 
 def index_scores(q: Tensor, keys: Tensor, weights: Tensor) -> Tensor:

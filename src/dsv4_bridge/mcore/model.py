@@ -7,7 +7,7 @@ from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.multi_token_prediction import process_mtp_loss, roll_tensor
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper, process_mtp_loss, roll_tensor
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
 
@@ -18,8 +18,10 @@ from ..topology import Layout
 from .block import HyperConnectedBlock
 from .cache import Cache
 from .config import DeepSeekV4Config, model_config
+from .documents import documents_of, restarting_positions, roll_boundaries
+from .metrics import Tally
 from .mtp import MTPBlock
-from .rope import make_rotary
+from .rope import Rotary, make_rotary
 from .runtime import initialize
 
 
@@ -63,6 +65,7 @@ class DeepSeekV4Model(GPTModel):
         self.decoder = HyperConnectedBlock(
             config, pre_process=pre_process, post_process=post_process, pg_collection=groups, vp_stage=vp_stage
         )
+        self.tally = ("mtp_loss", Tally())
         self.mtp_process = bool(held.mtp)
         if self.mtp_process:
             self.mtp = MTPBlock(config, groups)
@@ -91,12 +94,14 @@ class DeepSeekV4Model(GPTModel):
         runtime_gather_output: bool | None = None,
         cache: Cache | None = None,
         last_only: bool = False,
+        cu_seqlens: Tensor | None = None,
         **unknown: Any,
     ) -> Tensor:
         """Logits, or the loss of every token.
 
-        Attention is always causal and positions count from 0 (or from the cache's lengths):
-        `position_ids` and `attention_mask` are accepted for megatron's training loop and not read.
+        Attention is always causal and positions count from 0, in every document of a packed row (or from the
+        cache's lengths): `position_ids` and `attention_mask` are accepted for megatron's training loop and not
+        read.
 
         Args:
             input_ids: [b, s] int64.
@@ -107,12 +112,15 @@ class DeepSeekV4Model(GPTModel):
             labels: [b, s], the token after each; then the result is the loss, and MTP depths add theirs
                 to the gradients (`mtp_loss_scaling_factor`).
             loss_mask: [b, s], weights of the MTP losses.
-            padding_mask: [b, s], True for tokens that expert balance does not count.
-            packed_seq_params: refused.
+            padding_mask: [b, s], True for tokens that expert balance and the indexer's loss do not count.
+            packed_seq_params: refused; see `cu_seqlens`.
             runtime_gather_output: gather logits over tensor-parallel ranks.
             cache: memory of decoding: an unfilled one takes the prompts over, a filled one takes one
                 token a row.
             last_only: logits of each row's last token only, [b, 1, vocabulary].
+            cu_seqlens: [documents + 1] int32, boundaries of documents packed into the one row (b is 1), on every
+                stage. The row computes what its documents compute one by one; their last tokens have no MTP
+                target. None: every row is one document.
 
         Returns:
             [b, s, vocabulary], or [b, s] losses with labels; streams [s, b, n*h] on a stage that is not the last.
@@ -131,17 +139,18 @@ class DeepSeekV4Model(GPTModel):
             )
         stepping = cache is not None and cache.filled
         if cache is not None:
+            if cu_seqlens is not None:
+                raise BridgeError("decoding: a cache holds one sequence a row; cu_seqlens is for training")
             _check_cache(cache, batch, length)
         if self.pre_process and decoder_input is None:
             decoder_input = self.embedding(input_ids=input_ids, position_ids=position_ids)
-        positions = cache.lengths if stepping and cache else torch.arange(length, device=input_ids.device)
-        rotary = make_rotary(self.config, positions)
+        rotary = make_rotary(self.config, cache.lengths) if stepping and cache else self._rotary(input_ids, cu_seqlens)
         hidden, streams = self.decoder(decoder_input, rotary, input_ids, cache, padding_mask)
         if not self.post_process:
             return streams
         if labels is not None and self.mtp_process:
             depths = self.mtp_hidden(streams, input_ids, position_ids, rotary, padding_mask)
-            hidden = self._with_mtp_loss(hidden, depths, labels, loss_mask, runtime_gather_output)
+            hidden = self._with_mtp_loss(hidden, depths, labels, loss_mask, runtime_gather_output, rotary)
         if cache is not None:
             if last_only and not stepping:
                 hidden = hidden[cache.lengths - 1, torch.arange(batch, device=hidden.device)].unsqueeze(0)
@@ -160,29 +169,54 @@ class DeepSeekV4Model(GPTModel):
         groups = self.pg_collection
         return Coordinate(groups.tp.rank(), groups.pp.rank(), groups.ep.rank(), groups.expt_tp.rank())
 
+    def _rotary(self, input_ids: Tensor, cu_seqlens: Tensor | None) -> Rotary:
+        """Turns of whole rows, or of the documents of one."""
+        if cu_seqlens is None:
+            return make_rotary(self.config, torch.arange(input_ids.shape[1], device=input_ids.device))
+        documents = documents_of(cu_seqlens, *input_ids.shape)
+        return make_rotary(self.config, restarting_positions(documents, input_ids.device), documents)
+
     def mtp_hidden(
-        self, streams: Tensor, input_ids: Tensor, position_ids: Tensor | None, rotary: Any, padding_mask: Tensor | None
+        self,
+        streams: Tensor,
+        input_ids: Tensor,
+        position_ids: Tensor | None,
+        rotary: Rotary,
+        padding_mask: Tensor | None,
     ) -> list[Tensor]:
-        """Normed hidden states of every MTP depth, [s, b, h] each; depth k looks at the token k + 1 ahead."""
+        """Normed hidden states of every MTP depth, [s, b, h] each; depth k looks at the token k + 1 ahead.
+
+        Beyond the end of a document stands token 0, as megatron has it.
+        """
         found, ids = [], input_ids
+        packed = roll_boundaries(rotary.documents)
         for layer in self.mtp.layers:
-            ids, _ = roll_tensor(ids, shifts=-1, dims=-1, cp_group=self.pg_collection.cp)
+            ids, _ = roll_tensor(ids, shifts=-1, dims=-1, cp_group=self.pg_collection.cp, packed_seq_params=packed)
             embedded = self.embedding(input_ids=ids, position_ids=position_ids)
             hidden, streams = layer(streams, embedded, rotary, padding_mask)
             found.append(hidden)
         return found
 
-    def mtp_logits(self, input_ids: Tensor) -> list[Tensor]:
+    def mtp_logits(self, input_ids: Tensor, cu_seqlens: Tensor | None = None) -> list[Tensor]:
         """Logits of every MTP depth, [b, s, vocabulary] each: depth k at position t predicts token t + k + 2."""
-        rotary = make_rotary(self.config, torch.arange(input_ids.shape[1], device=input_ids.device))
+        rotary = self._rotary(input_ids, cu_seqlens)
         _, streams = self.decoder(self.embedding(input_ids=input_ids, position_ids=None), rotary, input_ids)
         depths = self.mtp_hidden(streams, input_ids, None, rotary, None)
         return [self.output_layer(hidden)[0].transpose(0, 1).contiguous() for hidden in depths]
 
     def _with_mtp_loss(
-        self, hidden: Tensor, depths: list[Tensor], labels: Tensor, loss_mask: Tensor | None, gather: bool | None
+        self,
+        hidden: Tensor,
+        depths: list[Tensor],
+        labels: Tensor,
+        loss_mask: Tensor | None,
+        gather: bool | None,
+        rotary: Rotary,
     ) -> Tensor:
-        return process_mtp_loss(
+        depth = len(depths)
+        logged = MTPLossLoggingHelper.tracker
+        logged.clear()  # megatron keeps one table a process, as long as the first model is deep, and adds to it
+        hidden = process_mtp_loss(
             hidden_states=torch.cat([hidden, *depths]),
             labels=labels,
             loss_mask=loss_mask,
@@ -194,7 +228,11 @@ class DeepSeekV4Model(GPTModel):
             config=self.config,
             cp_group=self.pg_collection.cp,
             tp_group=self.pg_collection.tp,
+            packed_seq_params=roll_boundaries(rotary.documents),
         )
+        if self.training and torch.is_grad_enabled():
+            self.tally[1].add(logged["loss_values"].sum() / depth)
+        return hidden
 
 
 def _check_cache(cache: Cache, batch: int, length: int) -> None:

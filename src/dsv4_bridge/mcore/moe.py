@@ -15,18 +15,21 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import (
     compute_routing_scores_for_aux_loss,
     topk_routing_with_score_function,
 )
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from ..errors import BridgeError
 from .config import DeepSeekV4Config
 from .experts import GroupedExperts
 from .floats import KeepsFloat32
+from .metrics import Tally
 from .observe import observe
 
 _LINEARS = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
@@ -39,6 +42,12 @@ class BiasRouter(KeepsFloat32, TopKRouter):
     block = ""
     expert_bias: Tensor
     local_tokens_per_expert: Tensor
+    layer_number: int
+
+    def __init__(self, config: TransformerConfig, pg_collection: Any = None, is_mtp_layer: bool = False):
+        super().__init__(config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
+        self.tally: tuple[str, Tally] | None = ("balance_loss", Tally())
+        self.load: Tally | None = Tally()  # megatron zeroes its own counts before anyone can read them
 
     def forward(  # type: ignore[override]
         self, input: Tensor, padding_mask: Tensor | None = None, input_ids: Tensor | None = None
@@ -76,7 +85,10 @@ class BiasRouter(KeepsFloat32, TopKRouter):
         """Count the tokens of every expert for the balance, as megatron does, without compiling it."""
         if torch.is_grad_enabled():
             counted = routing_map if padding_mask is None else routing_map & ~padding_mask
-            self.local_tokens_per_expert += counted.sum(dim=0)
+            tokens = counted.sum(dim=0)
+            self.local_tokens_per_expert += tokens
+            if self.training and self.load is not None:
+                self.load.add(tokens)
 
     def choose(self, logits: Tensor, input_ids: Tensor | None) -> Tensor:
         """Experts of every token: [tokens, experts] -> [tokens, top-k] int64."""
@@ -92,6 +104,21 @@ class BiasRouter(KeepsFloat32, TopKRouter):
         weights = self._apply_seq_aux_loss(weights, scores, routing_map, length, batch, **masked)
         return self._apply_global_aux_loss(weights, scores, routing_map, **masked)
 
+    def attach_and_log_load_balancing_loss(
+        self, activation: Tensor, aux_loss_coeff: float, aux_loss: Tensor, aux_loss_name: str, *args: Any, **more: Any
+    ) -> Tensor:
+        """As megatron's; `metrics.collect` sees it too. Each rank has a part of the loss, for its part of a row."""
+        if self.tally is not None:
+            self.tally[1].add(aux_loss / aux_loss_coeff * self.tp_cp_group.size())
+        layers = self.config.num_layers + (self.config.mtp_num_layers or 0)
+        known = get_moe_metrics_tracker().metrics
+        # megatron keeps one table a process, as long as the first model is deep.
+        if aux_loss_name in known and len(known[aux_loss_name].values) != layers:
+            del known[aux_loss_name]
+        return super().attach_and_log_load_balancing_loss(
+            activation, aux_loss_coeff, aux_loss, aux_loss_name, *args, **more
+        )
+
 
 class HashRouter(BiasRouter):
     """Chooses by token id: row `id` of `tid2eid` ([vocabulary, top-k] int32) names the experts.
@@ -101,12 +128,14 @@ class HashRouter(BiasRouter):
 
     tid2eid: Tensor
 
-    def __init__(self, config: DeepSeekV4Config, pg_collection: Any = None, is_mtp_layer: bool = False):
+    def __init__(self, config: TransformerConfig, pg_collection: Any = None, is_mtp_layer: bool = False):
         super().__init__(config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
+        assert isinstance(config, DeepSeekV4Config)
         device = self.weight.device
         # Megatron's bias update visits every router that has the attribute, even as None.
         del self.expert_bias, self.local_tokens_per_expert
         self.enable_expert_bias = False
+        self.tally = self.load = None
         table = torch.arange(self.topk, dtype=torch.int32, device=device).repeat(config.actual_vocab_size, 1)
         self.register_buffer("tid2eid", table)
 
@@ -122,6 +151,10 @@ class HashRouter(BiasRouter):
 
     def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
         """Nothing to balance."""
+
+    def _balanced(self, weights: Tensor, logits: Tensor, length: int, batch: int, padding: Tensor | None) -> Tensor:
+        """Nothing to balance: ids choose, and no loss moves them."""
+        return weights
 
 
 class HashableMoELayer(MoELayer):
@@ -143,6 +176,9 @@ class HashableMoELayer(MoELayer):
     ) -> tuple[Tensor, None]:
         """[s, b, hidden] and ids [b, s] -> [s, b, hidden], and no bias."""
         mask = None if padding_mask is None else padding_mask.transpose(0, 1).bool()
+        if mask is not None and self.config.sequence_parallel:
+            group = self.router.tp_group
+            mask = mask.chunk(group.size())[group.rank()]  # as the hidden states are cut
         dispatcher = self.token_dispatcher
         assert dispatcher is not None
 

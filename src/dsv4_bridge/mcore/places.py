@@ -46,7 +46,7 @@ def places(model: DeepSeekV4Model) -> tuple[Plan, dict[str, tuple[Place, ...]]]:
     """
     plan = expand(model.spec)
     live = dict(model.named_parameters()) | dict(model.named_buffers())
-    transient = {n for n, _ in model.named_buffers()} - set(model.state_dict())
+    transient = set(live) - set(model.state_dict())  # what the model does not save: counters, adapters
     found: dict[str, tuple[Place, ...]] = {}
     claimed: set[str] = set()
     grouped = model.config.expert_layout != "sequential"

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .config import DeepSeekV4Config
+from .documents import Documents
 
 
 def plain_frequencies(width: int, base: float) -> Tensor:
@@ -56,24 +57,26 @@ def layer_frequencies(config: DeepSeekV4Config, ratio: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Rotary:
-    """Turns of every position, for both kinds of layer.
+    """Turns of every position, for both kinds of layer, and where positions restart.
 
     Attributes:
         window: [positions…, width/2] complex64, for window layers.
         compressed: the same for layers with compression.
+        documents: slices of a packed row that attend each to itself; None: whole rows.
     """
 
     window: Tensor
     compressed: Tensor
+    documents: Documents | None = None
 
     def of(self, ratio: int) -> Tensor:
         """The turns of a layer with compress ratio `ratio`."""
         return self.compressed if ratio else self.window
 
 
-def make_rotary(config: DeepSeekV4Config, positions: Tensor) -> Rotary:
-    """Turns at `positions` (any shape, int64)."""
-    return Rotary(turns(config, 0, positions), turns(config, 4, positions))
+def make_rotary(config: DeepSeekV4Config, positions: Tensor, documents: Documents | None = None) -> Rotary:
+    """Turns at `positions` (any shape, int64; in each of the `documents` they count from 0)."""
+    return Rotary(turns(config, 0, positions), turns(config, 4, positions), documents)
 
 
 def turns(config: DeepSeekV4Config, ratio: int, positions: Tensor) -> Tensor:

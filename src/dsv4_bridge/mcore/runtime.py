@@ -86,13 +86,14 @@ def _check_sizes(sizes: Parallel, world: int) -> None:
 
 
 def _mend_megatron() -> None:
-    """Three places where megatron-core 0.19 goes wrong, on any device; once a process.
+    """Four places where megatron-core 0.19 goes wrong, on any device; once a process.
 
     It hands every attribute of TensorProperties to torch.empty, and torch 2.15 added one that this does
     not take. Loading the distributed optimizer it looks for torch Adam's `step` among the tensors of a
     parameter, where it has left it out a line before. Saving that optimizer it takes out the padding between
     buckets and then looks parameters up by where they are with it: every one behind a padded bucket would be
-    saved from its neighbour's values (a pipeline's shared embedding, or any model of several buckets).
+    saved from its neighbour's values (a pipeline's shared embedding, or any model of several buckets). And it
+    numbers parameters as they come, where its own groups have the float32 ones of a bf16 model in front.
     """
     global _mended
     if _mended:
@@ -120,6 +121,15 @@ def _mend_megatron() -> None:
         finally:
             del self.get_parameter_state_dp_zero
 
+    begin = DistributedOptimizer.__init__
+
+    def with_numbers(self: Any, *args: Any, **kwargs: Any) -> None:
+        begin(self, *args, **kwargs)
+        for group, (wide, narrow) in enumerate(zip(self.model_fp32_groups, self.model_float16_groups, strict=True)):
+            for place, parameter in enumerate((*wide, *narrow)):
+                self.model_param_group_index_map[parameter] = (group, place)
+
+    DistributedOptimizer.__init__ = with_numbers
     TensorProperties.__setstate__ = without_strides
     DistributedOptimizer._set_main_param_and_optimizer_states = with_step
     DistributedOptimizer.sharded_param_state_fully_reshardable = with_padding
@@ -127,12 +137,14 @@ def _mend_megatron() -> None:
 
 def _pad_between_buckets(buffers: Any, gathered: dict[Any, Any] | None) -> dict[Any, Any] | None:
     """State of whole buffers, each bucket where the buffer itself has it; gathered without what pads buckets."""
-    for number, buffer in enumerate(buffers if gathered is not None else ()):
-        for states in gathered[number].values():  # type: ignore[reportOptionalSubscript]
+    if gathered is None:
+        return None
+    for number, buffer in enumerate(buffers):
+        for states in gathered[number].values():
             for name, packed in states.items():
                 if not torch.is_tensor(packed):
                     continue
-                padded, start = packed.new_zeros(buffer.numel), 0
+                padded, start = torch.zeros(buffer.numel, dtype=packed.dtype), 0
                 for bucket in buffer.buckets:
                     stop = start + bucket.numel_unpadded
                     padded[bucket.offset : bucket.offset + bucket.numel_unpadded] = packed[start:stop]

@@ -8,6 +8,8 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.experimental_attention_variant.dsa import DSAIndexerLossAutoScaler
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
@@ -20,11 +22,16 @@ class Batch:
         input_ids: [b, s] int64; every stage gets them.
         labels: [b, s] int64, the token after each.
         loss_mask: [b, s], weight of each label; None: all 1.
+        padding_mask: [b, s], True for tokens that stand for nothing: balance and indexer do not count them.
+        cu_seqlens: [documents + 1] int32, boundaries of documents packed into one row (b is 1). The label of a
+            document's last token is the caller's, or its weight 0.
     """
 
     input_ids: Tensor
     labels: Tensor
     loss_mask: Tensor | None = None
+    padding_mask: Tensor | None = None
+    cu_seqlens: Tensor | None = None
 
 
 class StreamCommunicator(P2PCommunicator):
@@ -57,26 +64,37 @@ def forward_backward(
     if stages > 1:
         groups = ProcessGroupCollection.use_mpu_process_groups()
         options = {"p2p_communicator": StreamCommunicator(groups.pp, config), "pg_collection": groups}
-    found = get_forward_backward_func(stages, virtual)(
-        forward_step_func=_step,
-        data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
-        model=list(chunks),
-        num_microbatches=len(batches),
-        seq_length=length,
-        micro_batch_size=size,
-        forward_only=forward_only,
-        **options,
-    )
+    for scaler in (MoEAuxLossAutoScaler, DSAIndexerLossAutoScaler):
+        # What a backward outside of the schedules left there has another shape, and megatron copies into it.
+        scaler.main_loss_backward_scale = None
+    # Without gradients a forward pass keeps nothing, and its tokens do not count for the balance.
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not forward_only):
+        found = get_forward_backward_func(stages, virtual)(
+            forward_step_func=_step,
+            data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
+            model=list(chunks),
+            num_microbatches=len(batches),
+            seq_length=length,
+            micro_batch_size=size,
+            forward_only=forward_only,
+            **options,
+        )
     return [entry["loss"] for entry in found]
 
 
 def _step(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Any]:
     batch = next(batches)
-    output = model(batch.input_ids, labels=batch.labels, loss_mask=batch.loss_mask)
+    output = model(
+        batch.input_ids,
+        labels=batch.labels,
+        loss_mask=batch.loss_mask,
+        padding_mask=batch.padding_mask,
+        cu_seqlens=batch.cu_seqlens,
+    )
 
     def mean_loss(losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         weights = torch.ones_like(losses) if batch.loss_mask is None else batch.loss_mask
         loss = (losses * weights).sum() / weights.sum().clamp(min=1)
-        return loss, {"loss": loss.detach()}
+        return loss, {"loss": loss.detach().clone()}  # megatron divides `loss` by the micro-batches in place
 
     return output, mean_loss

@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# LoRA on Flash: one node of 8 GPUs with 96 GB or more.
+#
+#   sbatch flash-lora.sh [key=value ...]
+#
+# START is the released folder, DATA a folder that `dsv4 data` made of chats. With 80 GB: --nodes=2 and parallel.ep=16.
+#SBATCH --job-name=flash-lora
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --exclusive
+#SBATCH --time=24:00:00
+# Five minutes before the end every rank is told to save; --requeue starts the same command, which goes on.
+#SBATCH --signal=TERM@300
+#SBATCH --requeue
+set -euo pipefail
+
+: "${START:=$PWD/DeepSeek-V4-Flash}"
+: "${DATA:?folder of the chats that dsv4 data made}"
+: "${OUT:=$PWD/runs/flash-lora}"
+
+mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+export MASTER_ADDR=${hosts[0]} MASTER_PORT=29500
+export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
+export NCCL_NVLS_ENABLE=0 TORCH_NCCL_AVOID_RECORD_STREAMS=1
+
+# One process a GPU, started by srun itself: a signal to the job reaches every rank.
+# shellcheck disable=SC2016 # the ranks expand these, not this shell
+srun --kill-on-bad-exit=1 bash -c '
+  export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
+  exec dsv4 train "$@"
+' dsv4 flash-lora start="$START" data.train="$DATA" out="$OUT" "$@"

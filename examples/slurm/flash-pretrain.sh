@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Pretrain Flash from fresh weights: 16 nodes of 8 GPUs with 80 GB.
+#
+#   sbatch flash-pretrain.sh [key=value ...]
+#
+# DATA is a prefix that `dsv4 data` made; OUT gets checkpoints and logs.
+#SBATCH --job-name=flash-pretrain
+#SBATCH --nodes=16
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --exclusive
+#SBATCH --time=48:00:00
+# Five minutes before the end every rank is told to save; --requeue starts the same command, which goes on.
+#SBATCH --signal=TERM@300
+#SBATCH --requeue
+set -euo pipefail
+
+: "${START:=}" # empty: fresh weights
+: "${DATA:?prefix of the data that dsv4 data made}"
+: "${OUT:=$PWD/runs/flash-pretrain}"
+
+mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+export MASTER_ADDR=${hosts[0]} MASTER_PORT=29500
+export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
+export NCCL_NVLS_ENABLE=0 TORCH_NCCL_AVOID_RECORD_STREAMS=1
+
+# One process a GPU, started by srun itself: a signal to the job reaches every rank.
+# shellcheck disable=SC2016 # the ranks expand these, not this shell
+srun --kill-on-bad-exit=1 bash -c '
+  export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
+  exec dsv4 train "$@"
+' dsv4 flash-pretrain start="$START" data.train="$DATA" out="$OUT" "$@"

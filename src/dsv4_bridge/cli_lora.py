@@ -1,0 +1,59 @@
+"""The verbs of adapters: `lora`, `merge`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .cli import ExportEncoding, Json, Overwrite, Revision, Workers, app, put
+
+
+@app.command()
+def lora(
+    megatron: Path,
+    out: Path,
+    base: Annotated[str, typer.Option("--base", help="Name of the checkpoint it adapts, for peft.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Adapters of a training checkpoint -> folder that peft loads onto transformers' model."""
+    from .train.lora_checkpoints import read_adapters
+    from .train.lora_files import export_peft
+
+    adapters, spec = read_adapters(megatron)
+    export_peft(adapters, spec, out, base)
+    values = sum(t.numel() for adapter in adapters.values.values() for t in adapter if t is not None)
+    how = adapters.lora
+    facts = {"out": str(out), "rank": how.rank, "alpha": how.alpha, "dora": how.dora, "targets": list(how.targets)}
+    facts |= {"adapters": len(adapters.values), "values": values}
+    kind = "DoRA" if how.dora else "LoRA"
+    shown = f"{out}: {kind} of rank {how.rank}, alpha {how.alpha:g}, on {', '.join(how.targets)}; {values:,} values"
+    put(facts, as_json, shown)
+
+
+@app.command()
+def merge(
+    hf: str,
+    adapter: Path,
+    out: Path,
+    encoding: Annotated[ExportEncoding, typer.Option("--encoding")] = ExportEncoding.source,
+    workers: Workers = 1,
+    overwrite: Overwrite = False,
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """HF folder or hub id + adapters -> HF folder; the report says how much of each delta rounding removed.
+
+    ADAPTER is a folder that peft or `dsv4 lora` wrote, or a training checkpoint of adapters.
+    """
+    from .convert import Options
+    from .hub import resolve
+    from .render import TerminalProgress
+    from .render_merge import merge_table
+    from .train.merge import merge as run_merge
+
+    options = Options(workers, overwrite=overwrite, progress=TerminalProgress())
+    report = run_merge(resolve(hf, revision), adapter, out, encoding.value, options)
+    for line in report.warnings:
+        sys.stderr.write(f"dsv4: warning: {line}\n")
+    put(report.to_json() if as_json else {}, as_json, "" if as_json else merge_table(report))

@@ -1,0 +1,268 @@
+"""Prepared chat data on disk, mapped into memory by the reader.
+
+| file | content |
+|---|---|
+| `chat_data.json` | format, seq_length, mask, tokenizer's sha256, counts; what is missing in it is refused |
+| `tokens.npy` | int32 [tokens]: all documents, one behind the other, in the order of the packs |
+| `mask.npy` | uint8 [tokens]: 1 where the token is learned |
+| `offsets.npy` | int64 [documents + 1]: where each document begins, and the end |
+| `packs.npy` | int64 [packs + 1]: the number of each pack's first document, and of all documents |
+| `lines.npy` | int64 [documents]: line of the JSONL that each document comes from |
+
+A pack's documents are neighbours, so one slice of `tokens` and `mask` is a pack. Unpacked data has one
+document a pack. A folder of this name is whole: it is written beside itself and renamed at the end.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...errors import BridgeError
+from ...spec import short
+from ...strict_json import parse_json
+from .packing import Pack, Packing
+from .samples import Sample
+
+NAME = "chat_data.json"
+FORMAT = "dsv4 chat data 1"
+_ARRAYS = {"tokens": np.int32, "mask": np.uint8, "offsets": np.int64, "packs": np.int64, "lines": np.int64}
+
+
+@dataclass(frozen=True)
+class ChatData:
+    """Prepared data: a sequence of packs.
+
+    Attributes:
+        folder: where it is.
+        facts: the content of `chat_data.json`.
+        tokens: int32 [tokens], mapped.
+        mask: uint8 [tokens], mapped.
+        offsets: int64 [documents + 1].
+        packs: int64 [packs + 1].
+        lines: int64 [documents].
+    """
+
+    folder: Path
+    facts: Mapping[str, Any]
+    tokens: np.ndarray
+    mask: np.ndarray
+    offsets: np.ndarray
+    packs: np.ndarray
+    lines: np.ndarray
+
+    @property
+    def seq_length(self) -> int:
+        """Most tokens of a pack."""
+        return self.facts["seq_length"]
+
+    def __len__(self) -> int:
+        """Number of packs."""
+        return len(self.packs) - 1
+
+    def __getitem__(self, i: int) -> Pack:
+        """Pack i; negative numbers count from the end, as in a list."""
+        i = range(len(self))[i]
+        ends = self.offsets[self.packs[i] : self.packs[i + 1] + 1]
+        part = slice(int(ends[0]), int(ends[-1]))
+        return Pack(np.array(self.tokens[part]), self.mask[part] != 0, (ends - ends[0]).astype(np.int32))
+
+
+def write_chat_data(
+    out: Path, samples: Sequence[Sample], packing: Packing, facts: Mapping[str, Any] | None = None
+) -> ChatData:
+    """Write samples in packs, see `packing.plan_packs` or `one_a_pack`.
+
+    Args:
+        out: the folder; empty, or not there yet.
+        samples: may be taken by number from anywhere, each once, in the order of the packs.
+        packing: of their lengths.
+        facts: for `chat_data.json`, besides those that are written anyway.
+
+    Raises:
+        BridgeError: something is in the way, or the disk is full.
+    """
+    order = [i for documents in packing.packs for i in documents]
+    if sorted(order) != list(range(len(samples))):
+        raise BridgeError(f"writing {out}: the packs do not hold each of {len(samples)} samples once")
+    with new_folder(out) as part:
+        tokens = _Column(part, "tokens", packing.tokens)
+        mask = _Column(part, "mask", packing.tokens)
+        offsets, lines = [0], []
+        for i in order:
+            sample = samples[i]
+            tokens.append(sample.tokens)
+            mask.append(sample.loss_mask)
+            offsets.append(tokens.filled)
+            lines.append(sample.line)
+        for column in (tokens, mask):
+            column.close()
+        packs = np.cumsum([0, *(len(documents) for documents in packing.packs)])
+        for name, values in (("offsets", offsets), ("packs", packs), ("lines", lines)):
+            with (part / f"{name}.npy").open("wb") as file:
+                np.save(file, np.asarray(values, _ARRAYS[name]))
+                _sync(file)
+        found = dict(facts or {}) | {
+            "format": FORMAT,
+            "seq_length": packing.seq_length,
+            "tokens": packing.tokens,
+            "documents": len(samples),
+            "packs": len(packing.packs),
+            "fill_rate": packing.fill_rate,
+        }
+        with (part / NAME).open("wb") as file:
+            file.write((json.dumps(found, ensure_ascii=False, indent=1) + "\n").encode())
+            _sync(file)
+    return open_chat_data(out)
+
+
+def one_a_pack(lengths: Sequence[int], seq_length: int) -> Packing:
+    """Every document in a pack of its own, in order."""
+    return Packing(tuple((i,) for i in range(len(lengths))), seq_length, int(sum(lengths)))
+
+
+def open_chat_data(folder: Path, tokenizer_sha256: str | None = None) -> ChatData:
+    """Open what `write_chat_data` wrote.
+
+    Args:
+        folder: it.
+        tokenizer_sha256: of the tokenizer.json that the model goes with (`masks.open_chat_tokenizer`); data
+            of another is refused. None asks nothing.
+
+    Raises:
+        BridgeError: not such a folder, incomplete, damaged, or of another tokenizer.
+    """
+    path = folder / NAME
+    try:
+        facts = parse_json(path.read_bytes(), str(path))
+    except OSError as error:
+        raise BridgeError(f"reading {path}: {error.strerror}; expected a folder that dsv4 data wrote") from None
+    if facts.get("format") != FORMAT:
+        raise BridgeError(f"reading {path}: format {short(facts.get('format'))}, expected {short(FORMAT)}")
+    if tokenizer_sha256 is not None and facts.get("tokenizer_sha256") != tokenizer_sha256:
+        raise BridgeError(
+            f"reading {folder}: its tokens are of another tokenizer (sha256 {short(facts.get('tokenizer_sha256'))},"
+            f" the checkpoint's is {tokenizer_sha256}); prepare the data with this checkpoint's"
+        )
+    counts: dict[str, int] = {}
+    for name in ("seq_length", "tokens", "documents", "packs"):
+        counts[name] = facts.get(name, -1)
+        if type(counts[name]) is not int or counts[name] < 0:
+            raise BridgeError(f"reading {path}: {name} is {short(facts.get(name))}, expected a number")
+    # An empty array cannot be mapped.
+    arrays = {name: _load(folder, name, mapped=name in ("tokens", "mask") and counts["tokens"] > 0) for name in _ARRAYS}
+    expected = {
+        "tokens": counts["tokens"],
+        "mask": counts["tokens"],
+        "offsets": counts["documents"] + 1,
+        "packs": counts["packs"] + 1,
+        "lines": counts["documents"],
+    }
+    for name, length in expected.items():
+        if arrays[name].shape != (length,):
+            raise BridgeError(f"reading {folder}/{name}.npy: shape {arrays[name].shape}, expected ({length},)")
+    for name, end in (("offsets", counts["tokens"]), ("packs", counts["documents"])):
+        steps = np.diff(arrays[name])
+        if arrays[name][0] != 0 or arrays[name][-1] != end or (steps < 1).any():
+            raise BridgeError(f"reading {folder}/{name}.npy: not rising from 0 to {end}; prepare the data again")
+    longest = np.diff(arrays["offsets"][arrays["packs"]])
+    if longest.size and longest.max() > counts["seq_length"]:
+        raise BridgeError(
+            f"reading {folder}: a pack of {longest.max()} tokens, more than seq_length {counts['seq_length']}"
+        )
+    return ChatData(folder, facts, **arrays)
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to write into, named `out` once the block is through; gone if it is not.
+
+    Raises:
+        BridgeError: `out` is in the way, or an operating-system error.
+    """
+    check_free(out)
+    with scratch_folder(out.with_name(out.name + ".part")) as part:
+        yield part
+        _sync_folder(part)
+        part.rename(out)
+        _sync_folder(out.parent)
+
+
+@contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """An empty folder that is gone after the block, unless it was renamed.
+
+    Raises:
+        BridgeError: an operating-system error, in the block too.
+    """
+    try:
+        shutil.rmtree(path, ignore_errors=True)  # of a run that was killed
+        path.mkdir(parents=True)
+        try:
+            yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+    except OSError as error:
+        raise BridgeError(f"writing {path}: {error.strerror or error}") from None
+
+
+def check_free(out: Path) -> None:
+    """Refuse to write where something is already.
+
+    Raises:
+        BridgeError: it exists and is not an empty folder.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise BridgeError(f"writing {out}: it exists and is not an empty folder")
+
+
+class _Column:
+    """A one-dimensional .npy of known length, written piece by piece."""
+
+    def __init__(self, folder: Path, name: str, length: int):
+        self._kind, self.filled, self._length = np.dtype(_ARRAYS[name]), 0, length
+        self._file = (folder / f"{name}.npy").open("wb")
+        header = {"descr": np.lib.format.dtype_to_descr(self._kind), "fortran_order": False, "shape": (length,)}
+        np.lib.format.write_array_header_1_0(self._file, header)
+
+    def append(self, values: np.ndarray) -> None:
+        self._file.write(np.ascontiguousarray(values, self._kind).data)
+        self.filled += len(values)
+
+    def close(self) -> None:
+        _sync(self._file)
+        self._file.close()
+        if self.filled != self._length:
+            raise BridgeError(f"writing {self._file.name}: {self.filled} values, expected {self._length}")
+
+
+def _load(folder: Path, name: str, mapped: bool) -> np.ndarray:
+    path = folder / f"{name}.npy"
+    try:
+        found = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise BridgeError(f"reading {path}: {error}; prepare the data again") from None
+    if found.dtype != _ARRAYS[name] or found.ndim != 1:
+        raise BridgeError(
+            f"reading {path}: {found.dtype} with {found.ndim} dimensions, expected one of {_ARRAYS[name].__name__}"
+        )
+    return found
+
+
+def _sync(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

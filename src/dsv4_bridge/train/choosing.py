@@ -1,0 +1,225 @@
+"""From a recipe's name, a YAML file and `key=value` words to a `Recipe`, and back."""
+
+import contextlib
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import BridgeError
+from .recipe import Recipe
+from .recipes import RECIPES
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "model.dtype": ("bf16", "float32"),
+    "model.experts": ("sequential", "grouped", "transformer_engine"),
+    "model.recompute": ("none", "moe", "full"),
+    "data.kind": ("text", "chat"),
+    "optimizer.name": ("adamw", "muon"),
+    "optimizer.moments_dtype": ("float32", "bf16"),
+    "optimizer.grad_dtype": ("float32", "bf16"),
+    "schedule.decay": ("cosine", "linear", "constant", "wsd"),
+    "losses.indexer": ("frozen", "warmup", "sparse"),
+}
+_LEAST: dict[str, float] = {
+    "parallel.tp": 1,
+    "parallel.pp": 1,
+    "parallel.vp": 1,
+    "parallel.ep": 1,
+    "parallel.etp": 1,
+    "parallel.gpus": 1,
+    "data.seq_length": 1,
+    "batch.micro": 1,
+    "batch.size": 1,
+    "schedule.steps": 1,
+    "checkpoint.save_every": 1,
+    "checkpoint.keep": 1,
+    "log.every": 1,
+}
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A recipe, and where each of its values comes from.
+
+    Attributes:
+        recipe: the values.
+        sources: dotted key -> source.
+    """
+
+    recipe: Recipe
+    sources: Mapping[str, str]
+
+
+def choose(what: str, words: Iterable[str] = ()) -> Chosen:
+    """A recipe by name or YAML file, with values changed.
+
+    Args:
+        what: a name that RECIPES has, or the path of a file that `dump` wrote.
+        words: `key=value`, keys dotted; values as YAML writes them.
+
+    Raises:
+        BridgeError: an unknown name or key (the nearest one is named), or a value of another type.
+    """
+    if what in RECIPES:
+        summary, parts = RECIPES[what]
+        changes = {"name": (what, "its name"), "summary": (summary, "its name")}
+        for part in parts:
+            changes |= part
+        chosen = _change(Chosen(Recipe(), _defaults()), changes, f"recipe {what}")
+    elif Path(what).suffix in (".yaml", ".yml"):
+        chosen = load(Path(what))
+    else:
+        raise BridgeError(
+            f"choosing a recipe: there is none named {what!r}{_nearest(what, RECIPES)}; `dsv4 recipes` lists them, "
+            "and FILE.yaml reads one from a file"
+        )
+    changes = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals:
+            raise BridgeError(f"reading {word!r}: expected key=value, as batch.size=64")
+        changes[key] = (_parsed(text), "given")
+    return _change(chosen, changes, f"recipe {chosen.recipe.name}")
+
+
+def change(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    """A recipe with other values, by dotted key.
+
+    Raises:
+        BridgeError: an unknown key, or a value of another type.
+    """
+    named = {key: (value, "changed") for key, value in changes.items()}
+    return _change(Chosen(recipe, {}), named, f"recipe {recipe.name}").recipe
+
+
+def values(recipe: Recipe) -> dict[str, Any]:
+    """Dotted key -> value, in the order of the classes."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(recipe):
+        value = getattr(recipe, field.name)
+        if dataclasses.is_dataclass(value):
+            found |= {f"{field.name}.{inner.name}": getattr(value, inner.name) for inner in dataclasses.fields(value)}
+        else:
+            found[field.name] = value
+    return found
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe as YAML: what `load` reads."""
+    return yaml.safe_dump(as_plain(recipe), sort_keys=False, allow_unicode=True, width=120)
+
+
+def as_plain(recipe: Recipe) -> dict[str, Any]:
+    """The recipe in plain types."""
+    return _lists(dataclasses.asdict(recipe))
+
+
+def load(path: Path) -> Chosen:
+    """A recipe from YAML; what the file leaves out has the base's value.
+
+    Raises:
+        BridgeError: no such file, no YAML, unknown keys or values of another type.
+    """
+    try:
+        read = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise BridgeError(f"reading recipe {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(read, dict):
+        raise BridgeError(f"reading recipe {path}: expected keys and values, found {type(read).__name__}")
+    changes: dict[str, tuple[Any, str]] = {}
+    for key, value in read.items():
+        inner = {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {str(key): value}
+        changes |= {k: (v, path.name) for k, v in inner.items()}
+    return _change(Chosen(Recipe(), _defaults()), changes, f"recipe {path}")
+
+
+def _change(chosen: Chosen, changes: Mapping[str, tuple[Any, str]], where: str) -> Chosen:
+    known, kinds = values(chosen.recipe), _kinds()
+    for key, (value, _) in changes.items():
+        if key not in known:
+            raise BridgeError(f"{where}: there is no {key!r}{_nearest(key, known)}; `dsv4 recipes NAME` lists all")
+        known[key] = _fitting(key, value, kinds[key], where)
+    top = {k: v for k, v in known.items() if "." not in k}
+    for name, kind in typing.get_type_hints(Recipe).items():
+        if dataclasses.is_dataclass(kind):
+            inner = {f.name: known[f"{name}.{f.name}"] for f in dataclasses.fields(kind)}
+            top[name] = kind(**inner)  # type: ignore[operator]
+    return Chosen(Recipe(**top), dict(chosen.sources) | {key: source for key, (_, source) in changes.items()})
+
+
+def _fitting(key: str, value: Any, kind: Any, where: str) -> Any:
+    """A value as the field's type, which YAML may have read as another."""
+    allowed = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if value is None and type(None) in allowed:
+        return None
+    kind = next(k for k in allowed if k is not type(None))
+    fit: Any = None
+    if typing.get_origin(kind) is tuple:
+        of = typing.get_args(kind)[0]
+        many = value.split() if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+        fit = tuple(_fitting(key, v, of, where) for v in many)
+    elif kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):  # YAML takes 1e-4 for a word
+            fit = float(value)
+    elif kind is str and isinstance(value, int | float) and not isinstance(value, bool):
+        fit = str(value)
+    elif type(value) is kind:
+        fit = value
+    if fit is None:
+        names = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
+        raise BridgeError(f"{where}: {key} is {value!r}, expected {names.get(kind, 'a list')}")
+    if key in _CHOICES and fit not in _CHOICES[key]:
+        raise BridgeError(f"{where}: {key} is {fit!r}, expected one of {', '.join(_CHOICES[key])}")
+    least = _LEAST.get(key, 0)
+    if isinstance(fit, int | float) and not isinstance(fit, bool) and not least <= fit < float("inf"):
+        raise BridgeError(f"{where}: {key} is {fit!r}, expected {least} or more")
+    return fit
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return yaml.safe_load(text) if text else ""
+    except yaml.YAMLError:
+        return text
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """The nearest known name, in words; keys are also known by their last part."""
+    known = list(known)
+    tails = {k.rpartition(".")[2]: k for k in reversed(known)}
+    near = difflib.get_close_matches(name, known, 1) or [
+        tails[t] for t in difflib.get_close_matches(name.rpartition(".")[2], tails, 1)
+    ]
+    return f" (nearest: {near[0]})" if near else ""
+
+
+def _lists(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _lists(v) for k, v in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _nested(cls: Any) -> Iterable[tuple[str, dataclasses.Field[Any], Any]]:
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        kind = hints[field.name]
+        if dataclasses.is_dataclass(kind):
+            for key, inner, inner_kind in _nested(kind):
+                yield f"{field.name}.{key}", inner, inner_kind
+        else:
+            yield field.name, field, kind
+
+
+def _defaults() -> dict[str, str]:
+    return {key: field.metadata["source"] for key, field, _ in _nested(Recipe)}
+
+
+def _kinds() -> dict[str, Any]:
+    return {key: kind for key, _, kind in _nested(Recipe)}

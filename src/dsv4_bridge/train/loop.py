@@ -1,0 +1,351 @@
+"""The loop: steps, validation, checkpoints, and when to stop."""
+
+import contextlib
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.num_microbatches_calculator import (
+    destroy_num_microbatches_calculator,
+    get_current_global_batch_size,
+    init_num_microbatches_calculator,
+    update_num_microbatches,
+)
+
+from ..errors import BridgeError
+from ..mcore.checkpoints import Saver, load_checkpoint
+from ..mcore.metrics import collect
+from ..mcore.runtime import device
+from ..mcore.schedule import forward_backward
+from ..spec import ModelSpec
+from ..store.megatron import TRACKER
+from ..store.torch_dist import find_iteration
+from .choosing import dump, load, values
+from .feed import Feed, make_feeds
+from .peaks import mfu, peak_named, peak_tflops
+from .recipe import Recipe
+from .setup import Trainer, make_trainer
+from .telling import Teller, Watch
+
+PROGRESS = "training.json"
+RECIPE = "recipe.yaml"
+
+
+@dataclass
+class State:
+    """How far a run is.
+
+    Attributes:
+        step: steps made.
+        rows: rows of data they took.
+        tokens: tokens in these rows.
+    """
+
+    step: int = 0
+    rows: int = 0
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a run.
+
+    Attributes:
+        state: where it ended.
+        losses: of the steps made now.
+        valid_losses: step -> loss.
+        stopped: why it ended before its last step; None: it did not.
+        checkpoint: the last one; None without an output folder.
+    """
+
+    state: State
+    losses: list[float] = field(default_factory=list)
+    valid_losses: dict[int, float] = field(default_factory=dict)
+    stopped: str | None = None
+    checkpoint: Path | None = None
+
+
+def train(recipe: Recipe, spec: ModelSpec, world: int, say: Callable[[str], None] = print) -> Outcome:
+    """Run a recipe; every rank calls it. Where the output folder has a checkpoint, it goes on from there.
+
+    Args:
+        recipe: the run.
+        spec: the model's numbers (`start_spec`).
+        world: number of ranks.
+        say: what prints a line; rank 0 alone calls it.
+
+    Returns:
+        How it ended: at its last step, or stopped by SIGTERM with a checkpoint saved.
+
+    Raises:
+        BridgeError: what cannot work, found before the first step; a loss that is no number or leaps.
+    """
+    if not recipe.out:
+        raise BridgeError(f"training with recipe {recipe.name}: out is empty; say out=FOLDER for checkpoints and logs")
+    out = Path(recipe.out)
+    resumes = (out / TRACKER).exists()
+    trainer = make_trainer(recipe, spec, world, fresh=not resumes)
+    first = dist.get_rank() == 0
+    talk = say if first else _silent
+    saver = Saver(out, recipe.checkpoint.keep, recipe.checkpoint.background, adapters=bool(recipe.lora.rank))
+    state = _resume(trainer, out, talk) if resumes else State()
+    train_feed, valid_feed = make_feeds(recipe, spec, _rows_of(recipe), _valid_rows(trainer))
+    if first:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / RECIPE).write_text(dump(recipe))
+    dist.barrier()
+    teller = Teller(
+        out if first else None,
+        recipe.log.every,
+        recipe.schedule.steps,
+        talk,
+        recipe.log.tensorboard,
+        state.step,
+    )
+    for note in trainer.notes:
+        talk(note)
+    talk(
+        f"{recipe.name}: {spec.num_hidden_layers} layers, {trainer.world} ranks (dp {trainer.ranks}), "
+        f"{train_feed.count:,} rows of {recipe.data.seq_length}, steps {state.step} to {recipe.schedule.steps}"
+    )
+    try:
+        return _run(trainer, state, train_feed, valid_feed, teller, saver)
+    finally:
+        teller.close()
+
+
+def _run(
+    trainer: Trainer, state: State, feed: Feed, valid_feed: Feed | None, teller: Teller, saver: "Saver"
+) -> Outcome:
+    recipe, watch = trainer.recipe, Watch(trainer.recipe.log.spike)
+    outcome = Outcome(state)
+    speed = _Speed(trainer)
+    with _sizes(recipe, trainer.ranks), _asked_to_stop() as asked:
+        while state.step < recipe.schedule.steps:
+            began = time.perf_counter()
+            update_num_microbatches(state.rows, consistency_check=False)
+            size = get_current_global_batch_size()
+            facts = _step(trainer, feed, state, size)
+            seconds = time.perf_counter() - began
+            numbers = feed.numbers(state.rows, min(size, 8))
+            state.step, state.rows = state.step + 1, state.rows + size
+            state.tokens += size * recipe.data.seq_length
+            facts |= {"rows": size, "seconds": seconds} | speed.of(size * recipe.data.seq_length, seconds)
+            if wrong := watch.trouble(facts["loss"], facts["grad_norm"]):
+                raise BridgeError(_advice(wrong, trainer, state, numbers, facts, saver))
+            outcome.losses.append(facts["loss"])
+            teller.step(state.step, facts)
+            every = recipe.log.valid_every
+            if valid_feed and every and (state.step % every == 0 or state.step == recipe.schedule.steps):
+                outcome.valid_losses[state.step] = _validate(trainer, valid_feed)
+                teller.validation(state.step, outcome.valid_losses[state.step])
+            stop = _any_rank(asked())
+            last = state.step == recipe.schedule.steps
+            if stop or last or state.step % recipe.checkpoint.save_every == 0:
+                saver.save(
+                    trainer.chunks,
+                    state.step,
+                    trainer.optimizer if recipe.checkpoint.optimizer else None,
+                    {PROGRESS: json.dumps(vars(state)).encode(), RECIPE: dump(recipe).encode()},
+                )
+            saver.poll()
+            if stop and not last:
+                saver.finish()
+                teller.say(f"asked to stop: step {state.step} is saved; the same command goes on from there")
+                return Outcome(state, outcome.losses, outcome.valid_losses, "asked to stop", saver.last)
+        saver.finish()
+    return Outcome(state, outcome.losses, outcome.valid_losses, None, saver.last)
+
+
+def _step(trainer: Trainer, feed: Feed, state: State, size: int) -> dict[str, float]:
+    """One step of all ranks; what it says about itself."""
+    recipe = trainer.recipe
+    _seed(recipe.seed, state.step)
+    _set_rates(trainer, state.step)
+    for chunk in trainer.wrapped:
+        chunk.zero_grad_buffer()
+    trainer.optimizer.zero_grad()
+    batches = feed.batches(state.rows, size, recipe.batch.micro, trainer.rank, trainer.ranks)
+    losses = forward_backward(trainer.wrapped, [_to_device(b) for b in batches])
+    loss = _mean(losses)
+    _, norm, _ = trainer.optimizer.step()
+    counted = collect(trainer.wrapped)
+    rate = trainer.optimizer.param_groups[0]["lr"]
+    return {"loss": loss, "grad_norm": float(norm or 0.0), "lr": float(rate)} | counted
+
+
+def _set_rates(trainer: Trainer, step: int) -> None:
+    """Learning rate and weight decay of the step that follows `step` others; the MTP loss's weight."""
+    scheduler, recipe = trainer.scheduler, trainer.recipe
+    scheduler.num_steps = step
+    scheduler.step(1)
+    s, late = recipe.schedule, recipe.losses.mtp_late
+    decays = s.warmup if s.decay != "wsd" else s.steps - s.decay_steps
+    if late is not None and recipe.model.mtp:
+        trainer.chunks[0].config.mtp_loss_scaling_factor = late if step >= decays else recipe.losses.mtp
+
+
+def _seed(seed: int, step: int) -> None:
+    """Random numbers of a step depend on nothing before it: a resumed run has the same."""
+    number = (seed * 1_000_003 + step) % (1 << 31)
+    torch.manual_seed(number)
+    tensor_parallel.model_parallel_cuda_manual_seed(number, force_reset_rng=True)
+
+
+def _validate(trainer: Trainer, feed: Feed) -> float:
+    """Mean loss of the first rows of the validation data, always the same ones."""
+    recipe = trainer.recipe
+    rows = _valid_rows(trainer)
+    for chunk in trainer.wrapped:
+        chunk.eval()
+    batches = feed.batches(0, rows, recipe.batch.micro, trainer.rank, trainer.ranks)
+    with torch.no_grad():
+        losses = forward_backward(trainer.wrapped, [_to_device(b) for b in batches], forward_only=True)
+    for chunk in trainer.wrapped:
+        chunk.train()
+    collect(trainer.wrapped)  # what validation counted is no part of the next step
+    return _mean(losses)
+
+
+def _mean(losses: list[torch.Tensor]) -> float:
+    """Of all micro-batches of all ranks, on every rank."""
+    where = losses[0].device if losses else device()
+    total = torch.zeros(2, dtype=torch.float64, device=where)
+    for loss in losses:
+        total += torch.stack([loss.double(), torch.ones_like(loss, dtype=torch.float64)])
+    groups: tuple[Any, ...] = (
+        parallel_state.get_pipeline_model_parallel_group(),
+        parallel_state.get_data_parallel_group(),
+    )
+    for group in groups:
+        dist.all_reduce(total, group=group)
+    return float(total[0] / total[1])
+
+
+def _valid_rows(trainer: Trainer) -> int:
+    recipe = trainer.recipe
+    return recipe.log.valid_steps * recipe.batch.micro * trainer.ranks if recipe.log.valid_every else 0
+
+
+def _rows_of(recipe: Recipe) -> int:
+    """Rows that all steps take."""
+    if not recipe.batch.ramp:
+        return recipe.schedule.steps * recipe.batch.size
+    rows = 0
+    with _sizes(recipe, 1):
+        for _ in range(recipe.schedule.steps):
+            update_num_microbatches(rows, consistency_check=False)
+            rows += get_current_global_batch_size()
+    return rows
+
+
+@contextlib.contextmanager
+def _sizes(recipe: Recipe, ranks: int) -> Iterator[None]:
+    """Megatron's calculator of batch sizes, of this run."""
+    batch = recipe.batch
+    if batch.ramp and not batch.ramp.split()[-1].endswith(f":{batch.size}"):
+        raise BridgeError(
+            f"training with recipe {recipe.name}: batch.ramp {batch.ramp!r} ends elsewhere than at {batch.size}"
+        )
+    destroy_num_microbatches_calculator()
+    try:
+        init_num_microbatches_calculator(1, None, batch.size, batch.micro, ranks, False, batch.ramp or None)
+    except (AssertionError, ValueError) as error:
+        raise BridgeError(
+            f"training with recipe {recipe.name}: batch sizes {batch.ramp or batch.size}: {error}"
+        ) from None
+    try:
+        yield
+    finally:
+        destroy_num_microbatches_calculator()
+
+
+def _resume(trainer: Trainer, out: Path, talk: Callable[[str], None]) -> State:
+    folder, _ = find_iteration(out)
+    path = folder / PROGRESS
+    if not path.exists():
+        raise BridgeError(
+            f"resuming {out}: {folder.name} has no {PROGRESS}, it was not saved by training; "
+            "say start=FOLDER to begin from its weights, and another out"
+        )
+    optimizer = trainer.optimizer if trainer.recipe.checkpoint.optimizer else None
+    load_checkpoint(trainer.chunks, folder, optimizer, adapters=bool(trainer.recipe.lora.rank))
+    if optimizer is None:
+        trainer.optimizer.reload_model_params()
+    before, now = values(load(folder / RECIPE).recipe), values(trainer.recipe)
+    changed = [f"{k} {before[k]!r} -> {now[k]!r}" for k in now if before[k] != now[k]]
+    state = State(**json.loads(path.read_text()))
+    talk(f"goes on from {folder}, step {state.step}" + (f"; changed: {', '.join(changed)}" if changed else ""))
+    return state
+
+
+class _Speed:
+    """Tokens a second, TFLOP/s and MFU of a step."""
+
+    def __init__(self, trainer: Trainer):
+        from .flops import flops_per_token
+
+        recipe, self._world = trainer.recipe, trainer.world
+        self._flops = flops_per_token(trainer.spec, recipe.data.seq_length)
+        name = recipe.log.gpu or (torch.cuda.get_device_name() if torch.cuda.is_available() else "")
+        self._peak = peak_named(recipe.log.gpu) if recipe.log.gpu else peak_tflops(name) if name else None
+
+    def of(self, tokens: int, seconds: float) -> dict[str, float]:
+        """Of a step."""
+        rate = tokens / seconds
+        found = {"tokens_per_second": rate, "tflops_per_gpu": rate * self._flops / self._world / 1e12}
+        if self._peak:
+            found["mfu"] = mfu(self._flops, rate / self._world, self._peak)
+        return found
+
+
+def _advice(
+    wrong: str, trainer: Trainer, state: State, numbers: list[int], facts: dict[str, float], saver: "Saver"
+) -> str:
+    more = ", ".join(f"{name} {facts[name]:.4g}" for name in ("grad_norm", "lr", "expert_load_max") if name in facts)
+    kept = f"the last good checkpoint is {saver.last}" if saver.last else "no checkpoint was saved yet"
+    return (
+        f"training with recipe {trainer.recipe.name}, step {state.step}: {wrong} ({more}). Nothing of this step is "
+        f"saved; {kept}. Look at rows {numbers} of the data (and what follows them), the learning rate and the load of "
+        "the experts; resume with a lower optimizer.lr, or with another data.seed to pass these rows; log.spike=0 goes on "
+        "over leaps"
+    )
+
+
+@contextlib.contextmanager
+def _asked_to_stop() -> Iterator[Callable[[], bool]]:
+    """Whether SIGTERM came; the handler that was there returns afterwards."""
+    came: list[int] = []
+    try:
+        before = signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
+    except ValueError:  # not the main thread: whoever started it stops it
+        yield lambda: False
+        return
+    try:
+        yield lambda: bool(came)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _any_rank(mine: bool) -> bool:
+    asked = torch.tensor([int(mine)], device=device())
+    dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+    return bool(asked.item())
+
+
+def _to_device(batch: Any) -> Any:
+    if not torch.cuda.is_available():
+        return batch
+    moved = {k: v.cuda(non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in vars(batch).items()}
+    return type(batch)(**moved)
+
+
+def _silent(_: str) -> None:
+    pass

@@ -1,0 +1,229 @@
+"""From a recipe to a model in megatron's wrapper, its optimizer and learning rate."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.utils import is_te_min_version
+
+from ..errors import BridgeError
+from ..mcore import Parallel, initialize, load_weights
+from ..mcore.indexer_phase import indexer_settings, set_trained
+from ..mcore.model import DeepSeekV4Model, build_chunks
+from ..mcore.whole_optimizer import whole_optimizer
+from ..memory_plan import check_run, make_run_topology
+from ..spec import ModelSpec
+from ..topology import parse_layout
+from .initial import initialize_weights
+from .planning import layout_sizes, run_of
+from .recipe import Recipe
+
+DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """What a step needs.
+
+    Attributes:
+        recipe: the run.
+        spec: the model's numbers, as it is built.
+        chunks: this rank's part of the model, bare.
+        wrapped: the same in megatron's data-parallel wrapper.
+        optimizer: megatron's.
+        scheduler: of the learning rate.
+        rank: among the data-parallel ranks.
+        ranks: their number.
+        notes: what is other than the recipe says, in words.
+    """
+
+    recipe: Recipe
+    spec: ModelSpec
+    chunks: list[DeepSeekV4Model]
+    wrapped: list[Any]
+    optimizer: Any
+    scheduler: OptimizerParamScheduler
+    rank: int
+    ranks: int
+    notes: tuple[str, ...]
+
+    @property
+    def world(self) -> int:
+        """All ranks."""
+        return dist.get_world_size()
+
+
+def make_trainer(recipe: Recipe, spec: ModelSpec, world: int, *, fresh: bool = True) -> Trainer:
+    """Build everything; every rank calls it.
+
+    Args:
+        recipe: the run.
+        spec: the model's numbers.
+        world: number of ranks.
+        fresh: load or make the weights; otherwise a checkpoint will bring all of them.
+
+    Raises:
+        BridgeError: a layout, batch or setting that cannot work, before any process group is made; weights that
+            cannot be read.
+    """
+    check_layout(recipe, spec, world)
+    p = recipe.parallel
+    initialize(Parallel(p.tp, p.pp, p.ep, p.etp))
+    layout = parse_layout(p.layout, p.pp, spec) if p.layout else None
+    if layout is None and p.pp > 1:
+        from ..topology import solve
+
+        layout = solve(spec, p.pp, p.vp)
+    chunks = build_chunks(
+        spec,
+        dtype=DTYPES[recipe.model.dtype],
+        max_sequence_length=recipe.data.seq_length * recipe.batch.micro,
+        initialize_weights=False,
+        layout=layout,
+        **_settings(recipe),
+    )
+    if fresh or recipe.lora.rank:  # a checkpoint of adapters does not hold what they adapt
+        for chunk in chunks if recipe.start else ():
+            load_weights(chunk, recipe.start, allow_lossy=True)
+        if not recipe.start:
+            initialize_weights(chunks, recipe.model.initial_seed, spec.initializer_range or 0.02)
+    if recipe.lora.rank:
+        from ..mcore.adapters import Lora, add_adapters
+
+        lora = recipe.lora
+        add_adapters(chunks, Lora(lora.rank, lora.alpha, lora.dropout, lora.targets, lora.dora, recipe.seed))
+    set_trained(chunks, recipe.losses.indexer)
+    wrapped = _wrap(recipe, chunks)
+    optimizer, notes = _optimizer(recipe, chunks, wrapped)
+    return Trainer(
+        recipe,
+        spec,
+        chunks,
+        wrapped,
+        optimizer,
+        _scheduler(recipe, optimizer),
+        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_data_parallel_world_size(),
+        notes,
+    )
+
+
+def check_layout(recipe: Recipe, spec: ModelSpec, world: int) -> int:
+    """Refuse what ranks could not do, with the rule and the nearest that works; the data-parallel size."""
+    sizes = layout_sizes(recipe)
+    model_ranks = sizes["tp"] * sizes["pp"]
+    if world % model_ranks:
+        near = max(1, round(world / model_ranks)) * model_ranks
+        raise BridgeError(
+            f"training with recipe {recipe.name}: {world} ranks do not divide into tp*pp = {model_ranks}. "
+            f"Nearest that works: {near} ranks"
+        )
+    dp = world // model_ranks
+    topology, _ = make_run_topology(spec, sizes, recipe.parallel.layout or None, dp)
+    each = recipe.batch.micro * dp
+    if recipe.batch.size % each:
+        near = max(1, round(recipe.batch.size / each)) * each
+        raise BridgeError(
+            f"training with recipe {recipe.name}: batch.size {recipe.batch.size} is no multiple of batch.micro * "
+            f"data-parallel ranks = {recipe.batch.micro} * {dp}. Nearest that works: {near}"
+        )
+    check_run(spec, topology, run_of(recipe, dp))
+    return dp
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    """The recipe in the words of megatron's configuration."""
+    losses, model = recipe.losses, recipe.model
+    found: dict[str, Any] = {
+        "expert_layout": model.experts,
+        "mtp_loss_scaling_factor": losses.mtp,
+        "moe_router_bias_update_rate": losses.bias_update,
+        "csa_dense_attention": model.dense_attention,
+    } | indexer_settings(losses.indexer, losses.indexer_weight)
+    if losses.balance:
+        found |= {"moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": losses.balance}
+    if model.recompute == "full":
+        found |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    elif model.recompute == "moe":
+        found |= {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
+    return found
+
+
+def _wrap(recipe: Recipe, chunks: list[DeepSeekV4Model]) -> list[Any]:
+    config = chunks[0].config
+    config.finalize_model_grads_func = finalize_model_grads
+    options = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=recipe.optimizer.grad_dtype == "float32",
+        use_distributed_optimizer=_distributed(recipe),
+    )
+    for chunk in chunks:
+        chunk.train()
+    return [DistributedDataParallel(config, options, chunk, disable_bucketing=n > 0) for n, chunk in enumerate(chunks)]
+
+
+def _distributed(recipe: Recipe) -> bool:
+    return recipe.optimizer.distributed and recipe.optimizer.name == "adamw"
+
+
+def _optimizer(recipe: Recipe, chunks: list[DeepSeekV4Model], wrapped: list[Any]) -> tuple[Any, tuple[str, ...]]:
+    o, notes = recipe.optimizer, []
+    bf16 = recipe.model.dtype == "bf16"
+    precise = o.name == "adamw" and o.moments_dtype == "bf16" and bf16 and _distributed(recipe)
+    if precise and not is_te_min_version("1.0", check_equality=False):
+        precise = False
+        notes.append("AdamW's moments are float32: types below need Transformer Engine, which is not installed")
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=o.lr,
+        min_lr=o.min_lr,
+        weight_decay=o.weight_decay,
+        adam_beta1=o.beta1,
+        adam_beta2=o.beta2,
+        adam_eps=o.eps,
+        clip_grad=o.clip_grad,
+        bf16=bf16,
+        params_dtype=DTYPES[recipe.model.dtype],
+        use_distributed_optimizer=_distributed(recipe),
+        use_precision_aware_optimizer=precise,
+        exp_avg_dtype=DTYPES[o.moments_dtype] if precise else torch.float32,
+        exp_avg_sq_dtype=DTYPES[o.moments_dtype] if precise else torch.float32,
+        muon_momentum=o.muon_momentum,
+        muon_nesterov=o.muon_nesterov,
+    )
+    if o.name == "muon":
+        if len(o.muon_steps) != 2:
+            raise BridgeError(f"optimizer.muon_steps is {list(o.muon_steps)}, expected two numbers, as [8, 2]")
+        return whole_optimizer(wrapped, chunks, config, (o.muon_rms, o.muon_steps)), tuple(notes)
+    made = get_megatron_optimizer(config, wrapped) if _distributed(recipe) else whole_optimizer(wrapped, chunks, config)
+    return made, tuple(notes)
+
+
+def _scheduler(recipe: Recipe, optimizer: Any) -> OptimizerParamScheduler:
+    s, o = recipe.schedule, recipe.optimizer
+    if s.warmup >= s.steps and s.decay != "constant":
+        raise BridgeError(
+            f"training with recipe {recipe.name}: schedule.warmup {s.warmup} leaves nothing of schedule.steps {s.steps}"
+        )
+    style = {"wsd": "WSD"}.get(s.decay, s.decay)
+    last = s.warmup + s.decay_steps if s.decay_steps and style != "WSD" else s.steps
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=o.lr,
+        min_lr=min(o.min_lr, o.lr),
+        lr_warmup_steps=s.warmup,
+        lr_decay_steps=max(last, s.warmup + 1),
+        lr_decay_style=style,
+        start_wd=o.weight_decay,
+        end_wd=o.weight_decay,
+        wd_incr_steps=max(s.steps, 1),
+        wd_incr_style="constant",
+        wsd_decay_steps=min(s.decay_steps or s.steps, s.steps - s.warmup) if style == "WSD" else None,
+        lr_wsd_decay_style="cosine" if style == "WSD" else None,
+    )

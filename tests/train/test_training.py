@@ -1,0 +1,205 @@
+"""The loop at one rank: what it learns, and that a stopped run goes on as if nothing had happened."""
+
+import math
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from training import SMALL, log, make_start, make_text, run, unigram_entropy
+
+from dsv4_bridge import BridgeError
+from dsv4_bridge.train import loop
+from dsv4_bridge.train.choosing import choose, load
+from dsv4_bridge.train.planning import plan_recipe, recipe_spec
+from dsv4_bridge.train.recipes import RECIPES
+
+pytestmark = pytest.mark.megatron
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_start(tmp_path_factory.mktemp("start"))
+
+
+@pytest.fixture(scope="module")
+def text(hf: Path) -> Path:
+    return make_text(hf.parent, hf)
+
+
+# ---------------------------------------------------------------- learning
+
+
+@pytest.mark.parametrize("name", ["flash-pretrain", "flash-pretrain-muon"])
+def test_fresh_weights_learn_more_than_frequencies(name: str, text: Path, tmp_path: Path) -> None:
+    words = ["schedule.steps=80", "batch.size=8", "batch.micro=8", "log.valid_every=80", "log.valid_steps=4"]
+    outcome = run(name, f"out={tmp_path / 'run'}", f"data.train={text}", *words, "optimizer.lr=4e-3")
+    assert outcome.losses[0] == pytest.approx(math.log(512), rel=0.05)  # nothing known: all tokens alike
+    assert outcome.valid_losses[80] < unigram_entropy(text)
+
+
+# ---------------------------------------------------------------- stop and go on
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("flash-pretrain", ["model.dtype=bf16"]),
+        ("flash-pretrain", ["optimizer.distributed=false"]),
+        ("flash-pretrain-muon", ["model.dtype=bf16", "batch.ramp=0:2 4:4"]),
+        ("flash-lora", ["data.kind=text", "lora.rank=4", "lora.dropout=0.3"]),
+    ],
+)
+def test_a_run_that_stopped_goes_on_bit_for_bit(
+    name: str, words: list[str], hf: Path, text: Path, tmp_path: Path
+) -> None:
+    common = [f"start={hf}", f"data.train={text}", *words]
+    whole = run(name, f"out={tmp_path / 'whole'}", *common)
+    run(name, f"out={tmp_path / 'parts'}", *common, "checkpoint.save_every=3", "schedule.steps=6")
+    # As if it had been killed behind its third step.
+    (tmp_path / "parts" / "latest_checkpointed_iteration.txt").write_text("3")
+    shutil.rmtree(tmp_path / "parts" / "iter_0000006")
+    again = run(name, f"out={tmp_path / 'parts'}", *common)
+    assert len(whole.losses) == 6 and again.losses == whole.losses[3:]
+    assert _contents(tmp_path / "whole" / "iter_0000006") == _contents(tmp_path / "parts" / "iter_0000006")
+    assert [line["step"] for line in log(tmp_path / "parts")] == [1, 2, 3, 4, 5, 6]
+    differing = {
+        k for a, b in zip(log(tmp_path / "whole"), log(tmp_path / "parts"), strict=True) for k in a if a[k] != b[k]
+    }
+    assert differing <= {"seconds", "tokens_per_second", "tflops_per_gpu"}
+
+
+def _contents(iteration: Path) -> dict[str, bytes]:
+    """Every tensor of a checkpoint, optimizer state among them."""
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import load as load_state
+
+    reader = FileSystemReader(iteration)
+    kept = reader.read_metadata().state_dict_metadata
+    state = {
+        k: torch.zeros(m.size, dtype=m.properties.dtype)  # type: ignore[union-attr]
+        for k, m in kept.items()
+        if hasattr(m, "size")
+    }
+    load_state(state, storage_reader=reader, no_dist=True)
+    assert len(state) > 20
+    return {k: v.contiguous().view(torch.uint8).numpy().tobytes() for k, v in state.items()}
+
+
+def test_the_last_few_checkpoints_stay(hf: Path, text: Path, tmp_path: Path) -> None:
+    words = ["schedule.steps=5", "checkpoint.save_every=1", "checkpoint.keep=2", "checkpoint.background=true"]
+    outcome = run("flash-pretrain", f"start={hf}", f"out={tmp_path / 'run'}", f"data.train={text}", *words)
+    assert sorted(p.name for p in (tmp_path / "run").glob("iter_*")) == ["iter_0000004", "iter_0000005"]
+    assert outcome.checkpoint == tmp_path / "run" / "iter_0000005"
+    assert load(tmp_path / "run" / "iter_0000005" / "recipe.yaml").recipe.schedule.steps == 5
+
+
+def _start(out: Path, hf: Path, text: Path, *words: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-W", "ignore", "-m", "dsv4_bridge", "train", "flash-pretrain", *SMALL]
+    command += [f"start={hf}", f"out={out}", f"data.train={text}", *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_sigterm_saves_and_sigkill_leaves_the_last_good_checkpoint(hf: Path, text: Path, tmp_path: Path) -> None:
+    out, rng = tmp_path / "run", random.Random(5)
+    words = ["schedule.steps=100000", "checkpoint.save_every=2", "log.every=1"]
+    kept = 0
+    for blow in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
+        process = _start(out, hf, text, *words)
+        assert process.stdout is not None
+        stop_at = kept + rng.randint(3, 6)
+        seen = 0
+        for line in process.stdout:
+            if line.startswith("step ") and "loss" in line:
+                seen = int(line.split()[1].split("/")[0])
+            if seen >= stop_at:
+                break
+        time.sleep(rng.random() * 0.3)
+        process.send_signal(blow)
+        rest, _ = process.communicate(timeout=120)
+        now = int((out / "latest_checkpointed_iteration.txt").read_text())
+        assert now >= seen - 1 if blow == signal.SIGKILL else now >= seen  # at most the steps since the last save
+        if blow == signal.SIGTERM:
+            assert process.returncode == 0 and "asked to stop" in rest
+        assert (out / f"iter_{now:07d}" / ".metadata").exists()
+        assert now >= kept
+        kept = now
+    again = run("flash-pretrain", f"start={hf}", f"out={out}", f"data.train={text}", f"schedule.steps={kept + 1}")
+    assert again.state.step == kept + 1 and len(again.losses) == 1
+
+
+# ---------------------------------------------------------------- what it says and refuses
+
+
+def test_learning_rate_and_mtp_weight_follow_the_recipe(hf: Path, text: Path, tmp_path: Path) -> None:
+    words = [
+        "schedule.decay=wsd",
+        "schedule.decay_steps=3",
+        "losses.mtp=0.3",
+        "losses.mtp_late=0.1",
+        "schedule.steps=7",
+    ]
+    run("flash-pretrain", f"start={hf}", f"out={tmp_path / 'run'}", f"data.train={text}", *words)
+    rates = [line["lr"] for line in log(tmp_path / "run")]
+    low, high = 1e-4, 2e-3
+    decay = [low + (high - low) * 0.5 * (1 + math.cos(math.pi * k / 3)) for k in (1, 2, 3)]
+    assert rates == pytest.approx([high / 2, high, high, high, *decay])
+
+
+def test_a_leap_of_the_loss_stops_with_what_to_look_at(
+    hf: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["schedule.steps=14", "checkpoint.save_every=5", "log.spike=2"]
+    step = loop._step
+
+    def leaping(trainer: object, feed: object, state: loop.State, size: int) -> dict[str, float]:
+        facts = step(trainer, feed, state, size)  # type: ignore[arg-type]
+        return facts | ({"loss": facts["loss"] + 2.5} if state.step == 12 else {})
+
+    monkeypatch.setattr(loop, "_step", leaping)
+    with pytest.raises(BridgeError, match=r"step 13: the loss is .* nats above .*iter_0000010.*rows \[") as error:
+        run("flash-pretrain", f"start={hf}", f"out={tmp_path / 'run'}", f"data.train={text}", *words)
+    assert "optimizer.lr" in str(error.value)
+
+
+def test_a_loss_that_is_no_number_stops(hf: Path, text: Path, tmp_path: Path) -> None:
+    words = ["schedule.warmup=0", "optimizer.lr=1e30", "optimizer.clip_grad=0"]
+    with pytest.raises(BridgeError, match=r"(loss is (nan|inf))|norm is (nan|inf)"):
+        run("flash-pretrain", f"start={hf}", f"out={tmp_path / 'run'}", f"data.train={text}", *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["batch.size=3"], r"no multiple of batch.micro .* Nearest that works: 4"),
+        (["parallel.tp=3"], r"1 ranks do not divide into tp\*pp = 3"),
+        (["schedule.warmup=6"], "leaves nothing of schedule.steps 6"),
+        (["batch.ramp=0:2 4:8"], "ends elsewhere than at 4"),
+        (["data.train="], "data.train is empty"),
+        (["data.train=/nowhere/text"], "/nowhere/text"),
+        (["start=/nowhere"], "start=/nowhere: no such folder"),
+        (["out="], "out is empty"),
+        (["data.seq_length=2000000"], "the model takes"),
+    ],
+)
+def test_refused_before_the_first_step(words: list[str], told: str, hf: Path, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(BridgeError, match=told):
+        run("flash-pretrain", f"start={hf}", f"out={tmp_path / 'run'}", f"data.train={text}", *words)
+    assert not (tmp_path / "run" / "latest_checkpointed_iteration.txt").exists()
+
+
+# ---------------------------------------------------------------- recipes
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_every_recipe_fits_its_published_layout(name: str) -> None:
+    chosen = choose(name).recipe
+    memory = 141.0 if chosen.lora.rank else 80.0
+    report = plan_recipe(chosen, recipe_spec(chosen), memory)
+    assert report.chosen.plan.gpus == chosen.parallel.gpus
+    assert report.fits, [s.total for s in report.chosen.plan.stages]

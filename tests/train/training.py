@@ -1,0 +1,75 @@
+"""A model small enough to train in a test, and text of the standard library to train it on."""
+
+import argparse
+import ast
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsv4_bridge import make_toy
+from dsv4_bridge.spec import ModelSpec, replace_spec
+from dsv4_bridge.train.choosing import choose
+from dsv4_bridge.train.loop import Outcome, train
+from dsv4_bridge.train.planning import recipe_spec
+from dsv4_bridge.train.pretraining_data import prepare_pretraining
+from dsv4_bridge.train.recipe import Recipe
+from dsv4_bridge.variants import VARIANTS, tiny
+
+# One rank, float32, few and short rows; a test says what else differs.
+_WORDS = """
+    model.dtype=float32 parallel.pp=1 parallel.ep=1 parallel.gpus=1 data.seq_length=48 data.split=90,10,0
+    batch.size=4 batch.micro=2 batch.ramp= schedule.steps=6 schedule.warmup=2 schedule.decay=cosine
+    schedule.decay_steps=0 optimizer.lr=2e-3 optimizer.min_lr=1e-4 optimizer.grad_dtype=float32 log.valid_every=0
+    log.tensorboard=false log.spike=0 checkpoint.save_every=1000
+"""
+SMALL = tuple(_WORDS.split())
+
+
+def small_spec() -> ModelSpec:
+    """Every kind of layer and a draft block, narrow."""
+    return replace_spec(
+        tiny(VARIANTS["Flash"]),
+        num_hidden_layers=4,
+        compress_ratios=(0, 4, 128, 4, 0),
+        num_hash_layers=1,
+        hidden_size=128,
+        moe_intermediate_size=64,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+    )
+
+
+def make_start(folder: Path) -> Path:
+    """A released checkpoint to start from."""
+    return make_toy(folder / "hf", "Flash", 11, spec=small_spec())
+
+
+def make_text(folder: Path, tokenizer: Path) -> Path:
+    """Python's own source as megatron's dataset."""
+    sources = [Path(argparse.__file__), Path(ast.__file__), Path(json.__file__)]
+    return Path(prepare_pretraining(sources, folder / "text", tokenizer, small_spec()).out)
+
+
+def recipe(name: str, *words: str) -> Recipe:
+    return choose(name, (*SMALL, *words)).recipe
+
+
+def run(name: str, *words: str) -> Outcome:
+    """Train in this process."""
+    chosen = recipe(name, *words)
+    return train(chosen, recipe_spec(chosen), 1, lambda _: None)
+
+
+def log(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def unigram_entropy(prefix: Path) -> float:
+    """Nats a token: the loss of a model that knows frequencies alone."""
+    tokens = np.fromfile(f"{prefix}.bin", dtype=np.uint16)
+    counts = Counter(tokens.tolist())
+    return -sum(n / len(tokens) * math.log(n / len(tokens)) for n in counts.values())
