@@ -29,14 +29,15 @@ def test_newton_schulz_needs_both_kinds_of_step() -> None:
     """Eight fast steps alone leave values between 0.7 and 1.2: the two settling ones bring them to 1."""
     matrix = torch.randn(40, 80, generator=torch.Generator().manual_seed(1))
     fast, both = (torch.linalg.svdvals(newton_schulz(matrix, steps)) for steps in ((8, 0), (8, 2)))
-    assert (fast - 1).abs().max() > 0.1 > 10 * (both - 1).abs().max() * 0.5
+    assert (fast - 1).abs().max() > 0.1
+    assert (both - 1).abs().max() < 0.02
 
 
 def test_step_is_the_reports_formula() -> None:
     random = torch.Generator().manual_seed(7)
     start, gradients = torch.randn(24, 40, generator=random), torch.randn(3, 24, 40, generator=random)
     parameter = torch.nn.Parameter(start.clone())
-    muon = Muon([{"params": [parameter], "matrices": [(Matrix(0, 8), Matrix(8, 24))]}], 0.02, 0.1, 0.9, True, 0.18)
+    muon = Muon([{"params": [parameter]}], [[(Matrix(0, 8), Matrix(8, 24))]], 0.02, 0.1, 0.9, True, 0.18)
     weight, momentum = start.double(), torch.zeros(24, 40, dtype=torch.double)
     for gradient in gradients:
         parameter.grad = gradient.clone()

@@ -10,8 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from training import SMALL, log, make_start, make_text, run, unigram_entropy
+from training import SMALL, contents, log, make_start, make_text, run, unigram_entropy
 
 from dsv4_bridge import BridgeError
 from dsv4_bridge.train import loop
@@ -66,29 +65,12 @@ def test_a_run_that_stopped_goes_on_bit_for_bit(
     shutil.rmtree(tmp_path / "parts" / "iter_0000006")
     again = run(name, f"out={tmp_path / 'parts'}", *common)
     assert len(whole.losses) == 6 and again.losses == whole.losses[3:]
-    assert _contents(tmp_path / "whole" / "iter_0000006") == _contents(tmp_path / "parts" / "iter_0000006")
+    assert contents(tmp_path / "whole" / "iter_0000006") == contents(tmp_path / "parts" / "iter_0000006")
     assert [line["step"] for line in log(tmp_path / "parts")] == [1, 2, 3, 4, 5, 6]
     differing = {
         k for a, b in zip(log(tmp_path / "whole"), log(tmp_path / "parts"), strict=True) for k in a if a[k] != b[k]
     }
     assert differing <= {"seconds", "tokens_per_second", "tflops_per_gpu"}
-
-
-def _contents(iteration: Path) -> dict[str, bytes]:
-    """Every tensor of a checkpoint, optimizer state among them."""
-    from torch.distributed.checkpoint import FileSystemReader
-    from torch.distributed.checkpoint.state_dict_loader import load as load_state
-
-    reader = FileSystemReader(iteration)
-    kept = reader.read_metadata().state_dict_metadata
-    state = {
-        k: torch.zeros(m.size, dtype=m.properties.dtype)  # type: ignore[union-attr]
-        for k, m in kept.items()
-        if hasattr(m, "size")
-    }
-    load_state(state, storage_reader=reader, no_dist=True)
-    assert len(state) > 20
-    return {k: v.contiguous().view(torch.uint8).numpy().tobytes() for k, v in state.items()}
 
 
 def test_the_last_few_checkpoints_stay(hf: Path, text: Path, tmp_path: Path) -> None:

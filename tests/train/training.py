@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from dsv4_bridge import make_toy
 from dsv4_bridge.spec import ModelSpec, replace_spec
@@ -73,3 +74,20 @@ def unigram_entropy(prefix: Path) -> float:
     tokens = np.fromfile(f"{prefix}.bin", dtype=np.uint16)
     counts = Counter(tokens.tolist())
     return -sum(n / len(tokens) * math.log(n / len(tokens)) for n in counts.values())
+
+
+def contents(iteration: Path) -> dict[str, bytes]:
+    """Every tensor of a checkpoint, optimizer state among them."""
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import load as load_state
+
+    reader = FileSystemReader(iteration)
+    kept = reader.read_metadata().state_dict_metadata
+    state = {
+        k: torch.zeros(m.size, dtype=m.properties.dtype)  # type: ignore[union-attr]
+        for k, m in kept.items()
+        if hasattr(m, "size")
+    }
+    load_state(state, storage_reader=reader, no_dist=True)
+    assert len(state) > 20
+    return {k: v.contiguous().view(torch.uint8).numpy().tobytes() for k, v in state.items()}

@@ -65,7 +65,8 @@ class Muon(torch.optim.Optimizer):
     (technical report, arXiv 2606.19348, Muon).
 
     Args:
-        groups: param groups; `matrices` lists, parameter by parameter, the `Matrix` of each.
+        groups: param groups.
+        matrices: group by group, parameter by parameter, where the matrices are.
         lr: learning rate.
         weight_decay: decoupled.
         momentum: of the gradients.
@@ -77,6 +78,7 @@ class Muon(torch.optim.Optimizer):
     def __init__(
         self,
         groups: Iterable[dict[str, Any]],
+        matrices: Sequence[Sequence[Sequence[Matrix]]],
         lr: float,
         weight_decay: float,
         momentum: float = 0.95,
@@ -86,6 +88,8 @@ class Muon(torch.optim.Optimizer):
     ):
         defaults = {"lr": lr, "weight_decay": weight_decay}
         super().__init__(groups, defaults)
+        # Not in the groups: these are copied into checkpoints, and process groups cannot be.
+        self.matrices = matrices
         self.momentum, self.nesterov, self.rms, self.iterations = momentum, nesterov, rms, tuple(steps)
 
     def begin(self) -> None:
@@ -98,8 +102,8 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One update of every parameter with a gradient."""
         self.begin()
-        for group in self.param_groups:
-            for parameter, matrices in zip(group["params"], self._matrices(group), strict=True):
+        for group, held in zip(self.param_groups, self.matrices, strict=True):
+            for parameter, matrices in zip(group["params"], held, strict=True):
                 if parameter.grad is None:
                     continue
                 momentum = self.state[parameter]["momentum_buffer"]
@@ -122,9 +126,6 @@ class Muon(torch.optim.Optimizer):
         if matrix.axis is not None:
             update = update.chunk(matrix.group.size(), matrix.axis)[matrix.group.rank()]
         return update.to(part.dtype)
-
-    def _matrices(self, group: dict[str, Any]) -> list[tuple[Matrix, ...]]:
-        return group["matrices"]
 
 
 def matrices_of(chunk: DeepSeekV4Model) -> dict[str, tuple[Matrix, ...]]:

@@ -61,7 +61,8 @@ def _part(
     if kind == "muon":
         assert muon
         rms, steps = muon
-        inner = Muon(groups, lr, config.weight_decay, config.muon_momentum, config.muon_nesterov, rms, steps)
+        matrices = [[where for _, where in pairs] for pairs in (others, vectors)]
+        inner = Muon(groups, matrices, lr, config.weight_decay, config.muon_momentum, config.muon_nesterov, rms, steps)
     else:
         betas = (config.adam_beta1, config.adam_beta2)
         inner = torch.optim.AdamW(groups, lr, betas, config.adam_eps, config.weight_decay)
@@ -86,7 +87,6 @@ def _group(
     """A param group with what megatron's scheduler and clipping read."""
     return {
         "params": [parameter for parameter, _ in held],
-        "matrices": [matrices for _, matrices in held],
         "is_expert_parallel": expert,
         "default_config": True,
         "wd_mult": decay,

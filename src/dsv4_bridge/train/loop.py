@@ -314,8 +314,8 @@ def _advice(
     return (
         f"training with recipe {trainer.recipe.name}, step {state.step}: {wrong} ({more}). Nothing of this step is "
         f"saved; {kept}. Look at rows {numbers} of the data (and what follows them), the learning rate and the load of "
-        "the experts; resume with a lower optimizer.lr, or with another data.seed to pass these rows; log.spike=0 goes on "
-        "over leaps"
+        "the experts; resume with a lower optimizer.lr, or with another data.seed to pass these rows; log.spike=0 goes "
+        "on over leaps"
     )
 
 

@@ -185,6 +185,7 @@ def _write(folder: Path, state: dict[str, Tensor], config: bytes) -> None:
         part.mkdir(parents=True)
         save_file(state, part / WEIGHTS, {"format": "pt"})
         (part / CONFIG).write_bytes(config)
+        (part / WEIGHTS).chmod((part / CONFIG).stat().st_mode)  # safetensors keeps others from reading it
         for path in (part / WEIGHTS, part / CONFIG, part):
             fd = os.open(path, os.O_RDONLY)
             try:

@@ -1,0 +1,103 @@
+"""Training over real processes: any layout makes the steps of one rank, and goes on where another stopped."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from training import contents, log, make_start, make_text
+
+pytestmark = pytest.mark.megatron
+
+WORKER = Path(__file__).with_name("train_worker.py")
+Run = tuple[str, list[str]]
+
+LAYOUTS = {
+    "tp2": ["parallel.tp=2"],
+    "ep2": ["parallel.ep=2"],
+    "pp2": ["parallel.pp=2"],
+    "pp2vp2": ["parallel.pp=2", "parallel.vp=2", "batch.micro=1"],
+    "dp2": [],
+}
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_start(tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture(scope="module")
+def text(start: Path) -> Path:
+    return make_text(start.parent, start)
+
+
+def run_ranks(folder: Path, tag: str, world: int, runs: list[Run]) -> list[list[float]]:
+    """The losses of each run, of `world` processes."""
+    told, result = folder / f"{tag}.json", folder / f"{tag}.result.json"
+    told.write_text(json.dumps({"runs": runs, "result": str(result)}))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+    processes = []
+    try:
+        for rank in range(world):
+            own = env | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+            command = [sys.executable, "-W", "ignore", str(WORKER), str(told)]
+            pipe = subprocess.PIPE
+            processes.append(subprocess.Popen(command, env=own, stdout=pipe, stderr=subprocess.STDOUT, text=True))
+        said = [process.communicate(timeout=300 + 60 * len(runs))[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [p.returncode for p in processes] == [0] * world, "\n".join(text[-3000:] for text in said)
+    return json.loads(result.read_text())
+
+
+def test_every_layout_makes_the_steps_of_one_rank(start: Path, text: Path) -> None:
+    folder = start.parent
+    common = [f"start={start}", f"data.train={text}", "schedule.steps=3"]
+    recipes = ("flash-pretrain", "flash-pretrain-muon", "flash-lora")
+    more = {"flash-lora": ["data.kind=text", "lora.rank=4"]}
+
+    def runs(layouts: dict[str, list[str]]) -> list[Run]:
+        return [
+            (name, [*common, *more.get(name, []), *words, f"out={folder / f'{name}-{layout}'}"])
+            for name in recipes
+            for layout, words in layouts.items()
+        ]
+
+    one = dict(zip(recipes, run_ranks(folder, "one", 1, runs({"one": []})), strict=True))
+    cut = run_ranks(folder, "two", 2, runs(LAYOUTS))
+    for (name, words), losses in zip(runs(LAYOUTS), cut, strict=True):
+        # The first is the same model; each step moves it by gradients that agree to 1e-4.
+        assert losses[0] == pytest.approx(one[name][0], rel=1e-5), words
+        assert losses == pytest.approx(one[name], rel=2e-4), words
+
+
+def test_resumed_at_ep2_pp2_bit_for_bit_and_at_another_layout_nearly(start: Path, text: Path) -> None:
+    folder = start.parent
+    words = [f"start={start}", f"data.train={text}", "schedule.steps=6"]
+    four = [*words, "parallel.ep=2", "parallel.pp=2"]
+    whole, first = folder / "whole", folder / "first"
+    told = [
+        ("flash-pretrain", [*four, f"out={whole}"]),
+        ("flash-pretrain", [*four, f"out={first}", "checkpoint.save_every=3"]),
+    ]
+    losses = run_ranks(folder, "begin", 4, told)[0]
+    shutil.rmtree(first / "iter_0000006")
+    (first / "latest_checkpointed_iteration.txt").write_text("3")
+    for name in ("again", "dp2", "one"):
+        shutil.copytree(first, folder / name)
+    again = run_ranks(folder, "again", 4, [("flash-pretrain", [*four, f"out={folder / 'again'}"])])[0]
+    assert again == losses[3:]
+    assert contents(folder / "again" / "iter_0000006") == contents(whole / "iter_0000006")
+    assert [line["step"] for line in log(folder / "again")] == [1, 2, 3, 4, 5, 6]
+    for name, world in (("dp2", 2), ("one", 1)):
+        other = run_ranks(folder, f"resume-{name}", world, [("flash-pretrain", [*words, f"out={folder / name}"])])[0]
+        assert other[0] == pytest.approx(losses[3], rel=1e-5)
+        assert other == pytest.approx(losses[3:], rel=2e-4)
