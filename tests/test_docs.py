@@ -38,8 +38,8 @@ def test_commands_in_the_docs_exist() -> None:
 def test_frozen_verbs() -> None:
     """The verbs and options of the command change on purpose only."""
     listed = re.findall(r"^  ([a-z]+) ", dsv4("--help", COLUMNS="200").stdout.partition("Commands:")[2], re.MULTILINE)
-    verbs = "demo toy inspect plan import export repack verify "
-    verbs += "doctor data flops lora merge parity generate recipes train"
+    verbs = "demo toy inspect plan import export repack verify generate parity "
+    verbs += "data recipes train lora merge flops doctor"
     assert listed == verbs.split()
 
 

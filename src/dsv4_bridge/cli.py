@@ -264,9 +264,16 @@ def finish(good: bool) -> None:
         raise typer.Exit(1)
 
 
+# As `--help` lists them: look, convert, run, train.
+_ORDER = "demo toy inspect plan import export repack verify generate parity data recipes train lora merge flops doctor"
+
+
 def main() -> None:
     """Entry point: runs a verb, turns every BridgeError into one message and exit code 2."""
     from . import cli_data, cli_flops, cli_lora, cli_model, cli_plan, cli_train  # noqa: F401 - verbs register themselves
+
+    order = {name: place for place, name in enumerate(_ORDER.split())}
+    app.registered_commands.sort(key=lambda verb: order.get(verb.name or getattr(verb.callback, "__name__", ""), 99))
 
     # A plan is hundreds of thousands of small objects that all stay: looking for garbage among them
     # again and again takes a third of the time.

@@ -19,6 +19,13 @@ class Mask(StrEnum):
     full = "full"
 
 
+class Generation(StrEnum):
+    """Generations of the released encodings, which word reasoning effort differently."""
+
+    april = "april"
+    july = "0731"
+
+
 @app.command()
 def data(
     paths: Annotated[list[Path], typer.Argument(metavar="SRC... OUT", help="What to read, and where to.")],
@@ -33,6 +40,10 @@ def data(
     pack: Annotated[bool | None, typer.Option("--pack/--no-pack", help="Chat: several samples in a pack.")] = None,
     thinking: Annotated[
         bool | None, typer.Option("--thinking/--no-thinking", help="Chat: mode of lines that do not say it.")
+    ] = None,
+    generation: Annotated[
+        Generation | None,
+        typer.Option("--generation", help="Chat: wording of reasoning effort; by default the checkpoint's encoding."),
     ] = None,
     workers: Annotated[int, typer.Option("--workers", min=1, max=256, help="Processes that tokenize.")] = 1,
     overwrite: Overwrite = False,
@@ -49,7 +60,8 @@ def data(
         raise BridgeError(f"preparing data: only {paths[0]} is named; give SRC and OUT")
     *sources, out = paths
     chats = [path for path in sources if key is None and holds_chat(path)]
-    of_chat = {"--seq-length": seq_length, "--mask": mask, "--pack": pack, "--thinking": thinking}
+    of_chat: dict[str, Any] = {"--seq-length": seq_length, "--mask": mask, "--pack": pack, "--thinking": thinking}
+    of_chat["--generation"] = generation
     of_text = {"--key": key, "--suffix": suffix, "--bos": bos}
     said = [name for name, value in (of_text if chats else of_chat).items() if value is not None]
     if said:
@@ -76,6 +88,7 @@ def data(
                 folder,
                 seq_length=seq_length or 0,
                 workers=workers,
+                generation=generation.value if generation else None,
                 advance=progress.advance,
                 **settings,
             )

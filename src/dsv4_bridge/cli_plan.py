@@ -92,8 +92,3 @@ def _plan_ranks(ckpt: str, where: Any, sizes: dict[str, Any], run: dict[str, Any
     ranks = plan_ranks(ckpt, spec_of(where), Asked(**sizes, run=Run(**run)))
     put(ranks.to_json() if as_json else {}, as_json, "" if as_json else ranks_table(ranks))
     finish(ranks.fits)
-
-
-# `--help` lists verbs as they are registered: this one stands behind `inspect`.
-_verbs = app.registered_commands
-_verbs.insert(1 + [verb.callback and verb.callback.__name__ for verb in _verbs].index("inspect"), _verbs.pop())

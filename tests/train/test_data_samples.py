@@ -3,6 +3,7 @@
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,13 +11,12 @@ import torch
 
 from dsv4_bridge import BridgeError
 from dsv4_bridge.train.datasets import (
-    Batch,
     Blend,
     PretrainingDataset,
-    batches,
     build_pretraining_datasets,
     parse_blend,
 )
+from dsv4_bridge.train.feed import text_feed
 
 pytestmark = pytest.mark.megatron
 
@@ -163,8 +163,8 @@ def test_blends_as_they_are_written() -> None:
             parse_blend(wrong)
 
 
-def ids_of(found: list[Batch]) -> list[list[int]]:
-    return [row for batch in found for row in batch.tokens.view(-1, LENGTH).tolist()]
+def ids_of(found: list[Any]) -> list[list[int]]:
+    return [row for batch in found for row in batch.input_ids.view(-1, LENGTH).tolist()]
 
 
 @pytest.fixture(scope="module")
@@ -176,19 +176,19 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> PretrainingDataset:
 def test_resume_at_any_count_goes_on_with_the_same_stream(dataset: PretrainingDataset) -> None:
     rows = [sample["tokens"].tolist() for sample in dataset]
     assert len({tuple(row) for row in rows}) == len(rows) >= 37
-    for consumed in range(len(rows) + 1):
-        assert ids_of(list(batches(dataset, consumed, 1))) == rows[consumed:]
-    for rows_a_batch, ranks in ((2, 1), (1, 3), (3, 2)):
-        for consumed in (0, 1, 6, 17, len(rows)):
-            parts = [list(batches(dataset, consumed, rows_a_batch, rank, ranks)) for rank in range(ranks)]
-            steps = [ids_of([part[step] for part in parts]) for step in range(len(parts[0]))]
-            whole = (len(rows) - consumed) // (rows_a_batch * ranks) * rows_a_batch * ranks
-            assert [row for step in steps for row in step] == rows[consumed : consumed + whole]
+    feed = text_feed(dataset)
+    for consumed in range(len(rows)):
+        assert ids_of(feed.batches(consumed, len(rows) - consumed, 1)) == rows[consumed:]
+    for micro, ranks, size in ((2, 1, 8), (1, 3, 6), (3, 2, 12)):
+        for consumed in (0, 1, 6, 17):
+            parts = [feed.batches(consumed, size, micro, rank, ranks) for rank in range(ranks)]
+            turns = [ids_of([part[turn] for part in parts]) for turn in range(len(parts[0]))]
+            assert [row for turn in turns for row in turn] == rows[consumed : consumed + size]
 
 
 def test_batches_lay_rows_behind_one_another(dataset: PretrainingDataset) -> None:
-    batch = next(batches(dataset, 4, 3))
-    assert batch.tokens.shape == batch.labels.shape == batch.loss_mask.shape == (1, 3 * LENGTH)
+    (batch,) = text_feed(dataset).batches(4, 3, 3)
+    assert batch.input_ids.shape == batch.labels.shape == batch.loss_mask.shape == (1, 3 * LENGTH)
     assert batch.cu_seqlens is not None
     assert batch.cu_seqlens.dtype == torch.int32
     ends = [0]
@@ -198,8 +198,8 @@ def test_batches_lay_rows_behind_one_another(dataset: PretrainingDataset) -> Non
     assert torch.equal(batch.labels.view(3, -1)[1], dataset[5]["labels"])
     assert torch.equal(batch.loss_mask.view(3, -1)[2], dataset[6]["loss_mask"])
     whole = PretrainingDataset(dataset.rows, LENGTH, EOS, False)
-    batch = next(batches(whole, 4, 3))
-    assert batch.tokens.shape == (3, LENGTH)
+    (batch,) = text_feed(whole).batches(4, 3, 3)
+    assert batch.input_ids.shape == (3, LENGTH)
     assert batch.cu_seqlens is None
 
 
@@ -242,12 +242,6 @@ def test_unusable_data_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.idx").write_bytes((tmp_path / "a.bin").read_bytes())
     with pytest.raises(BridgeError, match="is no index of megatron-core"):
         build(data)
-
-
-def test_unusable_places_in_the_stream_are_refused(dataset: PretrainingDataset) -> None:
-    for args in ((-1, 1), (0, 0), (0, 1, 2, 2), (0, 1, -1, 2), (len(dataset) + 1, 1)):
-        with pytest.raises(BridgeError, match="reading batches"):
-            batches(dataset, *args)
 
 
 def test_a_damaged_cache_is_named(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ pytestmark = pytest.mark.megatron
 WORKER = Path(__file__).with_name("train_worker.py")
 Run = tuple[str, list[str]]
 
-LAYOUTS = {
+LAYOUTS: dict[str, list[str]] = {
+    "one": [],
     "tp2": ["parallel.tp=2"],
     "ep2": ["parallel.ep=2"],
     "pp2": ["parallel.pp=2"],
@@ -61,22 +62,23 @@ def run_ranks(folder: Path, tag: str, world: int, runs: list[Run]) -> list[list[
 def test_every_layout_makes_the_steps_of_one_rank(start: Path, text: Path) -> None:
     folder = start.parent
     common = [f"start={start}", f"data.train={text}", "schedule.steps=3"]
-    recipes = ("flash-pretrain", "flash-pretrain-muon", "flash-lora")
-    more = {"flash-lora": ["data.kind=text", "lora.rank=4"]}
+    lora = ["data.kind=text", "lora.rank=4"]
+    recipes: dict[str, tuple[list[str], tuple[str, ...]]] = {
+        "flash-pretrain": ([], ("tp2", "ep2", "pp2", "pp2vp2", "dp2")),
+        "flash-pretrain-muon": ([], ("tp2", "ep2")),
+        "flash-lora": (lora, ("tp2", "pp2")),
+    }
 
-    def runs(layouts: dict[str, list[str]]) -> list[Run]:
-        return [
-            (name, [*common, *more.get(name, []), *words, f"out={folder / f'{name}-{layout}'}"])
-            for name in recipes
-            for layout, words in layouts.items()
-        ]
+    def told(name: str, layout: str) -> Run:
+        return name, [*common, *recipes[name][0], *LAYOUTS[layout], f"out={folder / f'{name}-{layout}'}"]
 
-    one = dict(zip(recipes, run_ranks(folder, "one", 1, runs({"one": []})), strict=True))
-    cut = run_ranks(folder, "two", 2, runs(LAYOUTS))
-    for (name, words), losses in zip(runs(LAYOUTS), cut, strict=True):
+    one = dict(zip(recipes, run_ranks(folder, "one", 1, [told(name, "one") for name in recipes]), strict=True))
+    cut = [(name, layout) for name, (_, layouts) in recipes.items() for layout in layouts]
+    found = run_ranks(folder, "two", 2, [told(name, layout) for name, layout in cut])
+    for (name, layout), losses in zip(cut, found, strict=True):
         # The first is the same model; each step moves it by gradients that agree to 1e-4.
-        assert losses[0] == pytest.approx(one[name][0], rel=1e-5), words
-        assert losses == pytest.approx(one[name], rel=2e-4), words
+        assert losses[0] == pytest.approx(one[name][0], rel=1e-5), (name, layout)
+        assert losses == pytest.approx(one[name], rel=2e-4), (name, layout)
 
 
 def test_resumed_at_ep2_pp2_bit_for_bit_and_at_another_layout_nearly(start: Path, text: Path) -> None:
@@ -91,13 +93,12 @@ def test_resumed_at_ep2_pp2_bit_for_bit_and_at_another_layout_nearly(start: Path
     losses = run_ranks(folder, "begin", 4, told)[0]
     shutil.rmtree(first / "iter_0000006")
     (first / "latest_checkpointed_iteration.txt").write_text("3")
-    for name in ("again", "dp2", "one"):
+    for name in ("again", "dp2"):
         shutil.copytree(first, folder / name)
     again = run_ranks(folder, "again", 4, [("flash-pretrain", [*four, f"out={folder / 'again'}"])])[0]
     assert again == losses[3:]
     assert contents(folder / "again" / "iter_0000006") == contents(whole / "iter_0000006")
     assert [line["step"] for line in log(folder / "again")] == [1, 2, 3, 4, 5, 6]
-    for name, world in (("dp2", 2), ("one", 1)):
-        other = run_ranks(folder, f"resume-{name}", world, [("flash-pretrain", [*words, f"out={folder / name}"])])[0]
-        assert other[0] == pytest.approx(losses[3], rel=1e-5)
-        assert other == pytest.approx(losses[3:], rel=2e-4)
+    other = run_ranks(folder, "resume-dp2", 2, [("flash-pretrain", [*words, f"out={folder / 'dp2'}"])])[0]
+    assert other[0] == pytest.approx(losses[3], rel=1e-5)
+    assert other == pytest.approx(losses[3:], rel=2e-4)

@@ -23,6 +23,7 @@ from ..run_config import FILE as RUN_CONFIG
 from ..run_config import run_config
 from ..store.megatron import TRACKER
 from ..store.torch_dist import find_iteration
+from .adapters import sharded_adapters
 from .model import DeepSeekV4Model
 from .optimizer_state import SHARDING, load_state, sharded_state, steps_made
 
@@ -143,8 +144,6 @@ def load_checkpoint(model: Chunks, checkpoint: Path | str, optimizer: Any = None
 
 
 def _state(chunks: Sequence[DeepSeekV4Model], optimizer: Any, loading: bool, adapters: bool) -> dict[str, Any]:
-    from .adapters import sharded_adapters
-
     metadata = SHARDING | {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     state: dict[str, Any] = (
         {_ADAPTERS: sharded_adapters(chunks)}

@@ -49,6 +49,8 @@ def forward_backward(
 ) -> list[Tensor]:
     """Run micro-batches forward and backward; gradients add up, averaged over the micro-batches.
 
+    With `calculate_per_token_loss` they are averaged over the weights of all labels of all ranks instead.
+
     Args:
         chunks: this rank's chunks, as `build_chunks` made them, wrapped or not.
         batches: micro-batches of one shape; every rank of a pipeline passes the same.
@@ -92,9 +94,13 @@ def _step(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Any
         cu_seqlens=batch.cu_seqlens,
     )
 
-    def mean_loss(losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def mean_loss(losses: Tensor) -> Any:
         weights = torch.ones_like(losses) if batch.loss_mask is None else batch.loss_mask
-        loss = (losses * weights).sum() / weights.sum().clamp(min=1)
-        return loss, {"loss": loss.detach().clone()}  # megatron divides `loss` by the micro-batches in place
+        total, count = (losses * weights).sum(), weights.sum()
+        # Cloned: megatron divides what it gets in place.
+        shown = {"loss": (total / count.clamp(min=1)).detach().clone()}
+        if get_model_config(model).calculate_per_token_loss:
+            return total, count.int(), shown
+        return total / count.clamp(min=1), shown
 
     return output, mean_loss

@@ -1,15 +1,15 @@
 """Training samples from megatron-core's indexed datasets: blended, split, shuffled, documents kept apart.
 
 megatron-core builds the indices (which documents, in which order, cut where) and reads the tokens; here
-are what it leaves to its callers: the checks, the end-of-document rules and the order of batches.
+are what it leaves to its callers: the checks and the end-of-document rules.
 """
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -290,70 +290,3 @@ def _check_shares(held: Sequence[_Held], shares: Sequence[Any], samples: Sequenc
                     f"building datasets: {one.prefix} has {one.documents} documents, and the split leaves none of them "
                     f"for {name}; give {name} a larger share, or ask for no {name} samples"
                 )
-
-
-class Batch(NamedTuple):
-    """A micro-batch.
-
-    Attributes:
-        tokens: [b, s] int64; [1, b*s], rows one behind another, where documents are kept apart.
-        labels: the same shape.
-        loss_mask: the same shape, float32.
-        cu_seqlens: [documents + 1] int32, boundaries of all rows' documents; None where rows are whole.
-    """
-
-    tokens: Tensor
-    labels: Tensor
-    loss_mask: Tensor
-    cu_seqlens: Tensor | None
-
-
-def collate(samples: Sequence[dict[str, Tensor]], apart: bool) -> Batch:
-    """Samples as the model takes them."""
-    tokens, labels, mask = (torch.stack([s[name] for s in samples]) for name in ("tokens", "labels", "loss_mask"))
-    if not apart:
-        return Batch(tokens, labels, mask, None)
-    length = tokens.shape[1]
-    ends = [s["cu_seqlens"][1:] + row * length for row, s in enumerate(samples)]
-    cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int32), *ends])
-    return Batch(tokens.view(1, -1), labels.view(1, -1), mask.view(1, -1), cu_seqlens)
-
-
-def batches(
-    dataset: PretrainingDataset,
-    consumed_samples: int,
-    micro_batch_size: int,
-    data_parallel_rank: int = 0,
-    data_parallel_size: int = 1,
-) -> Iterator[Batch]:
-    """Micro-batches of one data-parallel rank, from where a run stopped to the end of the samples.
-
-    Sample `consumed_samples + k` is the next that no rank has had: what a step trains on depends on
-    that number only, at any micro-batch size and number of ranks. What does not fill a micro-batch of
-    every rank at the end is left out.
-
-    Args:
-        dataset: the samples, in order.
-        consumed_samples: those that all ranks together have had.
-        micro_batch_size: rows of a micro-batch.
-        data_parallel_rank: this rank's number.
-        data_parallel_size: ranks.
-
-    Raises:
-        BridgeError: fewer samples than were had, or numbers out of range.
-    """
-    numbers = (consumed_samples, micro_batch_size - 1, data_parallel_rank, data_parallel_size - 1 - data_parallel_rank)
-    if min(numbers) < 0:
-        raise BridgeError(
-            f"reading batches: consumed_samples {consumed_samples}, micro_batch_size {micro_batch_size}, "
-            f"rank {data_parallel_rank} of {data_parallel_size}"
-        )
-    if consumed_samples > len(dataset):
-        raise BridgeError(f"reading batches: {consumed_samples} samples were had, the dataset has {len(dataset)}")
-    return _batches(dataset, consumed_samples, micro_batch_size, data_parallel_rank, data_parallel_size)
-
-
-def _batches(dataset: PretrainingDataset, had: int, rows: int, rank: int, ranks: int) -> Iterator[Batch]:
-    for start in range(had, len(dataset) - rows * ranks + 1, rows * ranks):
-        first = start + rank * rows
-        yield collate([dataset[i] for i in range(first, first + rows)], dataset.apart)

@@ -1,5 +1,6 @@
 """Rows in an order that depends only on how many were consumed, and micro-batches made of them."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,9 @@ import torch
 from ..errors import BridgeError
 from ..mcore.schedule import Batch
 from ..spec import ModelSpec
+from ..store.megatron import looks_megatron
+from ..store.torch_dist import find_iteration
+from ..text import TOKENIZER
 from .datasets import PretrainingDataset, build_pretraining_datasets
 from .recipe import Recipe
 
@@ -155,6 +159,7 @@ def make_feeds(recipe: Recipe, spec: ModelSpec, rows: int, valid_rows: int) -> t
         "seed": data.seed,
         "cache": Path(data.cache or Path(recipe.out) / "samples"),
         "apart": data.documents_apart,
+        "tokenizer_sha256": _tokenizer_of(recipe),
     }
     if data.valid:
         train, _, _ = build_pretraining_datasets(data.train, samples=(rows, 0, 0), split="1,0,0", **build)
@@ -164,15 +169,26 @@ def make_feeds(recipe: Recipe, spec: ModelSpec, rows: int, valid_rows: int) -> t
             data.train, samples=(rows, valid_rows, 0), split=data.split if valid_rows else "1,0,0", **build
         )
     assert train is not None
-    return _texts(recipe, train), None if valid is None else _texts(recipe, valid)
+    return text_feed(train), None if valid is None else text_feed(valid)
 
 
-def _texts(recipe: Recipe, rows: PretrainingDataset) -> Feed:
+def text_feed(rows: PretrainingDataset) -> Feed:
+    """The samples as they come: megatron-core has shuffled them."""
+
     def row(number: int) -> Row:
         sample = rows[number]
         return Row(sample["tokens"], sample["labels"], sample["loss_mask"], sample["cu_seqlens"])
 
-    return Feed(len(rows), row, False, recipe.data.seed, recipe.data.documents_apart)
+    return Feed(len(rows), row, False, 0, rows.apart)
+
+
+def _tokenizer_of(recipe: Recipe) -> str | None:
+    """Digest of the tokenizer.json that the start has beside its weights; None where it has none."""
+    start = Path(recipe.start)
+    if recipe.start and looks_megatron(start):
+        start = find_iteration(start)[0] / "hf"
+    file = start / TOKENIZER
+    return hashlib.sha256(file.read_bytes()).hexdigest() if recipe.start and file.is_file() else None
 
 
 def _chats(recipe: Recipe, spec: ModelSpec, where: Sequence[str]) -> Feed:
@@ -180,7 +196,7 @@ def _chats(recipe: Recipe, spec: ModelSpec, where: Sequence[str]) -> Feed:
 
     if len(where) != 1:
         raise BridgeError(f"reading chats: {len(where)} folders ({', '.join(where)}), expected one")
-    packs, length = open_chat_data(Path(where[0])), recipe.data.seq_length
+    packs, length = open_chat_data(Path(where[0]), _tokenizer_of(recipe)), recipe.data.seq_length
     if packs.seq_length > length:
         raise BridgeError(
             f"reading chats {where[0]}: packs of up to {packs.seq_length} tokens, data.seq_length is {length}; "

@@ -23,15 +23,16 @@ from ..errors import BridgeError
 from ..mcore.checkpoints import Saver, load_checkpoint
 from ..mcore.metrics import collect
 from ..mcore.runtime import device
-from ..mcore.schedule import forward_backward
+from ..mcore.schedule import Batch, forward_backward
 from ..spec import ModelSpec
 from ..store.megatron import TRACKER
 from ..store.torch_dist import find_iteration
 from .choosing import dump, load, values
 from .feed import Feed, make_feeds
+from .flops import Lora, flops_per_token
 from .peaks import mfu, peak_named, peak_tflops
 from .recipe import Recipe
-from .setup import Trainer, make_trainer
+from .setup import Trainer, lora_of, make_trainer
 from .telling import Teller, Watch
 
 PROGRESS = "training.json"
@@ -172,9 +173,8 @@ def _step(trainer: Trainer, feed: Feed, state: State, size: int) -> dict[str, fl
     for chunk in trainer.wrapped:
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
-    batches = feed.batches(state.rows, size, recipe.batch.micro, trainer.rank, trainer.ranks)
-    losses = forward_backward(trainer.wrapped, [_to_device(b) for b in batches])
-    loss = _mean(losses)
+    batches = [_to_device(b) for b in feed.batches(state.rows, size, recipe.batch.micro, trainer.rank, trainer.ranks)]
+    loss = _mean(forward_backward(trainer.wrapped, batches), batches, recipe.losses.per_token)
     _, norm, _ = trainer.optimizer.step()
     counted = collect(trainer.wrapped)
     rate = trainer.optimizer.param_groups[0]["lr"]
@@ -205,21 +205,21 @@ def _validate(trainer: Trainer, feed: Feed) -> float:
     rows = _valid_rows(trainer)
     for chunk in trainer.wrapped:
         chunk.eval()
-    batches = feed.batches(0, rows, recipe.batch.micro, trainer.rank, trainer.ranks)
+    batches = [_to_device(b) for b in feed.batches(0, rows, recipe.batch.micro, trainer.rank, trainer.ranks)]
     with torch.no_grad():
-        losses = forward_backward(trainer.wrapped, [_to_device(b) for b in batches], forward_only=True)
+        losses = forward_backward(trainer.wrapped, batches, forward_only=True)
     for chunk in trainer.wrapped:
         chunk.train()
     collect(trainer.wrapped)  # what validation counted is no part of the next step
-    return _mean(losses)
+    return _mean(losses, batches, recipe.losses.per_token)
 
 
-def _mean(losses: list[torch.Tensor]) -> float:
-    """Of all micro-batches of all ranks, on every rank."""
-    where = losses[0].device if losses else device()
-    total = torch.zeros(2, dtype=torch.float64, device=where)
-    for loss in losses:
-        total += torch.stack([loss.double(), torch.ones_like(loss, dtype=torch.float64)])
+def _mean(losses: list[torch.Tensor], batches: list[Batch], per_token: bool) -> float:
+    """Of all micro-batches of all ranks, or of their learned tokens, on every rank."""
+    total = torch.zeros(2, dtype=torch.float64, device=device())
+    for loss, batch in zip(losses, batches, strict=False):  # stages other than the last have no losses
+        weight = batch.loss_mask.sum().double() if per_token and batch.loss_mask is not None else total.new_ones(())
+        total += torch.stack([loss.double() * weight, weight])
     groups: tuple[Any, ...] = (
         parallel_state.get_pipeline_model_parallel_group(),
         parallel_state.get_data_parallel_group(),
@@ -290,10 +290,9 @@ class _Speed:
     """Tokens a second, TFLOP/s and MFU of a step."""
 
     def __init__(self, trainer: Trainer):
-        from .flops import flops_per_token
-
         recipe, self._world = trainer.recipe, trainer.world
-        self._flops = flops_per_token(trainer.spec, recipe.data.seq_length)
+        lora = Lora(recipe.lora.rank, lora_of(recipe).keys) if recipe.lora.rank else None
+        self._flops = flops_per_token(trainer.spec, recipe.data.seq_length, lora=lora)
         name = recipe.log.gpu or (torch.cuda.get_device_name() if torch.cuda.is_available() else "")
         self._peak = peak_named(recipe.log.gpu) if recipe.log.gpu else peak_tflops(name) if name else None
 
@@ -340,7 +339,7 @@ def _any_rank(mine: bool) -> bool:
     return bool(asked.item())
 
 
-def _to_device(batch: Any) -> Any:
+def _to_device(batch: Batch) -> Batch:
     if not torch.cuda.is_available():
         return batch
     moved = {k: v.cuda(non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in vars(batch).items()}

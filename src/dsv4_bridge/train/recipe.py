@@ -165,6 +165,8 @@ class Losses:
         indexer: frozen; warmup: attention is dense, and the indexers alone learn, on all blocks; sparse: they
             learn along with the model, on the blocks that they chose.
         indexer_weight: weight of the indexer's own loss.
+        per_token: average over all learned tokens of a step, so that it does not matter how chats are packed;
+            otherwise over each micro-batch, and over these.
     """
 
     mtp: float = fact(0.3, REPORT)
@@ -173,6 +175,7 @@ class Losses:
     bias_update: float = fact(1e-3, REPORT)
     indexer: str = fact("frozen", "released models are fine-tuned so; see the page on objectives")
     indexer_weight: float = fact(0.01, BRIDGE)
+    per_token: bool = fact(False, OURS)
 
 
 @dataclass(frozen=True)

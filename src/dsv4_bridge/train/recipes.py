@@ -57,6 +57,7 @@ _FINETUNE: Differences = {
     "schedule.decay": ("cosine", f"{BRIDGE}: sft"),
     "schedule.decay_steps": (0, f"{BRIDGE}: sft"),
     "losses.mtp": (0.1, f"{BRIDGE}: sft"),
+    "losses.per_token": (True, f"{OURS}: every learned token counts alike"),
     "losses.mtp_late": (None, OURS),
     "losses.balance": (0.0, f"{BRIDGE}: aux loss 0"),
     "losses.bias_update": (0.0, f"{OURS}: released biases stay as they are"),

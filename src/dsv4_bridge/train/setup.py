@@ -13,7 +13,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import is_te_min_version
 
 from ..errors import BridgeError
+from ..lora import Lora
 from ..mcore import Parallel, initialize, load_weights
+from ..mcore.adapters import add_adapters
 from ..mcore.indexer_phase import indexer_settings, set_trained
 from ..mcore.model import DeepSeekV4Model, build_chunks
 from ..mcore.whole_optimizer import whole_optimizer
@@ -94,10 +96,7 @@ def make_trainer(recipe: Recipe, spec: ModelSpec, world: int, *, fresh: bool = T
         if not recipe.start:
             initialize_weights(chunks, recipe.model.initial_seed, spec.initializer_range or 0.02)
     if recipe.lora.rank:
-        from ..mcore.adapters import Lora, add_adapters
-
-        lora = recipe.lora
-        add_adapters(chunks, Lora(lora.rank, lora.alpha, lora.dropout, lora.targets, lora.dora, recipe.seed))
+        add_adapters(chunks, lora_of(recipe))
     set_trained(chunks, recipe.losses.indexer)
     wrapped = _wrap(recipe, chunks)
     optimizer, notes = _optimizer(recipe, chunks, wrapped)
@@ -112,6 +111,12 @@ def make_trainer(recipe: Recipe, spec: ModelSpec, world: int, *, fresh: bool = T
         parallel_state.get_data_parallel_world_size(),
         notes,
     )
+
+
+def lora_of(recipe: Recipe) -> Lora:
+    """The adapters of a recipe."""
+    lora = recipe.lora
+    return Lora(lora.rank, lora.alpha, lora.dropout, lora.targets, lora.dora, recipe.seed)
 
 
 def check_layout(recipe: Recipe, spec: ModelSpec, world: int) -> int:
@@ -145,7 +150,14 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
         "mtp_loss_scaling_factor": losses.mtp,
         "moe_router_bias_update_rate": losses.bias_update,
         "csa_dense_attention": model.dense_attention,
+        "calculate_per_token_loss": losses.per_token,
     } | indexer_settings(losses.indexer, losses.indexer_weight)
+    if losses.per_token and (losses.balance or losses.indexer != "frozen"):
+        raise BridgeError(
+            f"training with recipe {recipe.name}: losses.per_token weighs micro-batches by their learned tokens, and "
+            "the balance and indexer losses do not; set losses.balance=0 and losses.indexer=frozen, or "
+            "losses.per_token=false"
+        )
     if losses.balance:
         found |= {"moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": losses.balance}
     if model.recompute == "full":

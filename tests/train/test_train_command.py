@@ -1,0 +1,173 @@
+"""`dsv4 recipes` and `dsv4 train`: what they print, chats end to end, every recipe in the smallest."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from training import SMALL, log, make_start, make_text, run
+from typer.testing import CliRunner
+
+from dsv4_bridge import BridgeError, cli_data, cli_train  # noqa: F401 - the verbs
+from dsv4_bridge.cli import app
+from dsv4_bridge.train.choosing import choose, dump, load, values
+from dsv4_bridge.train.recipes import RECIPES
+
+pytestmark = pytest.mark.megatron
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_start(tmp_path_factory.mktemp("command"))
+
+
+@pytest.fixture(scope="module")
+def text(start: Path) -> Path:
+    return make_text(start.parent, start)
+
+
+def make_chats(folder: Path, tokenizer: Path, *words: str) -> Path:
+    """Short conversations, packed."""
+    said = [(f"{a} and {b}?", f"It is {a + b}" + "." * a) for a in range(3) for b in range(4)]
+    rows = [
+        {
+            "enable_thinking": False,
+            "messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}],
+        }
+        for asked, answer in said
+    ]
+    (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = ["data", str(folder / "chats.jsonl"), str(folder / "chats"), "--tokenizer", str(tokenizer), *words]
+    done = CliRunner().invoke(app, args)
+    assert done.exit_code == 0, done.output
+    return folder / "chats"
+
+
+# ---------------------------------------------------------------- recipes
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_recipe_prints_every_value_with_its_source(name: str) -> None:
+    printed = json.loads(CliRunner().invoke(app, ["recipes", name, "--json"]).stdout)
+    chosen = choose(name)
+    assert printed["values"].keys() == values(chosen.recipe).keys()
+    for key, value in values(chosen.recipe).items():
+        found = printed["values"][key]
+        assert found["value"] == (list(value) if isinstance(value, tuple) else value)
+        assert found["source"] and found["source"] == chosen.sources[key]
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_recipe_survives_yaml(name: str, tmp_path: Path) -> None:
+    chosen = choose(name, ["optimizer.lr=3e-6", "data.train=0.3 a 0.7 b", "losses.mtp_late=null"]).recipe
+    (tmp_path / "own.yaml").write_text(dump(chosen))
+    assert load(tmp_path / "own.yaml").recipe == chosen == choose(str(tmp_path / "own.yaml")).recipe
+    assert chosen.optimizer.lr == 3e-6 and chosen.data.train == ("0.3", "a", "0.7", "b")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["optimizr.lr=1"], r"no 'optimizr\.lr' \(nearest: optimizer\.lr\)"),
+        (["warmup=1"], r"nearest: schedule\.warmup"),
+        (["batch.size=many"], "batch.size is 'many', expected a whole number"),
+        (["batch.size=1.5"], "expected a whole number"),
+        (["model.mtp=3"], "expected true or false"),
+        (["parallel.ep=0"], "expected 1 or more"),
+        (["optimizer.lr=-1"], "expected 0 or more"),
+        (["optimizer.lr=nan"], "optimizer.lr is nan"),
+        (["optimizer.name=sgd"], "expected one of adamw, muon"),
+        (["lr"], "expected key=value"),
+    ],
+)
+def test_words_that_fit_no_recipe(words: list[str], told: str, tmp_path: Path) -> None:
+    with pytest.raises(BridgeError, match=told):
+        choose("flash-pretrain", words)
+    with pytest.raises(BridgeError, match=r"nearest: flash-pretrain\)"):
+        choose("flash-pretrian")
+    (tmp_path / "own.yaml").write_text("name: a\nbatch: {sise: 3}\n")
+    with pytest.raises(BridgeError, match=r"nearest: batch\.size"):
+        choose(str(tmp_path / "own.yaml"))
+
+
+def test_dry_run_plans_the_published_layout() -> None:
+    args = ["train", "flash-finetune", "--dry-run", "--gpu-memory", "80"]
+    done = CliRunner().invoke(app, [*args, "--json"])
+    plan = json.loads(done.stdout)
+    assert done.exit_code == 0 and plan["plan"]["fits"] is True and plan["recipe"]["name"] == "flash-finetune"
+    assert CliRunner().invoke(app, ["train", "flash-finetune", "--dry-run", "--gpu-memory", "40"]).exit_code == 1
+    assert "GiB" in CliRunner().invoke(app, args, env={"COLUMNS": "200"}).stdout
+
+
+# ---------------------------------------------------------------- in the smallest
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_every_recipe_makes_two_steps_in_the_smallest(name: str, text: Path, tmp_path: Path) -> None:
+    args = ["train", name, "--tiny", f"data.train={text}", "data.kind=text", f"out={tmp_path / 'run'}", "--json"]
+    more = ["data.seq_length=40", "log.tensorboard=false"]
+    done = CliRunner().invoke(app, [*args, *more], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["step"] == 2
+    lines = log(tmp_path / "run")
+    assert [line["step"] for line in lines] == [1, 2] and all(math.isfinite(line["loss"]) for line in lines)
+    recipe = choose(name).recipe
+    assert ("mtp_loss" in lines[0]) == ((recipe.model.mtp and recipe.losses.mtp > 0) or recipe.model.mtp)
+    assert ("indexer_loss" in lines[0]) == (recipe.losses.indexer != "frozen")
+    assert ("balance_loss" in lines[0]) == (recipe.losses.balance > 0)
+
+
+def test_chats_are_learned_packed_as_one_by_one(start: Path, tmp_path: Path) -> None:
+    """Losses of packed chats and of the chats one by one, draft block included."""
+    from dsv4_bridge.train.chat.store import open_chat_data
+    from dsv4_bridge.train.feed import chat_row
+
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "alone").mkdir()
+    packed = make_chats(tmp_path / "packed", start, "--seq-length", "160")
+    alone = make_chats(tmp_path / "alone", start, "--seq-length", "160", "--no-pack")
+    data, singles = open_chat_data(packed), open_chat_data(alone)
+    assert len(data) < len(singles) == 12
+    row = chat_row(data[0].tokens, data[0].loss_mask, data[0].cu_seqlens, 160, 1)
+    learned = [t for t, w in zip(row.labels.tolist(), row.loss_mask.tolist(), strict=True) if w]
+    kept = [t for t, m in zip(data[0].tokens.tolist(), data[0].loss_mask.tolist(), strict=True) if m]
+    assert learned == kept
+    common = [
+        f"start={start}",
+        "data.kind=chat",
+        "data.seq_length=160",
+        "batch.micro=1",
+        "schedule.steps=2",
+        "schedule.warmup=0",
+    ]
+    runs = [
+        run("flash-finetune", *common, f"data.train={folder}", f"out={folder}-run", f"batch.size={count}")
+        for folder, count in ((packed, len(data)), (alone, len(singles)))
+    ]
+    # All of the data is one step: the second step's loss shows that the gradients were the same.
+    assert runs[0].losses == pytest.approx(runs[1].losses, rel=2e-5)
+    assert runs[0].losses[1] != pytest.approx(runs[0].losses[0], rel=1e-2)
+
+
+def test_chats_of_another_tokenizer_are_refused(start: Path, tmp_path: Path) -> None:
+    chats = make_chats(tmp_path, start, "--seq-length", "64")
+    facts = json.loads((chats / "chat_data.json").read_text())
+    (chats / "chat_data.json").write_text(json.dumps(facts | {"tokenizer_sha256": "0" * 64}))
+    words = [f"start={start}", "data.kind=chat", f"data.train={chats}", f"out={tmp_path / 'run'}"]
+    with pytest.raises(BridgeError, match="tokens are of another tokenizer"):
+        run("flash-finetune", *words)
+    (chats / "chat_data.json").write_text(json.dumps(facts))
+    with pytest.raises(BridgeError, match=r"packs of up to 64 tokens, data\.seq_length is 48"):
+        run("flash-finetune", *words)
+    with pytest.raises(BridgeError, match="cross from one to another"):
+        run("flash-finetune", *words, "data.seq_length=64", "data.documents_apart=false")
+
+
+def test_command_trains_and_goes_on(start: Path, text: Path, tmp_path: Path) -> None:
+    args = ["train", "flash-pretrain", *SMALL, f"start={start}", f"data.train={text}", f"out={tmp_path / 'run'}"]
+    first = CliRunner().invoke(app, [*args, "schedule.steps=3", "log.every=1"], catch_exceptions=False)
+    assert first.exit_code == 0 and "step 3/3  loss " in first.stdout and "tok/s" in first.stdout
+    second = CliRunner().invoke(app, [*args, "schedule.steps=4", "log.every=1"], catch_exceptions=False)
+    assert "goes on from" in second.stdout and "schedule.steps 3 -> 4" in second.stdout
+    assert "step 4/4" in second.stdout and "step 3/4" not in second.stdout
+    assert [line["step"] for line in log(tmp_path / "run")] == [1, 2, 3, 4]
