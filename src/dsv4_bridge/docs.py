@@ -121,7 +121,7 @@ def _recipes() -> str:
             "",
             "What each run is, at the layout that it was made for. *GiB*: memory of its fullest rank, as `dsv4 plan`",
             "counts it (weights, gradients, optimizer, activations); leave a tenth of a GPU's memory free beside it.",
-            "*learns*: optimizer and peak learning rate. [Training](train.md) says how to start a run and to change it;",
+            "*learns*: optimizer and peak learning rate. [Training](train.md) says how to start and change a run;",
             "`dsv4 recipes NAME` prints every value and where it comes from.",
             "",
             _table(head, rows),

@@ -214,6 +214,8 @@ def _load(path: Path, spec: ModelSpec, dtype: str) -> "DeepSeekV4Model":
         raise BridgeError(f"generating: {error.name} is missing; pip install 'dsv4-bridge[megatron]'") from None
     import torch
 
+    from .mcore.runtime import free_memory
+
     kind = torch.float32 if dtype == "float32" else torch.bfloat16
     ranks = Ranks.from_environment().world
     if ranks > 1:  # each holds a share of the experts, and all of the rest
@@ -221,7 +223,7 @@ def _load(path: Path, spec: ModelSpec, dtype: str) -> "DeepSeekV4Model":
         mcore.initialize(mcore.Parallel(ep=ranks))
     numbers = (item.numel / (1 if item.expert is None else ranks) for item in expand(spec).items)
     size = sum(numbers) * kind.itemsize
-    free, where = _free_memory()
+    free, where = free_memory()
     if size > free:
         hint = "" if dtype == "bf16" else "; --dtype bf16 takes half"
         whose = "a rank" if ranks > 1 else "the model"
@@ -232,15 +234,6 @@ def _load(path: Path, spec: ModelSpec, dtype: str) -> "DeepSeekV4Model":
     model = mcore.build_model(spec, dtype=kind, initialize_weights=False)
     mcore.load_weights(model, path, allow_lossy=True)
     return model.eval()
-
-
-def _free_memory() -> tuple[int, str]:
-    import psutil
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0], "GPU memory"
-    return psutil.virtual_memory().available, "memory"
 
 
 class InOrder:

@@ -31,7 +31,9 @@ def ranks_table(report: RanksReport) -> Group:
     lines = [Text(f"run       {run.mode}, {run.dtype}, {batch}" + (", full recompute" if run.recompute else ""))]
     if run.mode != "inference":
         cut = "cut over data-parallel ranks" if run.distributed_optimizer else "whole on every rank"
-        lines.append(Text(f"          gradients {run.grad_dtype}, Adam with float32 moments and masters, {cut}"))
+        kind = {"adamw": "Adam", "muon": "Muon and Adam"}[run.optimizer]
+        state = f"{kind} with {run.moments_dtype} moments and float32 masters"
+        lines.append(Text(f"          gradients {run.grad_dtype}, {state}, {cut}"))
     if run.mode == "lora":
         lines.append(Text(f"          adapters of rank {run.lora_rank} on the attention's linears, the rest frozen"))
     lines.append(Text(f"layout    {t.layout}"))

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from training import SMALL, contents, log, make_start, make_text, run, unigram_entropy
+from training import SMALL, contents, log, make_start, make_text, recipe, run, small_spec, unigram_entropy
 
 from dsv4_bridge import BridgeError
 from dsv4_bridge.train import loop
@@ -37,7 +37,8 @@ def text(hf: Path) -> Path:
 @pytest.mark.parametrize("name", ["flash-pretrain", "flash-pretrain-muon"])
 def test_fresh_weights_learn_more_than_frequencies(name: str, text: Path, tmp_path: Path) -> None:
     words = ["schedule.steps=80", "batch.size=8", "batch.micro=8", "log.valid_every=80", "log.valid_steps=4"]
-    outcome = run(name, f"out={tmp_path / 'run'}", f"data.train={text}", *words, "optimizer.lr=4e-3")
+    chosen = recipe(name, f"out={tmp_path / 'run'}", f"data.train={text}", *words, "optimizer.lr=4e-3")
+    outcome = loop.train(chosen, small_spec(), 1, lambda _: None)
     assert outcome.losses[0] == pytest.approx(math.log(512), rel=0.05)  # nothing known: all tokens alike
     assert outcome.valid_losses[80] < unigram_entropy(text)
 
@@ -166,6 +167,7 @@ def test_a_loss_that_is_no_number_stops(hf: Path, text: Path, tmp_path: Path) ->
         (["data.train=/nowhere/text"], "/nowhere/text"),
         (["start=/nowhere"], "start=/nowhere: no such folder"),
         (["out="], "out is empty"),
+        (["start="], r"a rank takes [\d,]+\.\d GB .* are free"),
         (["data.seq_length=2000000"], "the model takes"),
     ],
 )

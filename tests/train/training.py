@@ -1,8 +1,9 @@
 """A model small enough to train in a test, and text of the standard library to train it on."""
 
 import argparse
-import ast
+import email
 import json
+import logging
 import math
 from collections import Counter
 from pathlib import Path
@@ -51,8 +52,8 @@ def make_start(folder: Path) -> Path:
 
 def make_text(folder: Path, tokenizer: Path) -> Path:
     """Python's own source as megatron's dataset."""
-    sources = [Path(argparse.__file__), Path(ast.__file__), Path(json.__file__)]
-    return Path(prepare_pretraining(sources, folder / "text", tokenizer, small_spec()).out)
+    sources = [Path(argparse.__file__), *(Path(module.__file__).parent for module in (email, json, logging))]
+    return Path(prepare_pretraining(sources, folder / "text", tokenizer, small_spec(), suffixes=[".py"]).out)
 
 
 def recipe(name: str, *words: str) -> Recipe:

@@ -65,17 +65,10 @@ def add_adapters(model: Chunks, lora: Lora) -> None:
         adapters = {name: LoraAdapter(t, here, lora, chunk) for name, (t, here) in held.items()}
         _attach(chunk, adapters.values())
         setattr(chunk, ADAPTERS, AdapterBank(lora, adapters))
-        if chunk.config.recompute_granularity and chunk.pre_process:
-            # Recomputation begins where an input asks for a gradient, and a frozen embedding does not.
-            chunk.embedding.register_forward_hook(_ask_for_gradient)
 
 
 def _rest(target: Target, found: dict[str, tuple[Place, ...]]) -> tuple[Place, ...]:
     return tuple(place for item in target.items[1:] for place in found[item.name])
-
-
-def _ask_for_gradient(module: torch.nn.Module, args: Any, output: Tensor) -> Tensor:
-    return output.requires_grad_() if torch.is_grad_enabled() and not output.requires_grad else output
 
 
 def _attach(chunk: DeepSeekV4Model, adapters: Iterable[LoraAdapter]) -> None:

@@ -68,6 +68,15 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def free_memory() -> tuple[int, str]:
+    """Bytes that are free where models are built, and what they are of, in words."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0], "GPU memory"
+    import psutil
+
+    return psutil.virtual_memory().available, "memory"
+
+
 def _meet(on_cpu: bool) -> None:
     if not on_cpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

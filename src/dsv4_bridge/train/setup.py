@@ -18,8 +18,9 @@ from ..mcore import Parallel, initialize, load_weights
 from ..mcore.adapters import add_adapters
 from ..mcore.indexer_phase import indexer_settings, set_trained
 from ..mcore.model import DeepSeekV4Model, build_chunks
+from ..mcore.runtime import free_memory
 from ..mcore.whole_optimizer import whole_optimizer
-from ..memory_plan import check_run, make_run_topology
+from ..memory_plan import check_run, make_run_topology, plan_memory
 from ..spec import ModelSpec
 from ..topology import parse_layout
 from .initial import initialize_weights
@@ -74,9 +75,9 @@ def make_trainer(recipe: Recipe, spec: ModelSpec, world: int, *, fresh: bool = T
         BridgeError: a layout, batch or setting that cannot work, before any process group is made; weights that
             cannot be read.
     """
-    check_layout(recipe, spec, world)
-    p = recipe.parallel
+    p, dp = recipe.parallel, check_layout(recipe, spec, world)
     initialize(Parallel(p.tp, p.pp, p.ep, p.etp))
+    _check_memory(recipe, spec, dp)
     layout = parse_layout(p.layout, p.pp, spec) if p.layout else None
     if layout is None and p.pp > 1:
         from ..topology import solve
@@ -140,6 +141,20 @@ def check_layout(recipe: Recipe, spec: ModelSpec, world: int) -> int:
         )
     check_run(spec, topology, run_of(recipe, dp))
     return dp
+
+
+def _check_memory(recipe: Recipe, spec: ModelSpec, dp: int) -> None:
+    """Refuse what this rank has no room for, before it begins to fill the memory."""
+    topology, _ = make_run_topology(spec, layout_sizes(recipe), recipe.parallel.layout or None, dp)
+    stage = plan_memory(spec, topology, dp, run_of(recipe, dp)).stages[
+        parallel_state.get_pipeline_model_parallel_rank()
+    ]
+    free, where = free_memory()
+    if stage.total > free:
+        raise BridgeError(
+            f"training with recipe {recipe.name}: a rank takes {stage.total / 1e9:,.1f} GB (`--dry-run` lists it), and "
+            f"{free / 1e9:,.1f} GB of {where} are free; take more ranks, another layout, or --tiny for a trial"
+        )
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
