@@ -1,7 +1,7 @@
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test check bench format clean
+.PHONY: demo test test-all check bench format clean
 
 # The marker is touched when the environment matches pyproject.toml and constraints.txt.
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -15,6 +15,10 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	$(PY) -m pytest -n 2 --dist loadfile
+
+# Those of many processes or many steps too.
+test-all: $(VENV)/.ready
+	$(PY) -m pytest -n 2 --dist loadfile -m ""
 
 check: $(VENV)/.ready
 	$(VENV)/bin/ruff format --check src tests benchmarks

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# LoRA on Flash: one node of 8 GPUs with 96 GB or more.
+# LoRA on Flash: one node of 8 GPUs with 141 GB.
 #
 #   sbatch flash-lora.sh [key=value ...]
 #

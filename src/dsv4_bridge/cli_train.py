@@ -36,10 +36,8 @@ def recipes(
 def train(
     name: Annotated[str, typer.Argument(help="A recipe, or its YAML file.")],
     changes: Annotated[list[str] | None, typer.Argument(help="key=value, as optimizer.lr=1e-5 out=runs/1.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print every value and the memory of every rank.")] = False,
-    tiny: Annotated[
-        bool, typer.Option("--tiny", help="The same on a tiny model in float32, one rank's layout.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the memory of every rank; start nothing.")] = False,
+    tiny: Annotated[bool, typer.Option("--tiny", help="Two steps of the same on a tiny model, one rank.")] = False,
     gpu_memory: Annotated[float | None, typer.Option("--gpu-memory", help="With --dry-run: GiB of a GPU.")] = None,
     as_json: Json = False,
 ) -> None:

@@ -17,7 +17,7 @@ from dsv4_bridge import make_toy
 from dsv4_bridge.lora import CARRIERS, Lora, adapter_values, targets
 from dsv4_bridge.train.lora_checkpoints import read_adapters
 
-pytestmark = pytest.mark.megatron
+pytestmark = [pytest.mark.megatron, pytest.mark.slow]
 
 RUN: dict[str, Any] = {"batch": 2, "length": 24, "seeds": [1, 2]}
 ALL = {"rank": 4, "alpha": 12.0, "targets": CARRIERS}

@@ -11,7 +11,7 @@ from reference import draft_spec
 from dsv4_bridge import make_toy
 from dsv4_bridge.spec import replace_spec
 
-pytestmark = pytest.mark.megatron
+pytestmark = [pytest.mark.megatron, pytest.mark.slow]
 
 SETTINGS: dict[str, Any] = {
     "moe_router_load_balancing_type": "seq_aux_loss",

@@ -19,7 +19,7 @@ from dsv4_bridge.spec import ModelSpec, replace_spec
 from dsv4_bridge.store.hf import open_hf
 from dsv4_bridge.topology import solve
 
-pytestmark = pytest.mark.megatron
+pytestmark = [pytest.mark.megatron, pytest.mark.slow]
 
 # Rows over all ranks, and tokens a row: with no block of 128 tokens, and with one and a rest.
 SHAPES = ((4, 72), (2, 136))

@@ -81,6 +81,7 @@ def test_every_layout_makes_the_steps_of_one_rank(start: Path, text: Path) -> No
         assert losses == pytest.approx(one[name], rel=2e-4), (name, layout)
 
 
+@pytest.mark.slow
 def test_resumed_at_ep2_pp2_bit_for_bit_and_at_another_layout_nearly(start: Path, text: Path) -> None:
     folder = start.parent
     words = [f"start={start}", f"data.train={text}", "schedule.steps=6"]

@@ -67,7 +67,8 @@ def run(name: str, *words: str) -> Outcome:
 
 
 def log(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    lines = (out / "log.jsonl").read_text().split("\n")[:-1]  # behind the last newline a line may be half written
+    return [json.loads(line) for line in lines]
 
 
 def unigram_entropy(prefix: Path) -> float:

@@ -97,6 +97,9 @@ def train(recipe: Recipe, spec: ModelSpec, world: int, say: Callable[[str], None
     talk = say if first else _silent
     saver = Saver(out, recipe.checkpoint.keep, recipe.checkpoint.background, adapters=bool(recipe.lora.rank))
     state = _resume(trainer, out, talk) if resumes else State()
+    if state.step >= recipe.schedule.steps:
+        talk(f"step {state.step} of {recipe.schedule.steps} is made already: nothing to do")
+        return Outcome(state, checkpoint=saver.last)
     train_feed, valid_feed = make_feeds(recipe, spec, _rows_of(recipe), _valid_rows(trainer))
     if first:
         out.mkdir(parents=True, exist_ok=True)

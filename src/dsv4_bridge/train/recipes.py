@@ -76,7 +76,7 @@ _LORA: Differences = {
     "lora.rank": (32, f"{BRIDGE}: peft"),
     "model.experts": ("grouped", OURS),
     "parallel.pp": (1, f"{OURS}: by dsv4 plan"),
-    "parallel.gpus": (8, f"{OURS}: by dsv4 plan, for 96 GB and more; with 80 GB parallel.ep=16 on 16 GPUs"),
+    "parallel.gpus": (8, f"{OURS}: by dsv4 plan, for 141 GB; with 80 GB parallel.ep=16 on 16 GPUs"),
 }
 
 RECIPES: dict[str, tuple[str, tuple[Differences, ...]]] = {

@@ -8,9 +8,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.utils import is_te_min_version
 
 from ..errors import BridgeError
 from ..lora import Lora
@@ -198,12 +198,17 @@ def _distributed(recipe: Recipe) -> bool:
     return recipe.optimizer.distributed and recipe.optimizer.name == "adamw"
 
 
+def _precise(recipe: Recipe) -> bool:
+    """Whether AdamW's moments can have the narrow type that the recipe says."""
+    narrow = recipe.optimizer.moments_dtype == "bf16" and recipe.model.dtype == "bf16"
+    return narrow and _distributed(recipe) and HAVE_TE
+
+
 def _optimizer(recipe: Recipe, chunks: list[DeepSeekV4Model], wrapped: list[Any]) -> tuple[Any, tuple[str, ...]]:
     o, notes = recipe.optimizer, []
     bf16 = recipe.model.dtype == "bf16"
-    precise = o.name == "adamw" and o.moments_dtype == "bf16" and bf16 and _distributed(recipe)
-    if precise and not is_te_min_version("1.0", check_equality=False):
-        precise = False
+    precise = _precise(recipe)
+    if o.name == "adamw" and o.moments_dtype == "bf16" and bf16 and not precise:
         notes.append("AdamW's moments are float32: types below need Transformer Engine, which is not installed")
     config = OptimizerConfig(
         optimizer="adam",
