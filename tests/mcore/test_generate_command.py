@@ -2,7 +2,10 @@
 
 import io
 import json
+import os
 import shutil
+import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +15,7 @@ import pytest
 import torch
 
 from conftest import dsv4
-from dsv4_bridge import BridgeError, generating
+from dsv4_bridge import BridgeError
 from dsv4_bridge.cli import main
 from dsv4_bridge.generating import Ask, InOrder, generate
 from dsv4_bridge.mcore import build_model, load_weights
@@ -201,10 +204,29 @@ def test_unusable_checkpoints(run: Command, toy_flash: Path, tmp_path: Path) -> 
 
 
 def test_too_little_memory_is_said_before_anything_is_loaded(toy_flash: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generating, "_free_memory", lambda: (10_000_000, "memory"))
+    monkeypatch.setattr("dsv4_bridge.mcore.runtime.free_memory", lambda: (10_000_000, "memory"))
     message = r"takes 0\.0 GB in float32, and 0\.0 GB of memory are free; --dtype bf16 takes half"
     with pytest.raises(BridgeError, match=message):
         generate(toy_flash, Ask(texts=["a"]))
+
+
+def test_ranks_with_a_share_of_the_experts_each_say_what_one_says(toy_flash: Path) -> None:
+    def start(rank: int, world: int, port: int) -> "subprocess.Popen[str]":
+        places = {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        command = [sys.executable, "-W", "ignore", "-m", "dsv4_bridge", "generate", str(toy_flash), "--json"]
+        command += ["--prompt-ids", "5,6,7,8,9", "--max-new-tokens", "6"]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, env=os.environ | places, stdout=pipe, stderr=pipe, text=True)
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    two = [start(rank, 2, port) for rank in range(2)]
+    (first, second), one = [process.communicate(timeout=200) for process in two], start(0, 1, port).communicate()
+    assert [process.returncode for process in two] == [0, 0], first[1] + second[1]
+    assert second[0] == ""
+    ids = json.loads(first[0])["continuations"][0]["ids"]
+    assert ids == json.loads(one[0])["continuations"][0]["ids"] and len(ids) > 1
 
 
 def test_missing_megatron_is_said(toy_flash: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from dsv4_bridge import make_toy
 from dsv4_bridge.spec import replace_spec
 from dsv4_bridge.store.hf import open_hf
 
-pytestmark = pytest.mark.megatron
+pytestmark = [pytest.mark.megatron, pytest.mark.slow]
 
 RUN: dict[str, Any] = {"batch": 4, "length": 136, "seeds": [1, 2]}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -91,7 +91,6 @@ def test_trap_59_a_missing_reduction_would_be_seen(stepped: dict[str, list[Any]]
         assert held and all(gradients[n].norm() > 1e-6 for n in held), name
 
 
-@pytest.mark.slow
 def test_saved_at_any_layout_and_resumed_at_any_other(toy: Path, stepped: dict[str, list[Any]]) -> None:
     """Weights and optimizer state: the next step's losses, gradient norm and weights do not depend on the layout.
 
@@ -128,7 +127,7 @@ def _targets(source: str) -> list[str]:
     return list({"one": None, EXCHANGED[(at + 1) % len(EXCHANGED)]: None})
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world", [2, 4])
 def test_stream_at_every_layout_gives_the_folder_back(toy: Path, world: int) -> None:
     names = [n for n in CUT if LAYOUTS[n][0] == world and "-" not in n]
     settings = {"settings": {"dtype": "bfloat16"}}

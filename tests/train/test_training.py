@@ -34,7 +34,7 @@ def text(hf: Path) -> Path:
 # ---------------------------------------------------------------- learning
 
 
-@pytest.mark.parametrize("name", ["flash-pretrain", "flash-pretrain-muon"])
+@pytest.mark.parametrize("name", ["flash-pretrain", pytest.param("flash-pretrain-muon", marks=pytest.mark.slow)])
 def test_fresh_weights_learn_more_than_frequencies(name: str, text: Path, tmp_path: Path) -> None:
     words = ["schedule.steps=40", "batch.size=8", "batch.micro=8", "log.valid_every=40", "log.valid_steps=4"]
     chosen = recipe(name, f"out={tmp_path / 'run'}", f"data.train={text}", *words, "optimizer.lr=4e-3")
