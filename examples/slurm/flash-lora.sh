@@ -11,7 +11,8 @@
 #SBATCH --cpus-per-task=8
 #SBATCH --exclusive
 #SBATCH --time=24:00:00
-# Five minutes before the end every rank is told to save; --requeue starts the same command, which goes on.
+# Five minutes before the end every rank is told to save and stops; submitting the same again goes on from there, and
+# so does --requeue behind the failure of a node.
 #SBATCH --signal=TERM@300
 #SBATCH --requeue
 set -euo pipefail
