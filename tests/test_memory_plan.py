@@ -17,6 +17,7 @@ from dsv4_bridge.activations import Shape, chunk_bytes, in_flight, layer_bytes
 from dsv4_bridge.cli import main
 from dsv4_bridge.fitting import USABLE, search
 from dsv4_bridge.items import expand
+from dsv4_bridge.lora import CARRIERS, Lora, adapter_values
 from dsv4_bridge.memory_plan import Run, make_run_topology, plan_memory
 from dsv4_bridge.pieces import Coordinate, make_topology, pieces
 from dsv4_bridge.planning_ranks import GIB, Asked, plan_ranks
@@ -63,9 +64,9 @@ def test_parameters_are_those_of_every_piece(name: str, tp: int, pp: int, ep: in
     spec = tiny(VARIANTS[name])
     topology = make_topology(spec, tp, pp, ep, etp, vp=vp)
     for rank in range(pp):
-        found = chunk_part(spec, topology.layout, rank, topology, 8)
+        found = chunk_part(spec, topology.layout, rank, topology, Lora(8))
         for number in range(rank + pp, pp * vp, pp):
-            found += chunk_part(spec, topology.layout, number, topology, 8)
+            found += chunk_part(spec, topology.layout, number, topology, Lora(8))
         first, last = Coordinate(0, rank, 0, 0), Coordinate(tp - 1, rank, ep - 1, etp - 1)
         want = counted(spec, tp, pp, ep, etp, vp, first)
         assert want == counted(spec, tp, pp, ep, etp, vp, last)  # one line stands for all ranks of a stage
@@ -81,7 +82,7 @@ def test_one_rank_has_the_published_parameters() -> None:
 def test_bytes_follow_from_the_counts() -> None:
     spec = tiny(VARIANTS["Flash"])
     topology, dp = make_run_topology(spec, ONE | {"ep": 2}, dp=6)
-    part = chunk_part(spec, topology.layout, 0, topology, 4)
+    part = chunk_part(spec, topology.layout, 0, topology, None)
     plain, wide = part.dense.plain, part.dense.wide
     (full,) = plan_memory(spec, topology, dp, Run()).stages
     assert full.weights == 2 * (plain + part.expert.plain) + 4 * (wide + part.dense.buffers)
@@ -93,7 +94,7 @@ def test_bytes_follow_from_the_counts() -> None:
     assert small.gradients == 2 * (plain + part.expert.plain) + 4 * wide
     (copied,) = plan_memory(spec, topology, dp, Run(distributed_optimizer=False)).stages
     assert copied.optimizer == 12 * (plain + part.expert.plain) + 8 * wide
-    (lora,) = plan_memory(spec, topology, dp, Run(mode="lora", lora_rank=4)).stages
+    (lora,) = plan_memory(spec, topology, dp, Run(mode="lora", lora=Lora(4, targets=("attn",)))).stages
     hidden, heads = spec.hidden_size, spec.num_attention_heads * spec.head_dim
     grouped = spec.o_groups * spec.o_lora_rank
     ends = (
@@ -103,10 +104,17 @@ def test_bytes_follow_from_the_counts() -> None:
         grouped + heads // spec.o_groups,
         hidden + grouped,
     )
-    adapters = 4 * sum(ends) * (spec.num_hidden_layers + spec.mtp_layers)
+    adapters = 4 * sum(ends) * spec.num_hidden_layers  # the draft block has none
     assert lora.weights == full.weights + 2 * adapters
     assert (lora.gradients, lora.optimizer) == (4 * adapters, 2 * adapters)
     assert lora.activations < full.activations
+    everything = Lora(3, targets=CARRIERS)
+    (wide,) = plan_memory(spec, topology, dp, Run(mode="lora", lora=everything)).stages
+    (dora,) = plan_memory(spec, topology, dp, Run(mode="lora", lora=Lora(3, dora=True))).stages
+    shared = replace_spec(spec, n_routed_experts=spec.n_routed_experts // topology.ep)
+    assert wide.weights == full.weights + 2 * adapter_values(shared, everything)
+    assert dora.weights == full.weights + 2 * adapter_values(spec, Lora(3, dora=True))
+    assert lora.activations < wide.activations
     (still,) = plan_memory(spec, topology, dp, Run(mode="inference")).stages
     assert (still.weights, still.gradients, still.optimizer, still.activations) == (full.weights, 0, 0, 0)
     assert still.cache > 0
@@ -251,8 +259,8 @@ def test_a_written_layout_is_planned_as_written(
     assert [stage["chunks"] for stage in plan["stages"]] == [["Et*11"], ["t*11"], ["t*11"], ["t*10mL"]]
     # The last stage has a copy of the embedding, for MTP.
     topology, _ = make_run_topology(FLASH, ONE | {"pp": 4}, "Et*11|t*11|t*11|t*10mL")
-    last = chunk_part(FLASH, topology.layout, 3, topology, 1)
-    alone = chunk_part(FLASH.without_draft(), make_topology(FLASH.without_draft(), pp=4).layout, 3, topology, 1)
+    last = chunk_part(FLASH, topology.layout, 3, topology, Lora(1))
+    alone = chunk_part(FLASH.without_draft(), make_topology(FLASH.without_draft(), pp=4).layout, 3, topology, Lora(1))
     assert last.dense.plain - alone.dense.plain > FLASH.vocab_size * FLASH.hidden_size
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+from .lora import Lora
 from .spec import ModelSpec
 from .topology import Chunk
 
@@ -29,7 +30,7 @@ class Shape:
         tp: tensor-parallel ranks; sequence parallelism goes with them.
         etp: expert-tensor-parallel ranks.
         recompute: full recompute: a layer keeps its input only.
-        lora: rank of adapters on frozen attention weights; 0: all weights are trained.
+        lora: adapters on frozen weights; None: all weights are trained.
     """
 
     batch: int = 1
@@ -38,7 +39,7 @@ class Shape:
     tp: int = 1
     etp: int = 1
     recompute: bool = False
-    lora: int = 0
+    lora: Lora | None = None
 
     @property
     def e(self) -> int:
@@ -55,10 +56,18 @@ class Shape:
         """Tokens of a rank under sequence parallelism."""
         return self.tokens // self.tp
 
+    def reads(self, *keys: str) -> bool:
+        """Whether one of these linears needs its input again: its weight or an adapter is trained."""
+        return self.lora is None or any(key in self.lora.keys for key in keys)
+
+    def between(self, *keys: str) -> int:
+        """Bytes a token between the two matrices of the adapters that these linears have."""
+        return sum(key in self.lora.keys for key in keys) * self.lora.rank * self.e if self.lora else 0
+
 
 def _norm(width: int, shape: Shape) -> int:
     """RMSNorm in float32, a token: its input, the root, and the normed input that the weight's gradient needs."""
-    return (4 if shape.lora else 8) * width + 4
+    return (8 if shape.lora is None else 4) * width + 4
 
 
 def _mixing(spec: ModelSpec, shape: Shape) -> int:
@@ -74,13 +83,13 @@ def _attention(spec: ModelSpec, ratio: int, shape: Shape) -> int:
     e, d, low = shape.e, spec.head_dim, shape.dtype != "float32"
     heads, groups = spec.num_attention_heads // shape.tp, spec.o_groups // shape.tp
     token = spec.hidden_size * e  # what the projections read
-    token += _norm(spec.q_lora_rank, shape) + spec.q_lora_rank * e
+    token += _norm(spec.q_lora_rank, shape) + spec.q_lora_rank * e * shape.reads("attn.wq_b")
     token += heads * (d * e + 4 + e * low)  # q in front of its norm, and the inverse root
     token += _norm(d, shape)
     token += (heads * d + d) * e  # rotated q, and keys that are values
-    token += heads * d * e + groups * spec.o_lora_rank * e  # in front of both output projections
-    if shape.lora:
-        token += shape.lora * (4 + groups) * e  # between the two matrices of each adapter
+    # In front of both output projections.
+    token += (heads * d * shape.reads("attn.wo_a") + groups * spec.o_lora_rank * shape.reads("attn.wo_b")) * e
+    token += shape.between("attn.wq_a", "attn.wq_b", "attn.wkv", "attn.wo_b") + groups * shape.between("attn.wo_a")
     return shape.tokens * token + _compressed(spec, ratio, shape)
 
 
@@ -105,14 +114,16 @@ def _compressed(spec: ModelSpec, ratio: int, shape: Shape) -> int:
 def _experts(spec: ModelSpec, shape: Shape) -> int:
     """The MoE sub-layer behind its norm: router, dispatch, routed rows, shared expert; balanced routing."""
     e, hidden, k, experts = shape.e, spec.hidden_size, spec.num_experts_per_tok, spec.n_routed_experts
-    trained = not shape.lora
+    first, second = (shape.reads(*(f"ffn.experts.{w}" for w in ws)) for ws in (("w1", "w3"), ("w2",)))
     router = hidden * e + 8 * experts + 8 * k + 4 * (k + 1)
     # A rank's experts see the tokens of its expert-tensor-parallel group.
     dispatch = shape.etp * (5 * experts + 8 * k)
     width = spec.moe_intermediate_size // shape.etp
     # Gate and up, both clamped, silu, product; the weighted product where fc2 is trained, the input where fc1 is.
-    row = hidden * e * trained + (6 + trained) * width * e + 4
-    shared = (5 + trained) * spec.shared_intermediate_size // shape.tp * e
+    row = hidden * e * first + (6 + second) * width * e + 4
+    row += shape.between("ffn.experts.w1", "ffn.experts.w2")  # gate and up share theirs
+    shared = (5 + shape.reads("ffn.shared_experts.w2")) * spec.shared_intermediate_size // shape.tp * e
+    shared += shape.between(*(f"ffn.shared_experts.{w}" for w in ("w1", "w2", "w3")))
     return shape.own * (router + dispatch + shape.etp * k * row) + shape.tokens * shared
 
 
@@ -141,13 +152,13 @@ def _head(spec: ModelSpec, shape: Shape) -> int:
 
 def _loss(spec: ModelSpec, shape: Shape) -> int:
     """Output layer and cross entropy of one head: its input, float32 logits, mask and targets."""
-    trained = not shape.lora
+    trained = shape.lora is None
     return shape.own * spec.hidden_size * shape.e * trained + shape.tokens * (4 * spec.vocab_size // shape.tp + 9)
 
 
 def _draft_input(spec: ModelSpec, shape: Shape) -> int:
     """What one MTP layer makes its body's input of: embeddings and the streams before, normed and projected."""
-    n, hidden, trained = spec.hc_mult, spec.hidden_size, not shape.lora
+    n, hidden, trained = spec.hc_mult, spec.hidden_size, shape.lora is None
     token = trained * (_norm(hidden, shape) + hidden * shape.e)  # embedding
     # The streams in front of their norm are the head's, and kept by it; in bf16 the norm has a copy.
     token += n * (trained * 4 * hidden + 4 + trained * hidden * shape.e)
@@ -176,7 +187,7 @@ def chunk_bytes(spec: ModelSpec, chunk: Chunk, shape: Shape) -> int:
     layers, drafts = _ratios(spec, chunk)
     found = sum(_body(spec, r, shape) for r in (*layers, *drafts))
     found += 0 if shape.recompute else _rotations(spec, chunk, shape)
-    if chunk.embedding and not shape.lora:
+    if chunk.embedding and shape.lora is None:
         found += 8 * shape.tokens
     if chunk.embedding and shape.lora and not shape.recompute:
         # Nothing in front of the first adapters has a gradient: the streams stay, for what is added to them.
@@ -197,7 +208,7 @@ def recomputed_bytes(spec: ModelSpec, chunk: Chunk, shape: Shape) -> int:
         return 0
     stream, head = stream_bytes(spec, shape), _head(spec, shape)
     layers, drafts = _ratios(spec, chunk)
-    below = 8 * shape.tokens if chunk.embedding and not shape.lora else 0
+    below = 8 * shape.tokens if chunk.embedding and shape.lora is None else 0
     points = []
     for ratio in layers:
         points.append(below + layer_bytes(spec, ratio, shape))

@@ -146,8 +146,8 @@ def export_job(
     allow_lossy: bool = False,
 ) -> Job:
     """The job that `export_hf` runs."""
-    plan = _export_plan(megatron, like, along, drop_passengers)
-    riders = along or (like if any(i.passenger for i in plan.items) else None)
+    plan, lacking = _export_plan(megatron, like, along, drop_passengers)
+    riders = like if lacking else along or (like if any(i.passenger for i in plan.items) else None)
 
     def encode(item: Item) -> str:
         own = like.bound[item.name].encoding if like and item.name in like.bound else None
@@ -168,6 +168,7 @@ def export_job(
             HFValues(riders) if riders else None,
             like,
             allow_lossy,
+            lacking=lacking,
         ),
         identity={
             "kind": "export",
@@ -183,13 +184,12 @@ def export_job(
 
 def _export_plan(
     megatron: MegatronCheckpoint, like: HFCheckpoint | None, along: HFCheckpoint | None, drop: bool
-) -> Plan:
+) -> tuple[Plan, frozenset[str]]:
+    """What is written, and the names of the draft's tensors that only `like` has."""
     spec = megatron.spec
-    if like and like.spec.mtp_layers and not spec.mtp_layers and not spec.dspark:
-        raise BridgeError(
-            f"exporting {megatron.path}: it holds no MTP block and {like.folder.path} has one; take a --like "
-            "without it (num_nextn_predict_layers 0 and no mtp.* tensors), or --encoding bf16 without --like"
-        )
+    if like and like.spec.draft_blocks and not spec.draft_blocks and not drop:
+        held = {i.name for i in megatron.plan.items}
+        return like.plan, frozenset(i.name for i in like.plan.items if i.name not in held)
     has_own = megatron.plan.own_mtp_head or bool(like and like.plan.own_mtp_head)
     plan = expand(_kept(spec, drop), has_own and not drop and spec.mtp_layers > 0)
     riders = along or like
@@ -199,7 +199,7 @@ def _export_plan(
             f"exporting {megatron.path}: {len(lost)} tensors that Megatron has no place for ({lost[0]} …) did not "
             "travel with it; name the released folder with --like, or leave them out with --drop-passengers"
         )
-    return plan
+    return plan, frozenset()
 
 
 def repack(

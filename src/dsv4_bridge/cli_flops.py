@@ -45,15 +45,15 @@ def flops(
 
     CKPT is a folder of either format, a hub id or a variant's name.
     """
+    from .lora import Lora
     from .text import parse_ids
-    from .train.flops import Lora
     from .train.flops_report import flop_report, flop_table
 
     if seq_length is not None and lengths is not None:
         raise BridgeError("counting FLOPs: --lengths makes a row of its sum; leave --seq-length out")
     if lora_target and lora_rank is None:
         raise BridgeError("counting FLOPs: --lora-target without --lora-rank trains no adapter; give both")
-    lora = None if lora_rank is None else Lora(lora_rank, *((tuple(lora_target),) if lora_target else ()))
+    lora = None if lora_rank is None else Lora(lora_rank, targets=tuple(lora_target or ()))
     spec = _spec(ckpt, revision)
     report = flop_report(
         ckpt,

@@ -52,6 +52,9 @@ def plan(
         ),
     ] = None,
     lora_rank: Annotated[int | None, _size("lora-rank", "Rank of the adapters; 16 by default.")] = None,
+    lora_target: Annotated[
+        list[str] | None, typer.Option("--lora-target", help="What carries adapters, as attn.wq_a; may be repeated.")
+    ] = None,
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
@@ -65,7 +68,7 @@ def plan(
     sizes = {"tp": tp, "pp": pp, "ep": ep, "etp": etp, "dp": dp, "vp": vp, "layout": layout, "gpus": gpus}
     sizes |= {"gpu_memory": gpu_memory, "global_batch": global_batch}
     run: dict[str, Any] = {"seq_length": seq_length, "micro_batch": micro_batch, "recompute": recompute}
-    run |= {"distributed_optimizer": distributed_optimizer, "lora_rank": lora_rank}
+    run |= {"distributed_optimizer": distributed_optimizer, "lora_rank": lora_rank, "lora_target": lora_target}
     run |= {k: v and v.value for k, v in {"mode": mode, "dtype": dtype, "grad_dtype": grad_dtype}.items()}
     found: tuple[Any, ...] = (ckpt,)
     if not Path(ckpt).exists() and (revision or known_variant(ckpt) is None) and "/" in ckpt:
@@ -83,12 +86,16 @@ def plan(
 
 
 def _plan_ranks(ckpt: str, where: Any, sizes: dict[str, Any], run: dict[str, Any], as_json: bool) -> None:
+    from .lora import Lora
     from .memory_plan import Run
     from .planning_ranks import Asked, plan_ranks, spec_of
     from .render_ranks import ranks_table
 
-    if run.get("mode") != "lora" and "lora_rank" in run:
-        raise BridgeError("planning ranks: --lora-rank without --mode lora changes nothing; give both or neither")
+    rank, targets = run.pop("lora_rank", None), run.pop("lora_target", None)
+    if run.get("mode") != "lora" and (rank or targets):
+        word = "--lora-rank" if rank else "--lora-target"
+        raise BridgeError(f"planning ranks: {word} without --mode lora changes nothing; give both or neither")
+    run["lora"] = Lora(rank or 16, targets=tuple(targets or ()))
     ranks = plan_ranks(ckpt, spec_of(where), Asked(**sizes, run=Run(**run)))
     put(ranks.to_json() if as_json else {}, as_json, "" if as_json else ranks_table(ranks))
     finish(ranks.fits)

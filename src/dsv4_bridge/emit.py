@@ -20,7 +20,7 @@ from .store.hf import HFCheckpoint
 from .store.reading import Readahead
 from .store.safetensors import SafetensorsFolder, TensorInfo
 from .store.stream import CountingStream, Stream
-from .values import HFValues, Scratch, Values, cuts, stripe_rows
+from .values import HFValues, Scratch, Values, cuts, stripe_rows, to_plain
 
 # Input is read ahead in bursts: a disk that reads and writes at once does both slowly.
 _AHEAD_MOST, _AHEAD_LEAST = 256 << 20, 64 << 20
@@ -95,6 +95,7 @@ class Report:
         encoded: row key -> what encoding its tensors did to scales and values.
         recoded: row key -> certificate of its MXFP4 tensors recoded to FP8.
         rounded: row key -> float32 values rounded to bf16.
+        lacking: weights of a draft that the checkpoint lacks and `like` gave.
     """
 
     tensors: int = 0
@@ -102,11 +103,13 @@ class Report:
     encoded: dict[str, EncodeStats] = field(default_factory=dict)
     recoded: dict[str, Certificate] = field(default_factory=dict)
     rounded: dict[str, int] = field(default_factory=dict)
+    lacking: int = 0
 
     def merge(self, other: "Report") -> None:
         """Add another report."""
         self.tensors += other.tensors
         self.bytes_written += other.bytes_written
+        self.lacking += other.lacking
         for name in ("encoded", "recoded", "rounded"):
             mine, theirs = getattr(self, name), getattr(other, name)
             for key, value in theirs.items():
@@ -125,6 +128,7 @@ class Report:
             {k: EncodeStats(**v) for k, v in data["encoded"].items()},
             {k: Certificate(**_tuples(v)) for k, v in data["recoded"].items()},
             dict(data["rounded"]),
+            data["lacking"],
         )
 
 
@@ -143,6 +147,7 @@ class Emitter:
         allow_lossy: permit recoding that changes values.
         keep_rounding: whether encoding new values into the encoding of `like` may round them (that
             is what exporting a trained model means); recoding to another encoding may not.
+        lacking: names of further items that come from where the passengers are.
     """
 
     values: Values
@@ -150,6 +155,7 @@ class Emitter:
     like: HFCheckpoint | None = None
     allow_lossy: bool = False
     keep_rounding: bool = True
+    lacking: frozenset[str] = frozenset()
     scratch: Scratch = field(default_factory=Scratch)
     readahead: Readahead = field(default_factory=Readahead)
 
@@ -180,9 +186,11 @@ class Emitter:
                     self._copy(folder, info, stream)
                 case Rows(item, encoding, start, stop, _):
                     report.tensors += start == 0
+                    report.lacking += start == 0 and item.name in self.lacking
                     self._plain(item, encoding, start, stop, stream, report)
                 case Weight(item, encoding, _):
                     report.tensors += 1
+                    report.lacking += item.name in self.lacking
                     scale = self._weight(item, encoding, stream, report)
                     if item.name in waiting:
                         at, written = waiting.pop(item.name)
@@ -222,7 +230,8 @@ class Emitter:
 
     def source(self, item: Item) -> Values:
         """Where an item's values come from."""
-        return self.passengers if item.passenger and self.passengers else self.values
+        aside = item.passenger or item.name in self.lacking
+        return self.passengers if self.passengers and aside else self.values
 
     def _weight(self, item: Item, encoding: str, stream: Stream, report: Report) -> bytes:
         source = self.source(item)
@@ -371,25 +380,3 @@ class Ahead:
 
 def _add(totals: dict[str, Any], key: str, value: Any) -> None:
     totals[key] = totals[key] + value if key in totals else value
-
-
-def to_plain(item: Item, values: np.ndarray, encoding: str, scratch: Scratch) -> tuple[np.ndarray, int]:
-    """Values in the raw type of a plain encoding, and how many float32 values were rounded.
-
-    Raises:
-        BridgeError: a float that bf16 cannot hold.
-    """
-    kind = "bf16" if values.dtype == np.uint16 else "f32"
-    if kind == encoding:
-        return values, 0
-    out = scratch.take("plain", "<u2" if encoding == "bf16" else "<f4", values.shape)
-    if encoding == "f32":
-        np.left_shift(values.astype(np.uint32), 16, out=out.view("<u4"))
-        return out, 0
-    bits = values.view("<u4")
-    rounded = int(np.count_nonzero(bits & 0xFFFF))
-    nearest = ((bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-    if np.any((nearest & 0x7F80) == 0x7F80):
-        raise BridgeError(f"writing {item.name} as bf16: it holds NaN, infinite or too large float32 values")
-    out[...] = nearest
-    return out, rounded

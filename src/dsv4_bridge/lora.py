@@ -1,4 +1,4 @@
-"""Adapters as data: which tensors may carry one, their shapes and names, and what they add.
+"""Adapters as data: which tensors may carry one, their names and sizes. No torch: `adapter_tensors` has the values.
 
 An adapter belongs to one tensor W [out, in] of the transformers model and has two factors, A [rank, in] and
 B [out, rank]:
@@ -14,15 +14,12 @@ dropout and magnitudes; a bare parameter (the grouped output projection, the sta
 adapts as a tensor, without either. Gate and up of a routed expert are one parameter there, and so one adapter.
 """
 
-import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
 from typing import NamedTuple
-
-import torch
-from torch import Tensor
 
 from .errors import BridgeError
 from .items import Item, expand
@@ -32,7 +29,7 @@ from .table import ROWS, Row
 ADAPTERS = "adapters"  # first word of their keys in Megatron checkpoints
 ALPHA = "adapters.alpha"
 PARTS = ("lora_A", "lora_B", "magnitude")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = ("float32", "bfloat16")
 
 
 def is_parameter(row: Row) -> bool:
@@ -82,6 +79,7 @@ class Lora:
         return _keys(self)
 
 
+@cache
 def _keys(lora: Lora) -> tuple[str, ...]:
     wanted: set[str] = set()
     for target in lora.targets or DEFAULT_TARGETS:
@@ -134,10 +132,15 @@ class Target(NamedTuple):
 
 def targets(spec: ModelSpec, keys: Iterable[str]) -> tuple[Target, ...]:
     """The targets of the rows `keys`, in the order of the plan: decoder layers, no draft block."""
+    return targets_of(expand(spec.without_draft()).items, keys)
+
+
+def targets_of(items: Iterable[Item], keys: Iterable[str]) -> tuple[Target, ...]:
+    """The targets among items of a plan."""
     chosen = set(keys)
-    items = [i for i in expand(spec.without_draft()).items if i.row.key in chosen and i.block.kind == "layer"]
+    wanted = [i for i in items if i.row.key in chosen and i.block.kind == "layer"]
     found = []
-    for place, group in groupby(items, key=lambda i: (i.block.index, i.expert, i.row.transformers)):
+    for place, group in groupby(wanted, key=lambda i: (i.block.index, i.expert, i.row.transformers)):
         held = tuple(group)
         layer, _, name = place
         parameter = is_parameter(held[0].row)
@@ -155,89 +158,9 @@ def checkpoint_name(item: Item) -> str:
 
 def adapter_values(spec: ModelSpec, lora: Lora) -> int:
     """How many values the adapters of a model have."""
-    total = 0
-    for target in targets(spec, lora.keys):
-        out, into = target.shape
-        total += lora.rank * (out + into) + (out if lora.dora else 0)
-    return total
+    return sum(adapter_size(lora, *target.shape) for target in targets(spec, lora.keys))
 
 
-class Adapter(NamedTuple):
-    """The whole tensors of one adapter: A [rank, in], B [out, rank], with DoRA a magnitude [out]."""
-
-    a: Tensor
-    b: Tensor
-    magnitude: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Adapters:
-    """All adapters of a model.
-
-    Attributes:
-        lora: their settings.
-        values: name of the target -> adapter.
-    """
-
-    lora: Lora
-    values: Mapping[str, Adapter]
-
-
-def initial_a(name: str, rank: int, columns: int, seed: int) -> Tensor:
-    """A [rank, columns] float32 as peft begins it: Kaiming-uniform with a = sqrt(5), so +-1/sqrt(columns).
-
-    It depends on seed and name alone, not on the layout of the ranks.
-    """
-    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
-    bound = columns**-0.5
-    return torch.rand((rank, columns), generator=generator).mul_(2 * bound).sub_(bound)
-
-
-def row_norms(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """Squared norms of the rows of W + s B A, float32 [out], without making it.
-
-    W [out, in], A [rank, in] and B [out, rank] may be columns of the whole: squares of parts add up.
-    """
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    square = torch.linalg.vector_norm(weight, dim=1, dtype=wide).square()
-    a, b = a.to(wide), b.to(wide)
-    cross = (weight @ a.T.to(weight.dtype)).to(wide)  # [out, rank]
-    return square + ((2 * scale * cross + scale * scale * (b @ (a @ a.T))) * b).sum(1)
-
-
-def updated(weight: Tensor, adapter: Adapter, rows: slice, scale: float) -> Tensor:
-    """Rows `rows` of W', float32; `weight` are those rows of W, float32 [rows, in]."""
-    new = torch.addmm(weight, adapter.b[rows].float(), adapter.a.float(), alpha=scale)
-    if adapter.magnitude is None:
-        return new
-    gain = adapter.magnitude[rows].float() / torch.linalg.vector_norm(new, dim=1)
-    return new * gain[:, None]
-
-
-def check_shapes(adapters: Adapters, spec: ModelSpec, what: str) -> dict[str, Target]:
-    """Name -> target of every adapter.
-
-    Raises:
-        BridgeError: an adapter of no target, or of another shape.
-    """
-    known = {t.name: t for t in targets(spec, CARRIERS)}
-    if unknown := [name for name in adapters.values if name not in known]:
-        raise BridgeError(f"{what}: {len(unknown)} adapters are of no tensor of this model ({unknown[0]} …)")
-    rank = adapters.lora.rank
-    for name, adapter in adapters.values.items():
-        out, into = known[name].shape
-        wanted: Sequence[tuple[str, Tensor | None, tuple[int, ...] | None]] = (
-            ("A", adapter.a, (rank, into)),
-            ("B", adapter.b, (out, rank)),
-            ("magnitude", adapter.magnitude, (out,) if adapters.lora.dora else None),
-        )
-        for part, tensor, shape in wanted:
-            came = None if tensor is None else tuple(tensor.shape)
-            if came != shape:
-                raise BridgeError(f"{what}: {part} of {name} is {_shown(came)}, expected {_shown(shape)}")
-    return {name: known[name] for name in adapters.values}
-
-
-def _shown(shape: tuple[int, ...] | None) -> str:
-    return "absent" if shape is None else str(list(shape))
+def adapter_size(lora: Lora, out: int, into: int) -> int:
+    """Values of the adapter of one matrix [out, into]."""
+    return lora.rank * (out + into) + (out if lora.dora else 0)

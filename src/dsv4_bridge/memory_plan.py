@@ -11,12 +11,14 @@ from typing import Any
 
 from .activations import DTYPE_BYTES, Shape, cache_bytes, chunk_bytes, in_flight, recomputed_bytes
 from .errors import BridgeError
+from .lora import Lora
 from .pieces import Topology, make_topology
 from .rank_parameters import Count, Part, chunk_part
 from .spec import ModelSpec, short
 from .topology import Layout, parse_layout
 
 MODES = ("inference", "training", "lora")
+_LORA = Lora(16)
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Run:
     """What the ranks do.
 
     Attributes:
-        mode: inference, training (all weights) or lora (adapters on the attention's linears, the rest frozen).
+        mode: inference, training (all weights) or lora (adapters, the rest frozen).
         dtype: type of the model, bf16 or float32; what checkpoints keep in float32 stays so.
         seq_length: tokens a row; in inference, what the cache has room for.
         micro_batch: rows a micro-batch; in inference, rows decoded at a time.
@@ -34,7 +36,7 @@ class Run:
         distributed_optimizer: whether optimizer state is cut over the data-parallel ranks.
         optimizer: adamw, or muon for linear maps and AdamW for the rest.
         moments_dtype: type of AdamW's moments.
-        lora_rank: rank of the adapters.
+        lora: the adapters of mode lora.
     """
 
     mode: str = "training"
@@ -45,9 +47,14 @@ class Run:
     recompute: bool = False
     grad_dtype: str = "float32"
     distributed_optimizer: bool = True
-    lora_rank: int = 16
+    lora: Lora = _LORA
     optimizer: str = "adamw"
     moments_dtype: str = "float32"
+
+    @property
+    def adapters(self) -> Lora | None:
+        """What is trained instead of the weights, if so."""
+        return self.lora if self.mode == "lora" else None
 
     def shape(self, topology: Topology) -> Shape:
         """What one micro-batch is, on a rank."""
@@ -58,7 +65,7 @@ class Run:
             topology.tp,
             topology.etp,
             self.recompute,
-            self.lora_rank if self.mode == "lora" else 0,
+            self.adapters,
         )
 
 
@@ -197,9 +204,11 @@ def check_run(spec: ModelSpec, topology: Topology, run: Run) -> None:
     for name, value, allowed in known:
         if value not in allowed:
             raise BridgeError(f"planning ranks: {name} is {short(value)}, expected one of {', '.join(allowed)}")
-    for name in ("seq_length", "micro_batch", "micro_batches", "lora_rank"):
+    for name in ("seq_length", "micro_batch", "micro_batches"):
         if getattr(run, name) < 1:
             raise BridgeError(f"planning ranks: {name} is {short(getattr(run, name))}, expected 1 or more")
+    if run.mode == "lora":
+        _ = run.lora.keys  # refuses what cannot be adapted
     tp, pp = topology.tp, topology.pp
     if run.seq_length > spec.max_position_embeddings:
         raise BridgeError(
@@ -232,7 +241,7 @@ def plan_memory(spec: ModelSpec, topology: Topology, dp: int, run: Run) -> Memor
     for rank in range(topology.pp):
         chunks = layout.of_rank(rank)
         numbers = range(rank, len(layout.chunks), topology.pp)
-        part = sum((chunk_part(spec, layout, n, topology, run.lora_rank) for n in numbers), Part())
+        part = sum((chunk_part(spec, layout, n, topology, run.adapters) for n in numbers), Part())
         if run.mode == "inference":
             kept, cached = 0, cache_bytes(spec, chunks, shape)
         else:
@@ -261,12 +270,14 @@ def _state(part: Part, run: Run, dp: int, edp: int) -> tuple[int, int, int, int]
     """Values, weight bytes, gradient bytes and optimizer bytes of one rank."""
     e = DTYPE_BYTES[run.dtype]
     both = part.dense + part.expert
-    added = part.adapters if run.mode == "lora" else 0
+    added = part.adapters + part.expert_adapters
     values = both.parameters + both.buffers + added
     weights = (both.plain + added) * e + (both.wide + both.buffers) * 4
     if run.mode == "inference":
         return values, weights, 0, 0
-    trained = ((Count(added), dp),) if run.mode == "lora" else ((part.dense, dp), (part.expert, edp))
+    trained = ((part.dense, dp), (part.expert, edp))
+    if run.mode == "lora":
+        trained = ((Count(part.adapters), dp), (Count(part.expert_adapters), edp))
     # A float32 parameter has a float32 gradient, whatever type is asked for.
     gradient = 4 if run.dtype == "float32" else DTYPE_BYTES[run.grad_dtype]
     gradients = sum(c.plain * gradient + c.wide * 4 for c, _ in trained)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from functools import cache
 
 from .items import Item, expand
+from .lora import Lora, adapter_size, targets_of
 from .pieces import Coordinate, Topology, pieces
 from .spec import ModelSpec
 from .topology import Chunk, Layout
@@ -50,17 +51,24 @@ class Part:
         dense: the same on all data-parallel ranks.
         expert: the same on all expert-data-parallel ranks.
         adapters: of the dense linears, in the model's type.
+        expert_adapters: of the routed experts.
     """
 
     dense: Count = field(default_factory=Count)
     expert: Count = field(default_factory=Count)
     adapters: int = 0
+    expert_adapters: int = 0
 
     def __add__(self, other: "Part") -> "Part":
-        return Part(self.dense + other.dense, self.expert + other.expert, self.adapters + other.adapters)
+        return Part(
+            self.dense + other.dense,
+            self.expert + other.expert,
+            self.adapters + other.adapters,
+            self.expert_adapters + other.expert_adapters,
+        )
 
 
-def chunk_part(spec: ModelSpec, layout: Layout, number: int, topology: Topology, lora: int) -> Part:
+def chunk_part(spec: ModelSpec, layout: Layout, number: int, topology: Topology, lora: Lora | None) -> Part:
     """What a rank holds of one pipeline chunk.
 
     Args:
@@ -68,7 +76,7 @@ def chunk_part(spec: ModelSpec, layout: Layout, number: int, topology: Topology,
         layout: the pipeline's.
         number: of the chunk.
         topology: sizes of the groups.
-        lora: rank of the adapters that are counted.
+        lora: the adapters that are counted, if any.
     """
     chunk: Chunk = layout.chunks[number]
     key = (spec, topology.tp, topology.ep, topology.etp, lora)
@@ -91,7 +99,7 @@ def _block_part(
     tp: int,
     ep: int,
     etp: int,
-    lora: int,
+    lora: Lora | None,
     ratio: int,
     hashed: bool,
     mtp: bool,
@@ -102,8 +110,9 @@ def _block_part(
     One expert stands for all: each rank has as many, of one shape.
     """
     alone = Topology(tp, 1, ep, etp, _one_chunk(spec))
-    dense, expert, adapters = Count(), Count(), 0
-    for item in _items(spec, ratio, hashed, mtp, depth):
+    dense, expert = Count(), Count()
+    items = _items(spec, ratio, hashed, mtp, depth)
+    for item in items:
         held = pieces(item, spec, alone, Coordinate(), 0)
         values = sum((p.rows[1] - p.rows[0]) * (p.columns[1] - p.columns[0]) for p in held)
         count = _counted(item, values)
@@ -111,12 +120,21 @@ def _block_part(
             expert += count * (spec.n_routed_experts // ep)
             continue
         dense += count
-        if item.row.lora == "attention":
-            out, into = item.shape
-            out //= tp if item.row.cut == "columns" else 1
-            into //= tp if item.row.cut == "rows" else 1
-            adapters += lora * (out + into)
-    return Part(dense, expert, adapters)
+    if lora is None:
+        return Part(dense, expert)
+    adapters = expert_adapters = 0
+    for target in targets_of(items, lora.keys):
+        out, into = target.shape
+        row, routed = target.items[0].row, target.items[0].expert is not None
+        cut = etp if routed else tp
+        out //= cut if row.cut == "columns" else 1
+        into //= cut if row.cut == "rows" else 1
+        values = adapter_size(lora, out, into)
+        if routed:
+            expert_adapters += values * (spec.n_routed_experts // ep)
+        else:
+            adapters += values
+    return Part(dense, expert, adapters, expert_adapters)
 
 
 def _counted(item: Item, values: int) -> Count:

@@ -203,6 +203,8 @@ def conversion_table(report: Report, out: Path, *, dry_run: bool) -> Group:
         for key, done in report.recoded.items():
             table.add_row(key, f"{done.blocks:,}", f"{done.exact:,}", str(done.spread), *_errors(done))
         parts.append(table)
+    if report.lacking:
+        lines.append(Text(f"  {report.lacking:,} of the draft are those of --like: the checkpoint has none", "yellow"))
     for key, count in report.rounded.items():
         lines.append(Text(f"  {key}: up to {count:,} values rounded to bf16", "yellow"))
     return Group(*parts, *lines)

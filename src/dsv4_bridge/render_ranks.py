@@ -4,6 +4,7 @@ from rich.console import Group
 from rich.text import Text
 
 from .fitting import USABLE, Ranked
+from .lora import Lora
 from .memory_plan import StageMemory
 from .planning_ranks import GIB, RanksReport
 from .render import make_table
@@ -11,6 +12,10 @@ from .render import make_table
 
 def _gib(nbytes: int) -> str:
     return f"{nbytes / GIB:.2f}" if nbytes < 100 * GIB else f"{nbytes / GIB:.1f}"
+
+
+def _adapters(lora: Lora) -> str:
+    return f"{'DoRA' if lora.dora else 'LoRA'} of rank {lora.rank} on {', '.join(lora.keys)}"
 
 
 def ranks_table(report: RanksReport) -> Group:
@@ -35,7 +40,7 @@ def ranks_table(report: RanksReport) -> Group:
         state = f"{kind} with {run.moments_dtype} moments and float32 masters"
         lines.append(Text(f"          gradients {run.grad_dtype}, {state}, {cut}"))
     if run.mode == "lora":
-        lines.append(Text(f"          adapters of rank {run.lora_rank} on the attention's linears, the rest frozen"))
+        lines.append(Text(f"          {_adapters(run.lora)}, the rest frozen"))
     lines.append(Text(f"layout    {t.layout}"))
     lines.append(
         Text(

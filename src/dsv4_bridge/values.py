@@ -193,3 +193,25 @@ def _boxed(out: np.ndarray, part: Region, low: int, high: int, first: int, found
     before = sum(p.sizes[-out.ndim] for p in found[: found.index(part)])
     view = out[before + low - first : before + high - first]
     return view.reshape((1,) * (len(part.sizes) - out.ndim) + view.shape)
+
+
+def to_plain(item: Item, values: np.ndarray, encoding: str, scratch: Scratch) -> tuple[np.ndarray, int]:
+    """Values in the raw type of a plain encoding, and how many float32 values were rounded.
+
+    Raises:
+        BridgeError: a float that bf16 cannot hold.
+    """
+    kind = "bf16" if values.dtype == np.uint16 else "f32"
+    if kind == encoding:
+        return values, 0
+    out = scratch.take("plain", "<u2" if encoding == "bf16" else "<f4", values.shape)
+    if encoding == "f32":
+        np.left_shift(values.astype(np.uint32), 16, out=out.view("<u4"))
+        return out, 0
+    bits = values.view("<u4")
+    rounded = int(np.count_nonzero(bits & 0xFFFF))
+    nearest = ((bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    if np.any((nearest & 0x7F80) == 0x7F80):
+        raise BridgeError(f"writing {item.name} as bf16: it holds NaN, infinite or too large float32 values")
+    out[...] = nearest
+    return out, rounded

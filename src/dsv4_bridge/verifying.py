@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 
 from .convert import Progress, Silent
-from .emit import Emitter, Scale, Weight, to_plain
+from .emit import Emitter, Scale, Weight
 from .errors import BridgeError
 from .items import Item, stored
 from .store.hf import HFCheckpoint, open_hf
 from .store.megatron import MegatronCheckpoint, looks_megatron, open_along, open_megatron
 from .store.safetensors import SafetensorsFolder, TensorInfo
 from .store.stream import Bytes, as_bytes
-from .values import HFValues, MegatronValues, Scratch, Values, cuts, stripe_rows
+from .values import HFValues, MegatronValues, Scratch, Values, cuts, stripe_rows, to_plain
 
 LEVELS = ("names", "values", "bytes")
 _MAX_DIFFERENCES = 1000  # named one by one in a report; the rest is counted

@@ -24,7 +24,8 @@ def build(told: dict[str, Any]) -> tuple[list[Any], list[Any], Any]:
 
 def some_adapters(spec: Any, lora: Any, weights: Path) -> Any:
     """Random adapters, the same on all ranks; magnitudes near the norms of the rows."""
-    from dsv4_bridge.lora import Adapter, Adapters, targets
+    from dsv4_bridge.adapter_tensors import Adapter, Adapters
+    from dsv4_bridge.lora import targets
     from dsv4_bridge.store.hf import open_hf
     from dsv4_bridge.values import HFValues, Scratch
 

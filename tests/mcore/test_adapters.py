@@ -22,8 +22,9 @@ from reference import (
 from safetensors.torch import load_file
 from transformers import DeepseekV4ForCausalLM
 
+from dsv4_bridge.adapter_tensors import Adapter, Adapters
 from dsv4_bridge.errors import BridgeError
-from dsv4_bridge.lora import CARRIERS, Adapter, Adapters, Lora, adapter_values, targets
+from dsv4_bridge.lora import CARRIERS, Lora, adapter_values, targets
 from dsv4_bridge.mcore import load_weights, stream_weights
 from dsv4_bridge.mcore.adapters import (
     adapters_state,

@@ -2,7 +2,8 @@
 
 import torch
 
-from dsv4_bridge.lora import Adapter, Adapters, Lora, targets
+from dsv4_bridge.adapter_tensors import Adapter, Adapters
+from dsv4_bridge.lora import Lora, targets
 from dsv4_bridge.spec import ModelSpec, replace_spec
 from dsv4_bridge.variants import VARIANTS, tiny
 

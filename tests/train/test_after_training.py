@@ -6,10 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from training import make_start, make_text, run, small_spec
+from training import make_start, make_text, run, small_spec, small_variant
 
-from dsv4_bridge import export_hf
+from dsv4_bridge import export_hf, make_toy
+from dsv4_bridge.errors import BridgeError
+from dsv4_bridge.generating import Ask, generate
 from dsv4_bridge.mcore import build_model, load_weights
+from dsv4_bridge.small_files import small_files
+from dsv4_bridge.train.lora_checkpoints import read_adapters
+from dsv4_bridge.train.lora_files import export_peft
 
 pytestmark = [pytest.mark.megatron, pytest.mark.hf]
 
@@ -81,3 +86,63 @@ def test_source_export_keeps_what_training_did_not_touch(start: Path, trained: P
     # Matrices were rounded to E4M3 and E2M1: half a step of these is 1/16 and 1/4 of a value at most.
     assert 0 < (theirs - ours).norm() < 0.25 * ours.norm()
     assert json.loads((tmp_path / "source" / "config.json").read_text())["num_hidden_layers"] == 4
+
+
+@pytest.mark.parametrize("variant", ["Flash", "Flash-0731"])
+def test_a_draft_that_was_not_trained_is_the_source_s(variant: str, tmp_path: Path) -> None:
+    """MTP left out of training, or a DSpark drafter, which has no place in Megatron's model."""
+    start = make_toy(tmp_path / "hf", variant, 23, spec=small_variant(variant))
+    words = [f"start={start}", f"out={tmp_path / 'run'}", f"data.train={make_text(tmp_path, start)}"]
+    outcome = run("flash-finetune-no-mtp", *words, "data.kind=text", "model.dtype=bf16", "schedule.steps=3")
+    assert outcome.checkpoint is not None
+    report = export_hf(outcome.checkpoint, tmp_path / "out", start, "source")
+    before, after = tensors(start), tensors(tmp_path / "out")
+    draft = {name for name in before if name.startswith("mtp.")}
+    assert before.keys() == after.keys() and len(draft) > 20
+    assert {n: raw(before[n]) for n in draft} == {n: raw(after[n]) for n in draft}
+    assert report.lacking == sum(not n.endswith(".scale") for n in draft)
+    assert raw(before["layers.1.attn.wq_a.weight"]) != raw(after["layers.1.attn.wq_a.weight"])
+    assert (start / "config.json").read_bytes() == (tmp_path / "out" / "config.json").read_bytes()
+    export_hf(outcome.checkpoint, tmp_path / "plain", start, "bf16")
+    assert {n for n in tensors(tmp_path / "plain") if n.startswith("mtp.")} == {
+        n for n in draft if not n.endswith(".scale")
+    }
+    assert export_hf(outcome.checkpoint, tmp_path / "less", start, "source", drop_passengers=True).lacking == 0
+    assert tensors(tmp_path / "less").keys() == before.keys() - draft
+    assert json.loads((tmp_path / "less" / "config.json").read_text())["num_nextn_predict_layers"] == 0
+
+
+def test_a_run_s_checkpoint_has_the_tokenizer_of_its_start(start: Path, trained: Path) -> None:
+    """So that a text can be continued with it, and an export has it without --like."""
+    small = small_files(start)
+    assert "tokenizer.json" in small
+    assert {name: path.read_bytes() for name, path in small_files(trained / "hf").items()} == {
+        name: path.read_bytes() for name, path in small.items()
+    }
+    (said,) = generate(trained, Ask(texts=["import"], max_new_tokens=3)).continuations
+    assert len(said.ids) == 3 and said.text is not None
+
+
+def test_adapters_go_on_from_adapters(start: Path, trained: Path, tmp_path: Path) -> None:
+    """Of a folder of peft, and of a run; what is no whole model says where adapters go."""
+    text = make_text(tmp_path, start)
+    same = [f"start={trained}", f"data.train={text}", "data.kind=text", "lora.rank=3", "lora.targets=[attn]"]
+    first = run("flash-lora", *same, f"out={tmp_path / 'first'}").checkpoint
+    assert first is not None
+    adapters, spec = read_adapters(first)
+    export_peft(adapters, spec, tmp_path / "peft")
+    still = ["schedule.steps=1", "schedule.warmup=0", "optimizer.lr=1e-35", "optimizer.min_lr=1e-35"]
+    for number, source in enumerate((tmp_path / "peft", first)):
+        out = tmp_path / f"next{number}"
+        again = run("flash-lora", *same, *still, f"lora.start={source}", f"out={out}").checkpoint
+        assert again is not None
+        found = read_adapters(again)[0].values
+        assert found.keys() == adapters.values.keys()
+        assert all(raw(a) == raw(b) for name, one in found.items() for a, b in zip(one[:2], adapters.values[name][:2]))
+        assert all(bool(one.b.any()) for one in found.values())
+    with pytest.raises(BridgeError, match=r"theirs have rank 3, the model's 5"):
+        run("flash-lora", *same, "lora.rank=5", f"lora.start={first}", f"out={tmp_path / 'other'}")
+    with pytest.raises(BridgeError, match=r"without lora\.rank"):
+        run("flash-finetune", *same[:3], f"lora.start={first}", f"out={tmp_path / 'none'}")
+    with pytest.raises(BridgeError, match=r"holds adapters and not the model they adapt; `dsv4 lora .* `dsv4 merge"):
+        export_hf(first, tmp_path / "hf", start)

@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 import dsv4_bridge.cli_flops  # noqa: F401 - its verb registers itself
 from dsv4_bridge import BridgeError
 from dsv4_bridge.cli import app
+from dsv4_bridge.lora import DEFAULT_TARGETS, Lora
 from dsv4_bridge.spec import ModelSpec, replace_spec
 from dsv4_bridge.train.flops import (
-    Lora,
     Terms,
     block_pairs,
     count_flops,
@@ -255,12 +255,14 @@ def adapter_sizes(spec: ModelSpec, rank: int) -> Iterator[tuple[str, int]]:
 def test_lora_leaves_frozen_weights_without_gradients() -> None:
     full = count_flops(PRO, 5000)
     for target, values in adapter_sizes(PRO, 7):
-        count = count_flops(PRO, 5000, lora=Lora(7, (target,)))
-        assert count.forward.adapters == 2 * 5000 * 62 * values, target
+        count = count_flops(PRO, 5000, lora=Lora(7, targets=(target,)))
+        assert count.forward.adapters == 2 * 5000 * 61 * values, target
         assert count.weight_gradients.items() == Terms(adapters=count.forward.adapters).items()
         assert count.input_gradients.items() == (full.input_gradients + count.weight_gradients).items()
-    five = count_flops(PRO, 5000, lora=Lora(7)).forward.adapters
-    assert five == 2 * 5000 * 62 * sum(v for name, v in adapter_sizes(PRO, 7) if name.startswith("attn"))
+    five = count_flops(PRO, 5000, lora=Lora(7, targets=("attn",))).forward.adapters
+    assert five == 2 * 5000 * 61 * sum(v for name, v in adapter_sizes(PRO, 7) if name.startswith("attn"))
+    four = count_flops(PRO, 5000, lora=Lora(7)).forward.adapters
+    assert four == count_flops(PRO, 5000, lora=Lora(7, targets=DEFAULT_TARGETS)).forward.adapters < five
 
 
 def test_recompute_is_apart() -> None:
@@ -338,7 +340,7 @@ def test_command_prints_both_conventions(toy_flash: Path, toy_megatron: Path) ->
         (("Flash", "--lengths", "3,x"), "is none; give numbers"),
         (("Flash", "--lengths", "3,0"), "length 0, expected tokens"),
         (("Flash", "--lengths", "3", "--seq-length", "4"), "leave --seq-length out"),
-        (("Flash", "--lora-rank", "4", "--lora-target", "attn.q"), "no target 'attn.q'; known are attn.wkv"),
+        (("Flash", "--lora-rank", "4", "--lora-target", "attn.q"), "no target 'attn.q'; may carry one: attn.wq_a"),
         (("Flash", "--lora-target", "attn.wq_a"), "give both"),
         (("Flash", "--gpu", "H100"), "give both"),
         (("Flash", "--gpu", "K80", "--tokens-per-second", "1"), "known are A100"),

@@ -10,8 +10,9 @@ import torch
 from lora_tools import random_adapters, spec_of
 from safetensors.torch import load_file, save_file
 
+from dsv4_bridge.adapter_tensors import Adapter, Adapters
 from dsv4_bridge.errors import BridgeError
-from dsv4_bridge.lora import CARRIERS, DEFAULT_TARGETS, Adapter, Adapters, Lora, targets
+from dsv4_bridge.lora import CARRIERS, DEFAULT_TARGETS, Lora, targets
 from dsv4_bridge.train.lora_files import CONFIG, WEIGHTS, export_peft, import_peft
 
 SPEC = spec_of()

@@ -13,11 +13,12 @@ from typer.testing import CliRunner
 
 from conftest import same_files
 from dsv4_bridge import cli_lora, make_toy
+from dsv4_bridge.adapter_tensors import Adapters
 from dsv4_bridge.cli import app
 from dsv4_bridge.codec import reference
 from dsv4_bridge.convert import Options
 from dsv4_bridge.errors import BridgeError
-from dsv4_bridge.lora import CARRIERS, Adapters, Lora, targets
+from dsv4_bridge.lora import CARRIERS, Lora, targets
 from dsv4_bridge.spec import ModelSpec, replace_spec
 from dsv4_bridge.store.hf import open_hf
 from dsv4_bridge.train.lora_files import export_peft

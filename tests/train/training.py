@@ -6,6 +6,7 @@ import json
 import logging
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,18 @@ SMALL = tuple(_WORDS.split())
 
 def small_spec() -> ModelSpec:
     """Every kind of layer and a draft block, narrow."""
+    return small_variant("Flash")
+
+
+def small_variant(name: str) -> ModelSpec:
+    """The same in the manner of a released model."""
+    spec = tiny(VARIANTS[name])
+    drafter = spec.dspark and replace(spec.dspark, target_layer_ids=(0, 1, 3))
     return replace_spec(
-        tiny(VARIANTS["Flash"]),
+        spec,
+        dspark=drafter,
         num_hidden_layers=4,
-        compress_ratios=(0, 4, 128, 4, 0),
+        compress_ratios=(0, 4, 128, 4, *([0] * spec.draft_blocks)),
         num_hash_layers=1,
         hidden_size=128,
         moe_intermediate_size=64,

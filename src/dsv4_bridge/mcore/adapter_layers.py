@@ -32,7 +32,8 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..lora import ADAPTERS, DTYPES, Lora, Target, checkpoint_name, initial_a, is_parameter, row_norms
+from ..adapter_tensors import initial_a, row_norms
+from ..lora import ADAPTERS, Lora, Target, checkpoint_name, is_parameter
 from .layers import mark_sequence_parallel
 from .model import DeepSeekV4Model
 from .places import Place
@@ -60,7 +61,7 @@ class Held(NamedTuple):
 
 def adapter_dtype(lora: Lora, config: Any) -> torch.dtype:
     """Type of the adapters of a model."""
-    return DTYPES[lora.dtype] if lora.dtype else config.params_dtype
+    return getattr(torch, lora.dtype) if lora.dtype else config.params_dtype
 
 
 class LoraAdapter(torch.nn.Module):

@@ -15,8 +15,9 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
+from ..adapter_tensors import Adapter, Adapters, check_shapes
 from ..errors import BridgeError
-from ..lora import ADAPTERS, ALPHA, PARTS, Adapter, Adapters, Lora, Target, check_shapes, targets
+from ..lora import ADAPTERS, ALPHA, PARTS, Lora, Target, targets
 from ..table import ROWS
 from .adapter_layers import AdapterBank, Held, LoraAdapter, adapter_dtype
 from .attention import HybridAttention

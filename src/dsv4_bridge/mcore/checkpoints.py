@@ -50,7 +50,7 @@ def save_checkpoint(
         iteration: its number.
         optimizer: megatron's optimizer, whose state is saved too; None: the model alone.
         adapters: save the adapters in the model, not what they adapt.
-        files: further files of the folder, by name.
+        files: further files of the folder, by relative name.
         queue: write in the background: weights are copied at once, and `queue.maybe_finalize_async_calls`, called
             by every rank now and then, makes the checkpoint appear when all is written.
 
@@ -74,6 +74,7 @@ def save_checkpoint(
                 spec, layout = _built(chunks[0]), chunks[0].topology.layout
                 own = {RUN_CONFIG: run_config(spec, source, layout.to_list() if layout.pp > 1 else None)}
                 for name, data in (own | dict(files or {})).items():
+                    (part / name).parent.mkdir(exist_ok=True, parents=True)
                     (part / name).write_bytes(data)
                 part.rename(final)
                 _replace(Path(root) / TRACKER, str(iteration).encode())

@@ -8,6 +8,7 @@ from typing import Any
 from ..encodings import ALLOWED, ENCODINGS
 from ..errors import BridgeError
 from ..items import Plan, expand, regions
+from ..lora import ALPHA
 from ..run_config import FILE, read_run_config
 from ..spec import ModelSpec
 from .hf import Finding, HFCheckpoint, finding_lines, open_hf
@@ -77,6 +78,11 @@ def open_megatron(path: Path, like: HFCheckpoint | None = None, strict: bool = T
     reader = open_torch_dist(path)
     try:
         folder = Path(reader.path)
+        if ALPHA in reader.tensors:
+            raise BridgeError(
+                f"opening {path}: it holds adapters and not the model they adapt; `dsv4 lora {path} OUT` writes them "
+                f"for peft, `dsv4 merge HF {path} OUT` merges them into a released folder"
+            )
         known = read_run_config(folder / FILE) or read_run_config(folder.parent / FILE)
         if known is None and like is None:
             raise BridgeError(

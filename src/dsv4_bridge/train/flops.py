@@ -19,7 +19,7 @@ from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 from ..errors import BridgeError
-from ..items import expand
+from ..lora import Lora, targets
 from ..spec import ModelSpec, replace_spec, short
 
 RECOMPUTE = (None, "full", "moe")
@@ -97,19 +97,6 @@ class FlopCount:
         return self.forward + self.input_gradients + self.weight_gradients
 
 
-@dataclass(frozen=True)
-class Lora:
-    """Adapters on frozen weights: each target [out, in] has two matrices, [rank, in] and [out, rank].
-
-    Attributes:
-        rank: of the adapters.
-        targets: row keys of the table; by default the attention's linears.
-    """
-
-    rank: int
-    targets: tuple[str, ...] = ("attn.wq_a", "attn.wq_b", "attn.wkv", "attn.wo_a", "attn.wo_b")
-
-
 class _Work(NamedTuple):
     """Multiply-adds of one kind: a product with a weight, or of two activations."""
 
@@ -171,7 +158,7 @@ def _works(spec: ModelSpec, lengths: Sequence[int], lora: Lora | None) -> Iterat
         # Of every depth: one token's embedding, and each of the n streams before.
         yield _Work("mtp", tokens * (1 + n) * hidden * hidden * (heads > 0), layer=False)
     if lora:
-        yield _Work("adapters", tokens * adapter_values(spec, lora))
+        yield _Work("adapters", tokens * adapter_work(spec, lora))
 
 
 def _layer(spec: ModelSpec, ratio: int, lengths: Sequence[int]) -> Iterator[_Work]:
@@ -225,27 +212,19 @@ def block_pairs(length: int, ratio: int, chosen: int | None = None) -> int:
     return ratio * whole * (whole - 1) // 2 + whole * (rest + 1)
 
 
-def adapter_values(spec: ModelSpec, lora: Lora) -> int:
-    """Multiply-adds that adapters add to one token, over all layers and MTP depths.
+def adapter_work(spec: ModelSpec, lora: Lora) -> int:
+    """Multiply-adds that adapters add to one token, over all layers.
 
     Raises:
         BridgeError: a target that may not carry an adapter, or a rank below 1.
     """
-    if lora.rank < 1:
-        raise BridgeError(f"counting FLOPs of adapters: rank {lora.rank}, expected 1 or more")
     # As many experts as a token is routed to.
-    plan = expand(replace_spec(spec, n_routed_experts=spec.num_experts_per_tok))
-    allowed = {item.row.key for item in plan.items if item.row.lora}
-    if unknown := sorted(set(lora.targets) - allowed):
-        raise BridgeError(
-            f"counting FLOPs of adapters: no target {unknown[0]!r}; known are {', '.join(sorted(allowed))}"
-        )
+    reached = replace_spec(spec, n_routed_experts=spec.num_experts_per_tok)
     total = 0
-    for item in plan.items:
-        if item.row.key in lora.targets and item.block.kind != "dspark":
-            out, into = item.shape
-            # The grouped projection has one block of its input for each group.
-            total += lora.rank * (out + into * (spec.o_groups if item.row.key == "attn.wo_a" else 1))
+    for target in targets(reached, lora.keys):
+        out, into = target.shape
+        # The grouped projection has one block of its input for each group.
+        total += lora.rank * (out + into * (spec.o_groups if target.items[0].row.key == "attn.wo_a" else 1))
     return total
 
 

@@ -1,12 +1,13 @@
 """What `dsv4 flops` answers: ours and the published convention side by side, as data, text and JSON."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import BridgeError
+from ..lora import Lora
 from ..spec import ModelSpec
-from .flops import FlopCount, Lora, Terms, count_flops, published
+from .flops import FlopCount, Terms, count_flops, published
 from .peaks import mfu, peak_named
 
 SCHEMA = 1
@@ -84,7 +85,7 @@ class FlopReport:
             "seq_length": self.seq_length,
             "lengths": list(self.lengths),
             "tokens": tokens,
-            "lora": asdict(self.lora) if self.lora else None,
+            "lora": {"rank": self.lora.rank, "targets": self.lora.keys} if self.lora else None,
             "train_indexer": self.train_indexer,
             "recompute": self.recompute,
             "flops_per_token": {
@@ -175,7 +176,7 @@ def flop_table(report: FlopReport) -> Any:
         "Sinkhorn too), hash lookup, adapters and recompute",
     ]
     if report.lora:
-        lines.append(f"adapters of rank {report.lora.rank} on {', '.join(report.lora.targets)}; the rest is frozen")
+        lines.append(f"adapters of rank {report.lora.rank} on {', '.join(report.lora.keys)}; the rest is frozen")
     if again.total:
         lines.append(
             f"recompute ({report.recompute}): {_giga(again.total)} GFLOP a token more, executed and not in training"

@@ -24,15 +24,17 @@ from ..mcore.checkpoints import Saver, load_checkpoint
 from ..mcore.metrics import collect
 from ..mcore.runtime import device
 from ..mcore.schedule import Batch, forward_backward
+from ..small_files import small_files
 from ..spec import ModelSpec
-from ..store.megatron import TRACKER
+from ..store.megatron import ALONG, TRACKER, looks_megatron
 from ..store.torch_dist import find_iteration
 from .choosing import dump, load, values
 from .feed import Feed, make_feeds
-from .flops import Lora, flops_per_token
+from .flops import flops_per_token
 from .peaks import mfu, peak_named, peak_tflops
+from .planning import lora_of
 from .recipe import Recipe
-from .setup import Trainer, lora_of, make_trainer
+from .setup import Trainer, make_trainer
 from .telling import Teller, Watch
 
 PROGRESS = "training.json"
@@ -115,18 +117,25 @@ def train(recipe: Recipe, spec: ModelSpec, world: int, say: Callable[[str], None
     )
     for note in trainer.notes:
         talk(note)
+    beside = _beside(recipe, out)
     talk(
         f"{recipe.name}: {spec.num_hidden_layers} layers, {trainer.world} ranks (dp {trainer.ranks}), "
         f"{train_feed.count:,} rows of {recipe.data.seq_length}, steps {state.step} to {recipe.schedule.steps}"
     )
     try:
-        return _run(trainer, state, train_feed, valid_feed, teller, saver)
+        return _run(trainer, state, train_feed, valid_feed, teller, saver, beside)
     finally:
         teller.close()
 
 
 def _run(
-    trainer: Trainer, state: State, feed: Feed, valid_feed: Feed | None, teller: Teller, saver: "Saver"
+    trainer: Trainer,
+    state: State,
+    feed: Feed,
+    valid_feed: Feed | None,
+    teller: Teller,
+    saver: Saver,
+    beside: dict[str, bytes],
 ) -> Outcome:
     recipe, watch = trainer.recipe, Watch(trainer.recipe.log.spike)
     outcome = Outcome(state)
@@ -157,7 +166,7 @@ def _run(
                     trainer.chunks,
                     state.step,
                     trainer.optimizer if recipe.checkpoint.optimizer else None,
-                    {PROGRESS: json.dumps(vars(state)).encode(), RECIPE: dump(recipe).encode()},
+                    beside | {PROGRESS: json.dumps(vars(state)).encode(), RECIPE: dump(recipe).encode()},
                 )
             saver.poll()
             if stop and not last:
@@ -166,6 +175,21 @@ def _run(
                 return Outcome(state, outcome.losses, outcome.valid_losses, "asked to stop", saver.last)
         saver.finish()
     return Outcome(state, outcome.losses, outcome.valid_losses, None, saver.last)
+
+
+def _beside(recipe: Recipe, out: Path) -> dict[str, bytes]:
+    """The small files of what training began from, by their names in a checkpoint; the first rank's."""
+    if dist.get_rank():
+        return {}
+    if (out / TRACKER).exists():
+        folder = find_iteration(out)[0] / ALONG
+    elif recipe.start and looks_megatron(Path(recipe.start)):
+        folder = find_iteration(recipe.start)[0] / ALONG
+    elif recipe.start:
+        folder = Path(recipe.start)
+    else:
+        return {}
+    return {f"{ALONG}/{name}": path.read_bytes() for name, path in small_files(folder).items()}
 
 
 def _step(trainer: Trainer, feed: Feed, state: State, size: int) -> dict[str, float]:
@@ -294,7 +318,7 @@ class _Speed:
 
     def __init__(self, trainer: Trainer):
         recipe, self._world = trainer.recipe, trainer.world
-        lora = Lora(recipe.lora.rank, lora_of(recipe).keys) if recipe.lora.rank else None
+        lora = lora_of(recipe) if recipe.lora.rank else None
         self._flops = flops_per_token(trainer.spec, recipe.data.seq_length, lora=lora)
         name = recipe.log.gpu or (torch.cuda.get_device_name() if torch.cuda.is_available() else "")
         self._peak = peak_named(recipe.log.gpu) if recipe.log.gpu else peak_tflops(name) if name else None
@@ -309,7 +333,7 @@ class _Speed:
 
 
 def _advice(
-    wrong: str, trainer: Trainer, state: State, numbers: list[int], facts: dict[str, float], saver: "Saver"
+    wrong: str, trainer: Trainer, state: State, numbers: list[int], facts: dict[str, float], saver: Saver
 ) -> str:
     more = ", ".join(f"{name} {facts[name]:.4g}" for name in ("grad_norm", "lr", "expert_load_max") if name in facts)
     kept = f"the last good checkpoint is {saver.last}" if saver.last else "no checkpoint was saved yet"

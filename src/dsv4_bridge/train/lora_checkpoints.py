@@ -5,9 +5,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..adapter_tensors import Adapter, Adapters
 from ..errors import BridgeError
 from ..items import Item
-from ..lora import ADAPTERS, ALPHA, CARRIERS, PARTS, Adapter, Adapters, Lora, Target, checkpoint_name, targets
+from ..lora import ADAPTERS, ALPHA, CARRIERS, PARTS, Lora, Target, checkpoint_name, targets
 from ..run_config import FILE, read_run_config
 from ..spec import ModelSpec
 from ..store.megatron import looks_megatron

@@ -24,11 +24,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..adapter_tensors import Adapter, Adapters, check_shapes
 from ..errors import BridgeError
-from ..lora import CARRIERS, Adapter, Adapters, Lora, Target, check_shapes, targets
+from ..lora import CARRIERS, Lora, Target, targets
 from ..spec import ModelSpec, short
 from ..store.safetensors import some
 from ..strict_json import parse_json
+from .lora_checkpoints import holds_adapters, read_adapters
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -200,6 +202,15 @@ def _write(folder: Path, state: dict[str, Tensor], config: bytes) -> None:
 
 
 # ---------------------------------------------------------------- in
+
+
+def open_adapters(path: Path, spec: ModelSpec) -> Adapters:
+    """Adapters of a folder that peft saved, or of a training checkpoint.
+
+    Raises:
+        BridgeError: see `import_peft` and `read_adapters`.
+    """
+    return read_adapters(path, spec)[0] if holds_adapters(path) else import_peft(path, spec)
 
 
 def import_peft(folder: Path | str, spec: ModelSpec) -> Adapters:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..adapter_tensors import Adapter, Adapters, check_shapes, updated
 from ..bridge import apart, repack_job
 from ..convert import Options, run
 from ..emit import Emitter
@@ -29,13 +30,11 @@ from ..errors import BridgeError
 from ..items import Item
 from ..job import Job
 from ..layout import hf_layout_like
-from ..lora import Adapter, Adapters, check_shapes, updated
 from ..store.hf import HFCheckpoint, open_hf
 from ..store.safetensors import INDEX
 from ..store.stream import Bytes, Stream, as_bytes
 from ..values import HFValues, Scratch, Values, decode, scale_rows
-from .lora_checkpoints import holds_adapters, read_adapters
-from .lora_files import import_peft
+from .lora_files import open_adapters
 
 ENCODINGS_OUT = ("source", "fp8", "bf16")
 MOST = 0.5  # of a delta; more lost than this is warned of
@@ -168,7 +167,7 @@ def merge(
     checkpoint = open_hf(source)
     try:
         spec = checkpoint.spec
-        adapters = read_adapters(adapter, spec)[0] if holds_adapters(adapter) else import_peft(adapter, spec)
+        adapters = open_adapters(adapter, spec)
         for one in (source, adapter):
             apart(one, out)
         tally = _Tally(_updates(adapters, checkpoint))

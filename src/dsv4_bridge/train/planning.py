@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BridgeError
+from ..lora import Lora
 from ..memory_plan import Run
 from ..planning_ranks import Asked, RanksReport, plan_ranks, spec_of
 from ..spec import ModelSpec
@@ -20,6 +21,12 @@ def layout_sizes(recipe: Recipe) -> dict[str, int]:
     return {"tp": p.tp, "pp": p.pp, "ep": p.ep, "etp": p.etp, "vp": p.vp}
 
 
+def lora_of(recipe: Recipe) -> Lora:
+    """The adapters of a recipe."""
+    lora = recipe.lora
+    return Lora(lora.rank, lora.alpha, lora.dropout, lora.targets, lora.dora, recipe.seed)
+
+
 def run_of(recipe: Recipe, dp: int) -> Run:
     """What a rank does, in the words of the memory plan."""
     return Run(
@@ -31,7 +38,7 @@ def run_of(recipe: Recipe, dp: int) -> Run:
         recompute=recipe.model.recompute == "full",
         grad_dtype=recipe.optimizer.grad_dtype,
         distributed_optimizer=recipe.optimizer.distributed and recipe.optimizer.name == "adamw",
-        lora_rank=recipe.lora.rank or 16,
+        lora=lora_of(recipe),
         optimizer=recipe.optimizer.name,
         moments_dtype=recipe.optimizer.moments_dtype if recipe.model.dtype == "bf16" else "float32",
     )

@@ -188,6 +188,7 @@ class Lora:
         dropout: of the adapters' inputs.
         targets: keys of the table's rows; empty: the attention projections that peft can load.
         dora: with magnitudes (DoRA).
+        start: a folder of peft, or a run of adapters, to begin from.
     """
 
     rank: int = fact(0, OURS)
@@ -195,6 +196,7 @@ class Lora:
     dropout: float = fact(0.0, BRIDGE)
     targets: tuple[str, ...] = fact((), OURS)
     dora: bool = fact(False, OURS)
+    start: str = fact("", OURS)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """From a recipe to a model in megatron's wrapper, its optimizer and learning rate."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +14,8 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from ..errors import BridgeError
-from ..lora import Lora
 from ..mcore import Parallel, initialize, load_weights
-from ..mcore.adapters import add_adapters
+from ..mcore.adapters import add_adapters, load_adapters
 from ..mcore.indexer_phase import indexer_settings, set_trained
 from ..mcore.model import DeepSeekV4Model, build_chunks
 from ..mcore.runtime import free_memory
@@ -24,7 +24,8 @@ from ..memory_plan import check_run, make_run_topology, plan_memory
 from ..spec import ModelSpec
 from ..topology import parse_layout
 from .initial import initialize_weights
-from .planning import layout_sizes, run_of
+from .lora_files import open_adapters
+from .planning import layout_sizes, lora_of, run_of
 from .recipe import Recipe
 
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
@@ -76,6 +77,11 @@ def make_trainer(recipe: Recipe, spec: ModelSpec, world: int, *, fresh: bool = T
             cannot be read.
     """
     p, dp = recipe.parallel, check_layout(recipe, spec, world)
+    if recipe.lora.start and not recipe.lora.rank:
+        raise BridgeError(
+            f"training with recipe {recipe.name}: lora.start={recipe.lora.start} without lora.rank trains no adapters; "
+            "set lora.rank to theirs"
+        )
     initialize(Parallel(p.tp, p.pp, p.ep, p.etp))
     _check_memory(recipe, spec, dp)
     layout = parse_layout(p.layout, p.pp, spec) if p.layout else None
@@ -98,6 +104,8 @@ def make_trainer(recipe: Recipe, spec: ModelSpec, world: int, *, fresh: bool = T
             initialize_weights(chunks, recipe.model.initial_seed, spec.initializer_range or 0.02)
     if recipe.lora.rank:
         add_adapters(chunks, lora_of(recipe))
+        if fresh and recipe.lora.start:
+            load_adapters(chunks, open_adapters(Path(recipe.lora.start), spec))
     set_trained(chunks, recipe.losses.indexer)
     wrapped = _wrap(recipe, chunks)
     optimizer, notes = _optimizer(recipe, chunks, wrapped)
@@ -112,12 +120,6 @@ def make_trainer(recipe: Recipe, spec: ModelSpec, world: int, *, fresh: bool = T
         parallel_state.get_data_parallel_world_size(),
         notes,
     )
-
-
-def lora_of(recipe: Recipe) -> Lora:
-    """The adapters of a recipe."""
-    lora = recipe.lora
-    return Lora(lora.rank, lora.alpha, lora.dropout, lora.targets, lora.dora, recipe.seed)
 
 
 def check_layout(recipe: Recipe, spec: ModelSpec, world: int) -> int:

@@ -1,0 +1,94 @@
+"""The values of adapters: how they begin, what they add to a weight, and whether they fit a model."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .errors import BridgeError
+from .lora import CARRIERS, Lora, Target, targets
+from .spec import ModelSpec
+
+
+class Adapter(NamedTuple):
+    """The whole tensors of one adapter: A [rank, in], B [out, rank], with DoRA a magnitude [out]."""
+
+    a: Tensor
+    b: Tensor
+    magnitude: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """All adapters of a model.
+
+    Attributes:
+        lora: their settings.
+        values: name of the target -> adapter.
+    """
+
+    lora: Lora
+    values: Mapping[str, Adapter]
+
+
+def initial_a(name: str, rank: int, columns: int, seed: int) -> Tensor:
+    """A [rank, columns] float32 as peft begins it: Kaiming-uniform with a = sqrt(5), so +-1/sqrt(columns).
+
+    It depends on seed and name alone, not on the layout of the ranks.
+    """
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
+    bound = columns**-0.5
+    return torch.rand((rank, columns), generator=generator).mul_(2 * bound).sub_(bound)
+
+
+def row_norms(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """Squared norms of the rows of W + s B A, float32 [out], without making it.
+
+    W [out, in], A [rank, in] and B [out, rank] may be columns of the whole: squares of parts add up.
+    """
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    square = torch.linalg.vector_norm(weight, dim=1, dtype=wide).square()
+    a, b = a.to(wide), b.to(wide)
+    cross = (weight @ a.T.to(weight.dtype)).to(wide)  # [out, rank]
+    return square + ((2 * scale * cross + scale * scale * (b @ (a @ a.T))) * b).sum(1)
+
+
+def updated(weight: Tensor, adapter: Adapter, rows: slice, scale: float) -> Tensor:
+    """Rows `rows` of W', float32; `weight` are those rows of W, float32 [rows, in]."""
+    new = torch.addmm(weight, adapter.b[rows].float(), adapter.a.float(), alpha=scale)
+    if adapter.magnitude is None:
+        return new
+    gain = adapter.magnitude[rows].float() / torch.linalg.vector_norm(new, dim=1)
+    return new * gain[:, None]
+
+
+def check_shapes(adapters: Adapters, spec: ModelSpec, what: str) -> dict[str, Target]:
+    """Name -> target of every adapter.
+
+    Raises:
+        BridgeError: an adapter of no target, or of another shape.
+    """
+    known = {t.name: t for t in targets(spec, CARRIERS)}
+    if unknown := [name for name in adapters.values if name not in known]:
+        raise BridgeError(f"{what}: {len(unknown)} adapters are of no tensor of this model ({unknown[0]} …)")
+    rank = adapters.lora.rank
+    for name, adapter in adapters.values.items():
+        out, into = known[name].shape
+        wanted: Sequence[tuple[str, Tensor | None, tuple[int, ...] | None]] = (
+            ("A", adapter.a, (rank, into)),
+            ("B", adapter.b, (out, rank)),
+            ("magnitude", adapter.magnitude, (out,) if adapters.lora.dora else None),
+        )
+        for part, tensor, shape in wanted:
+            came = None if tensor is None else tuple(tensor.shape)
+            if came != shape:
+                raise BridgeError(f"{what}: {part} of {name} is {_shown(came)}, expected {_shown(shape)}")
+    return {name: known[name] for name in adapters.values}
+
+
+def _shown(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else str(list(shape))
