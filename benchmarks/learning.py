@@ -4,8 +4,9 @@
 
 Every rank is a process of its own that runs `dsv4 train`: float32 over gloo, one thread each. Pretraining
 begins from fresh weights, on the source of the standard library; fine-tuning and LoRA begin from what the
-first pretraining run at one rank saved, on conversations cut from the same source. The bar is the unigram
-entropy of what is learned: the loss of a model that knows how often each token comes, and no more.
+first pretraining run at one rank saved, on conversations cut from the same source, answered in capitals, so that
+they begin above the bar. The bar is the unigram entropy of what is learned: the loss of a model that knows how often
+each token comes, and no more.
 """
 
 import argparse
@@ -109,11 +110,14 @@ def make_inputs(folder: Path) -> Inputs:
 
 
 def conversations(source: str) -> list[dict[str, Any]]:
-    """The user says a line of the source, the assistant the next one."""
+    """The user says a line of the source, the assistant the next one in capitals, which the source hardly has."""
     lines = [line[:28] for line in source.splitlines() if line.strip()]
     pairs = list(itertools.pairwise(lines))[::2]
     return [
-        {"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}], "thinking_mode": "chat"}
+        {
+            "messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b.upper()}],
+            "thinking_mode": "chat",
+        }
         for a, b in pairs
     ]
 
