@@ -14,6 +14,7 @@ _OPTIONAL = {
     "triton": "imported by megatron-core: pip install 'dsv4-bridge[megatron]'",
     "psutil": "used by megatron-core: pip install 'dsv4-bridge[megatron]'",
     "transformers": "comparison with transformers: pip install 'dsv4-bridge[hf]'",
+    "transformer-engine": "on GPUs: AdamW's moments in bf16, and its own grouped experts",
     "peft": "LoRA adapters: pip install 'dsv4-bridge[hf]'",
 }
 

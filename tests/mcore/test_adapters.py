@@ -27,7 +27,6 @@ from dsv4_bridge.errors import BridgeError
 from dsv4_bridge.lora import CARRIERS, Lora, adapter_values, targets
 from dsv4_bridge.mcore import load_weights, stream_weights
 from dsv4_bridge.mcore.adapters import (
-    adapters_state,
     add_adapters,
     bank_of,
     gather_adapters,
@@ -191,10 +190,10 @@ def test_the_base_does_not_see_its_adapters() -> None:
     assert set(model.sharded_state_dict()) == sharded and places(model)[1].keys() == found
     again = dict(stream_weights(model))
     assert again.keys() == streamed.keys() and all(torch.equal(again[n], t) for n, t in streamed.items())
-    kept = {n: t.clone() for n, t in adapters_state(model).items()}
+    kept = {n: t.detach().clone() for n, t in model.adapters.named_parameters()}
     model.load_state_dict(state | {n: v for n, v in model.state_dict().items() if v is None})
     load_weights(model, folder / "saved", allow_lossy=True)
-    assert all(torch.equal(t, kept[n]) for n, t in adapters_state(model).items()) and len(kept) > 50
+    assert all(torch.equal(t, kept[n]) for n, t in model.adapters.named_parameters()) and len(kept) > 50
     count, total = trainable(model)
     assert count == adapter_values(SPEC, lora) == sum(t.numel() for t in kept.values())
     assert total == count + sum(p.numel() for n, p in model.named_parameters() if n in state)
@@ -253,7 +252,7 @@ def test_refused() -> None:
     with pytest.raises(BridgeError, match="add_adapters first"):
         gather_adapters(model)
     add_adapters(model, Lora(4, 6))
-    before = {n: t.clone() for n, t in adapters_state(model).items()}
+    before = {n: t.detach().clone() for n, t in model.adapters.named_parameters()}
     with pytest.raises(BridgeError, match="some already"):
         add_adapters(model, Lora())
     for lora, words in (
@@ -264,7 +263,7 @@ def test_refused() -> None:
     ):
         with pytest.raises(BridgeError, match=words):
             load_adapters(model, some_adapters(lora))
-    assert all(torch.equal(t, before[n]) for n, t in adapters_state(model).items())
+    assert all(torch.equal(t, before[n]) for n, t in model.adapters.named_parameters())
 
 
 def on_a_grid(lora: Lora, reference: DeepseekV4ForCausalLM) -> Adapters:

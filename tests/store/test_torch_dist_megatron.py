@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_torch_dist import bits, same, write
+from torch_dist_tools import bits, same, write
 
 from dsv4_bridge.dtypes import DTYPES
 from dsv4_bridge.errors import BridgeError

@@ -34,7 +34,8 @@ def text(hf: Path) -> Path:
 # ---------------------------------------------------------------- learning
 
 
-@pytest.mark.parametrize("name", ["flash-pretrain", pytest.param("flash-pretrain-muon", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["flash-pretrain", "flash-pretrain-muon"])
 def test_fresh_weights_learn_more_than_frequencies(name: str, text: Path, tmp_path: Path) -> None:
     words = ["schedule.steps=40", "batch.size=8", "batch.micro=8", "log.valid_every=40", "log.valid_steps=4"]
     chosen = recipe(name, f"out={tmp_path / 'run'}", f"data.train={text}", *words, "optimizer.lr=4e-3")
@@ -51,7 +52,7 @@ def test_fresh_weights_learn_more_than_frequencies(name: str, text: Path, tmp_pa
     [
         ("flash-pretrain", ["model.dtype=bf16"]),
         ("flash-pretrain", ["optimizer.distributed=false"]),
-        ("flash-pretrain-muon", ["model.dtype=bf16", "batch.ramp=0:2 4:4"]),
+        pytest.param("flash-pretrain-muon", ["model.dtype=bf16", "batch.ramp=0:2 4:4"], marks=pytest.mark.slow),
         ("flash-lora", ["data.kind=text", "lora.rank=4", "lora.dropout=0.3"]),
     ],
 )

@@ -66,7 +66,7 @@ def test_every_layout_makes_the_steps_of_one_rank(start: Path, text: Path) -> No
     recipes: dict[str, tuple[list[str], tuple[str, ...]]] = {
         "flash-pretrain": ([], ("tp2", "ep2", "pp2", "pp2vp2", "dp2")),
         "flash-pretrain-muon": ([], ("tp2", "ep2")),
-        "flash-lora": (lora, ("tp2", "pp2")),
+        "flash-lora": (lora, ("tp2", "pp2vp2")),
     }
 
     def told(name: str, layout: str) -> Run:

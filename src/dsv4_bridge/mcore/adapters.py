@@ -171,15 +171,6 @@ def sharded_adapters(model: Chunks) -> dict[str, Any]:
     return found
 
 
-def adapters_state(model: Chunks) -> dict[str, Tensor]:
-    """Live name -> this rank's part of every adapter tensor (detached, the same memory)."""
-    return {
-        f"{number}.{name}": parameter.detach()
-        for number, chunk in enumerate(chunks_of(model))
-        for name, parameter in _bank(chunk, "reading adapters").named_parameters()
-    }
-
-
 # ---------------------------------------------------------------- whole adapters
 
 
