@@ -163,6 +163,13 @@ def a_header(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     return apply
 
 
+def spoiled(source: Path, target: Path, case: tuple[Callable[[Path], Any], str]) -> tuple[Path, str]:
+    """A copy of `source` that a case has spoiled, and the message it must be refused with."""
+    spoil, message = case
+    spoil(linked(source, target))
+    return target, message
+
+
 def listing(folder: Path) -> dict[str, tuple[int, int]]:
     return {str(p.relative_to(folder)): (p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*")}
 

@@ -26,6 +26,7 @@ from damage import (
     reindex,
     replace,
     several,
+    spoiled,
     with_header,
 )
 from dsv4_bridge import export_hf, import_hf, inspect, repack, verify
@@ -224,9 +225,7 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_a_bad_folder_is_refused_and_nothing_is_written(case: str, tmp_path: Path, toy_flash: Path) -> None:
-    spoil, message = BAD[case]
-    folder = linked(toy_flash, tmp_path / "hf")
-    spoil(folder)
+    folder, message = spoiled(toy_flash, tmp_path / "hf", BAD[case])
     before = listing(tmp_path)
     refuses(lambda: import_hf(folder, tmp_path / "new" / "out"), message)
     refuses(lambda: repack(folder, tmp_path / "new" / "out", "bf16"), message)
@@ -235,9 +234,7 @@ def test_a_bad_folder_is_refused_and_nothing_is_written(case: str, tmp_path: Pat
 
 @pytest.mark.parametrize("case", ["missing tensors, all of them by row", "truncated shard", "another model"])
 def test_a_bad_folder_is_refused_as_like(case: str, tmp_path: Path, toy_flash: Path, toy_megatron: Path) -> None:
-    spoil, message = BAD[case]
-    folder = linked(toy_flash, tmp_path / "hf")
-    spoil(folder)
+    folder, message = spoiled(toy_flash, tmp_path / "hf", BAD[case])
     before = listing(tmp_path)
     refuses(lambda: export_hf(toy_megatron, tmp_path / "out", folder), message)
     refuses(lambda: verify(toy_flash, folder), message)
@@ -269,9 +266,7 @@ BY_COMMAND = (
 
 @pytest.mark.parametrize("case", BY_COMMAND)
 def test_the_command_says_so_once_and_exits_with_2(case: str, tmp_path: Path, toy_flash: Path) -> None:
-    spoil, message = BAD[case]
-    folder = linked(toy_flash, tmp_path / "hf")
-    spoil(folder)
+    folder, message = spoiled(toy_flash, tmp_path / "hf", BAD[case])
     before = listing(tmp_path)
     assert re.search(message, one_message(dsv4("import", folder, tmp_path / "out", "--json")), re.DOTALL)
     assert listing(tmp_path) == before

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from conftest import dsv4
-from damage import Shards, drop, edit, holder, linked, listing, one_message, poke, put, refuses
+from damage import Shards, drop, edit, holder, linked, listing, one_message, poke, put, refuses, spoiled
 from dsv4_bridge import Options, export_hf, import_hf, inspect, make_toy, repack
 
 # ---------------------------------------------------------------- values that cannot be
@@ -185,9 +185,7 @@ MEGATRON: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @pytest.mark.parametrize("case", MEGATRON)
 def test_a_bad_megatron_folder_is_refused_and_nothing_is_written(case: str, tmp_path: Path, toy_megatron: Path) -> None:
-    spoil, message = MEGATRON[case]
-    folder = linked(toy_megatron, tmp_path / "m")
-    spoil(folder)
+    folder, message = spoiled(toy_megatron, tmp_path / "m", MEGATRON[case])
     before = listing(tmp_path)
     refuses(lambda: export_hf(folder, tmp_path / "new" / "out", None, "bf16"), message)
     assert listing(tmp_path) == before

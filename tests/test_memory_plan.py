@@ -160,6 +160,8 @@ REFUSED = (
     (("--pp", "4", "--vp", "2", "--global-batch", "6"), "Nearest that works: 8"),
     (("--ep", "8", "--global-batch", "12"), "Nearest that works: --global-batch 16"),
     (("--tp", "2", "--lora-rank", "8"), "--lora-rank without --mode lora"),
+    (("--tp", "2", "--lora-target", "attn"), "--lora-target without --mode lora"),
+    (("--mode", "lora", "--lora-target", "attn.q"), "no target 'attn.q'; may carry one: attn.wq_a"),
     (("--tp", "2", "--seq-length", "2097152"), "the model takes 1048576 at most"),
     (("--tp", "2", "--gpu-memory", "-1"), "gpu_memory is -1.0, expected more than 0"),
     (("--gpus", "101", "--global-batch", "5"), "try a power of two of GPUs"),

@@ -90,5 +90,26 @@ def check_shapes(adapters: Adapters, spec: ModelSpec, what: str) -> dict[str, Ta
     return {name: known[name] for name in adapters.values}
 
 
+def check_fit(adapters: Adapters, lora: Lora, spec: ModelSpec, what: str) -> None:
+    """Refuse adapters that a model with the adapters `lora` could not take.
+
+    Raises:
+        BridgeError: other targets, rank or shapes.
+    """
+    check_shapes(adapters, spec, what)
+    for name in ("rank", "alpha", "dora"):
+        if getattr(lora, name) != getattr(adapters.lora, name):
+            raise BridgeError(
+                f"{what}: theirs have {name} {getattr(adapters.lora, name)}, the model's {getattr(lora, name)}"
+            )
+    wanted = {target.name for target in targets(spec, lora.keys)}
+    for which, names in (
+        ("the model has, and they lack", wanted - set(adapters.values)),
+        ("they have, and the model lacks", set(adapters.values) - wanted),
+    ):
+        if names:
+            raise BridgeError(f"{what}: {len(names)} that {which} ({min(names)} …)")
+
+
 def _shown(shape: tuple[int, ...] | None) -> str:
     return "absent" if shape is None else str(list(shape))

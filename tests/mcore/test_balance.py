@@ -8,7 +8,6 @@ import torch
 from bugs import Bug, put
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from mtp_formula import far
 from reference import RECOMPUTING, draft_spec, randomise, some_ids
 from torch.nn import functional as F
@@ -33,12 +32,6 @@ COEFFICIENT = 0.7
 
 def balancing(coefficient: float = COEFFICIENT) -> dict[str, Any]:
     return {"moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": coefficient}
-
-
-@pytest.fixture(autouse=True)
-def unscaled() -> None:
-    """What a schedule left in megatron's one scale a process."""
-    MoEAuxLossAutoScaler.main_loss_backward_scale = None
 
 
 def routers(model: torch.nn.Module) -> dict[str, BiasRouter]:

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from bugs import put
-from megatron.core.transformer.experimental_attention_variant.dsa import DSAIndexerLossAutoScaler
 from mtp_formula import close
 from reference import RECOMPUTING, draft_spec, randomise, small_spec, some_ids
 
@@ -24,12 +23,6 @@ pytestmark = pytest.mark.megatron
 
 WINDOW = 9
 SPEC = small_spec(swiglu_limit=5.0, index_topk=5)
-
-
-@pytest.fixture(autouse=True)
-def unscaled() -> None:
-    """What a schedule left in megatron's one scale a process."""
-    DSAIndexerLossAutoScaler.main_loss_backward_scale = None
 
 
 class Case(NamedTuple):

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 import pytest
 import torch
 from bugs import Bug, put
-from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
 from mtp_formula import far
 from reference import RECOMPUTING, distance, draft_spec, randomise, some_ids
 from torch.nn import functional as F
@@ -29,12 +28,6 @@ LENGTHS = [
     (129, 1, 1, 140, 2),
     (140,),
 ]
-
-
-@pytest.fixture(autouse=True)
-def unscaled() -> None:
-    """What a schedule left in megatron's one scale a process."""
-    MTPLossAutoScaler.main_loss_backward_scale = torch.tensor(1.0)
 
 
 def boundaries(lengths: tuple[int, ...]) -> torch.Tensor:

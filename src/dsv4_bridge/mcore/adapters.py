@@ -15,7 +15,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
-from ..adapter_tensors import Adapter, Adapters, check_shapes
+from ..adapter_tensors import Adapter, Adapters, check_fit
 from ..errors import BridgeError
 from ..lora import ADAPTERS, ALPHA, PARTS, Lora, Target, targets
 from ..table import ROWS
@@ -250,19 +250,7 @@ def load_adapters(model: Chunks, adapters: Adapters) -> None:
     chunks = chunks_of(model)
     what = "loading adapters"
     lora = _bank(chunks[0], what).lora
-    check_shapes(adapters, chunks[0].spec, what)
-    for name in ("rank", "alpha", "dora"):
-        if getattr(lora, name) != getattr(adapters.lora, name):
-            raise BridgeError(
-                f"{what}: theirs have {name} {getattr(adapters.lora, name)}, the model's {getattr(lora, name)}"
-            )
-    wanted = {target.name for target in targets(chunks[0].spec, lora.keys)}
-    for which, names in (
-        ("the model has, and they lack", wanted - set(adapters.values)),
-        ("they have, and the model lacks", set(adapters.values) - wanted),
-    ):
-        if names:
-            raise BridgeError(f"{what}: {len(names)} that {which} ({min(names)} …)")
+    check_fit(adapters, lora, chunks[0].spec, what)
     with torch.no_grad():
         for box, held in _boxes(chunks, what):
             adapter = adapters.values[box.name]

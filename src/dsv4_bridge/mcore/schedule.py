@@ -1,5 +1,6 @@
 """One pass over micro-batches through megatron-core's pipeline schedules."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.experimental_attention_variant.dsa import DSAIndexerLossAutoScaler
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
@@ -66,11 +68,8 @@ def forward_backward(
     if stages > 1:
         groups = ProcessGroupCollection.use_mpu_process_groups()
         options = {"p2p_communicator": StreamCommunicator(groups.pp, config), "pg_collection": groups}
-    for scaler in (MoEAuxLossAutoScaler, DSAIndexerLossAutoScaler):
-        # What a backward outside of the schedules left there has another shape, and megatron copies into it.
-        scaler.main_loss_backward_scale = None
     # Without gradients a forward pass keeps nothing, and its tokens do not count for the balance.
-    with torch.set_grad_enabled(torch.is_grad_enabled() and not forward_only):
+    with _own_scales(), torch.set_grad_enabled(torch.is_grad_enabled() and not forward_only):
         found = get_forward_backward_func(stages, virtual)(
             forward_step_func=_step,
             data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
@@ -82,6 +81,26 @@ def forward_backward(
             **options,
         )
     return [entry["loss"] for entry in found]
+
+
+@contextlib.contextmanager
+def _own_scales() -> Iterator[None]:
+    """Keep megatron's scales of auxiliary losses, one a process, to the schedule.
+
+    It divides them by the micro-batches and leaves them so: a later backward outside of it would take them. And what
+    such a backward leaves has another shape, which megatron copies into.
+    """
+    _unscale()
+    try:
+        yield
+    finally:
+        _unscale()
+
+
+def _unscale() -> None:
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
+    DSAIndexerLossAutoScaler.main_loss_backward_scale = None
+    MTPLossAutoScaler.main_loss_backward_scale = torch.tensor(1.0)
 
 
 def _step(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Any]:

@@ -13,6 +13,7 @@ from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from ..adapter_tensors import Adapters, check_fit
 from ..errors import BridgeError
 from ..mcore import Parallel, initialize, load_weights
 from ..mcore.adapters import add_adapters, load_adapters
@@ -77,11 +78,7 @@ def make_trainer(recipe: Recipe, spec: ModelSpec, world: int, *, fresh: bool = T
             cannot be read.
     """
     p, dp = recipe.parallel, check_layout(recipe, spec, world)
-    if recipe.lora.start and not recipe.lora.rank:
-        raise BridgeError(
-            f"training with recipe {recipe.name}: lora.start={recipe.lora.start} without lora.rank trains no adapters; "
-            "set lora.rank to theirs"
-        )
+    earlier = _earlier_adapters(recipe, spec) if fresh and recipe.lora.start else None
     initialize(Parallel(p.tp, p.pp, p.ep, p.etp))
     _check_memory(recipe, spec, dp)
     layout = parse_layout(p.layout, p.pp, spec) if p.layout else None
@@ -104,8 +101,8 @@ def make_trainer(recipe: Recipe, spec: ModelSpec, world: int, *, fresh: bool = T
             initialize_weights(chunks, recipe.model.initial_seed, spec.initializer_range or 0.02)
     if recipe.lora.rank:
         add_adapters(chunks, lora_of(recipe))
-        if fresh and recipe.lora.start:
-            load_adapters(chunks, open_adapters(Path(recipe.lora.start), spec))
+        if earlier:
+            load_adapters(chunks, earlier)
     set_trained(chunks, recipe.losses.indexer)
     wrapped = _wrap(recipe, chunks)
     optimizer, notes = _optimizer(recipe, chunks, wrapped)
@@ -120,6 +117,16 @@ def make_trainer(recipe: Recipe, spec: ModelSpec, world: int, *, fresh: bool = T
         parallel_state.get_data_parallel_world_size(),
         notes,
     )
+
+
+def _earlier_adapters(recipe: Recipe, spec: ModelSpec) -> Adapters:
+    """The adapters that a run begins from: read, and refused if they do not fit, before any weight is."""
+    what = f"training with recipe {recipe.name}: lora.start={recipe.lora.start}"
+    if not recipe.lora.rank:
+        raise BridgeError(f"{what} without lora.rank trains no adapters; set lora.rank to theirs")
+    adapters = open_adapters(Path(recipe.lora.start), spec)
+    check_fit(adapters, lora_of(recipe), spec, what)
+    return adapters
 
 
 def check_layout(recipe: Recipe, spec: ModelSpec, world: int) -> int:
