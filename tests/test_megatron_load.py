@@ -139,7 +139,7 @@ def source_values(folder: Path, item: Item, shards: dict[str, Path]) -> np.ndarr
     return weight.to(torch.int32).numpy() if weight.dtype == torch.int64 else weight.numpy()
 
 
-@pytest.mark.parametrize("variant", ["Flash", "Flash-0731"])
+@pytest.mark.parametrize("variant", ["Flash", pytest.param("Flash-0731", marks=pytest.mark.slow)])
 def test_megatron_loads_an_import_at_every_kind_of_cut(variant: str, tmp_path: Path) -> None:
     source = make_toy(tmp_path / "hf", variant, 21, payload="extreme", ragged=True)
     import_hf(source, tmp_path / "m")

@@ -60,7 +60,7 @@ def replaying(chosen: dict[str, torch.Tensor], cache: Cache, differing: list[boo
         yield
 
 
-@pytest.mark.parametrize(("index_topk", "new"), [(8, 300), (128, 140)])
+@pytest.mark.parametrize(("index_topk", "new"), [pytest.param(8, 300, marks=pytest.mark.slow), (128, 140)])
 @torch.no_grad()
 def test_steps_equal_the_whole_forward(index_topk: int, new: int) -> None:
     """Up to 300 tokens behind each of four prompts, across windows and blocks; 8 of up to 107 blocks chosen, or all."""

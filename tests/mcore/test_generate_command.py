@@ -210,6 +210,7 @@ def test_too_little_memory_is_said_before_anything_is_loaded(toy_flash: Path, mo
         generate(toy_flash, Ask(texts=["a"]))
 
 
+@pytest.mark.slow
 def test_ranks_with_a_share_of_the_experts_each_say_what_one_says(toy_flash: Path) -> None:
     def start(rank: int, world: int, port: int) -> "subprocess.Popen[str]":
         places = {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

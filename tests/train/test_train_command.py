@@ -102,7 +102,11 @@ def test_dry_run_plans_the_published_layout() -> None:
 # ---------------------------------------------------------------- in the smallest
 
 
-@pytest.mark.parametrize("name", list(RECIPES))
+# Those of Pro and the longest differ from others by numbers alone, which are small here.
+LIKE_OTHERS = ("pro-pretrain", "pro-pretrain-muon", "flash-pretrain-full")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LIKE_OTHERS)) for n in RECIPES])
 def test_every_recipe_makes_two_steps_in_the_smallest(name: str, text: Path, tmp_path: Path) -> None:
     args = ["train", name, "--tiny", f"data.train={text}", "data.kind=text", f"out={tmp_path / 'run'}", "--json"]
     more = ["data.seq_length=40", "log.tensorboard=false"]

@@ -51,7 +51,7 @@ def test_fresh_weights_learn_more_than_frequencies(name: str, text: Path, tmp_pa
     ("name", "words"),
     [
         ("flash-pretrain", ["model.dtype=bf16"]),
-        ("flash-pretrain", ["optimizer.distributed=false"]),
+        pytest.param("flash-pretrain", ["optimizer.distributed=false"], marks=pytest.mark.slow),
         pytest.param("flash-pretrain-muon", ["model.dtype=bf16", "batch.ramp=0:2 4:4"], marks=pytest.mark.slow),
         ("flash-lora", ["data.kind=text", "lora.rank=4", "lora.dropout=0.3"]),
     ],
