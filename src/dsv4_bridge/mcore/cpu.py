@@ -11,6 +11,7 @@ CUDA device is present, and `install` must run before megatron is imported.
 | `torch.zeros(…, device="cuda")` and its like, `.to("cuda")`, `.cuda()` | stay on the CPU |
 | `Tensor.type()` of float tensors | the CUDA name, which megatron's buffers are grouped by |
 | split sizes of the all-to-all dispatcher | moved to lists although they are on the CPU already |
+| gradients and parameters of a data-parallel group of one | stay where they are; gloo would copy them |
 """
 
 import contextlib
@@ -134,7 +135,19 @@ def _named_as_cuda(kind: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+def _among_others(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """Megatron's reduce-scatter or all-gather, whose output is a part of its input or the reverse."""
+
+    @wraps(collective)
+    def wrapped(output: torch.Tensor, source: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        alone = kwargs["group"].size() == 1 and not kwargs.get("async_op") and output.data_ptr() == source.data_ptr()
+        return None if alone else collective(output, source, *args, **kwargs)
+
+    return wrapped
+
+
 def _patch_megatron() -> None:
+    from megatron.core.distributed import param_and_grad_buffer
     from megatron.core.tensor_parallel import random as megatron_random
     from megatron.core.transformer.moe import token_dispatcher
 
@@ -150,3 +163,5 @@ def _patch_megatron() -> None:
     megatron_random._get_cuda_rng_state = get_state
     megatron_random._set_cuda_rng_state = set_state
     token_dispatcher.maybe_move_tensor_to_cpu = to_host
+    for name in ("dist_reduce_scatter_func", "dist_all_gather_func"):
+        setattr(param_and_grad_buffer, name, _among_others(getattr(param_and_grad_buffer, name)))

@@ -85,6 +85,15 @@ def steps_made(optimizer: Any) -> int:
     return max((int(state["step"]) for one in inner for state in one.state.values() if "step" in state), default=0)
 
 
+def fuse(optimizer: Any) -> None:
+    """Let torch's AdamW pass over memory once on a CPU; on CUDA its default, or Transformer Engine's, does."""
+    for part in _parts_of(optimizer):
+        inner = getattr(part, "optimizer", None)
+        if isinstance(inner, torch.optim.AdamW) and not torch.cuda.is_available():
+            for group in inner.param_groups:
+                group["fused"] = True
+
+
 def _empty(part: Any) -> bool:
     """Whether a part has no state here: megatron-core leaves empty entries out of what it loads.
 

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -123,8 +124,7 @@ def _mend_megatron() -> None:
     shard_state = DistributedOptimizer.sharded_param_state_fully_reshardable
 
     def with_padding(self: Any, *args: Any, **kwargs: Any) -> Any:
-        gather = self.get_parameter_state_dp_zero
-        self.get_parameter_state_dp_zero = lambda **how: _pad_between_buckets(self.buffers, gather(**how))
+        self.get_parameter_state_dp_zero = partial(_gathered, self)
         try:
             return shard_state(self, *args, **kwargs)
         finally:
@@ -144,19 +144,27 @@ def _mend_megatron() -> None:
     DistributedOptimizer.sharded_param_state_fully_reshardable = with_padding
 
 
-def _pad_between_buckets(buffers: Any, gathered: dict[Any, Any] | None) -> dict[Any, Any] | None:
-    """State of whole buffers, each bucket where the buffer itself has it; gathered without what pads buckets."""
-    if gathered is None:
-        return None
-    for number, buffer in enumerate(buffers):
-        for states in gathered[number].values():
-            for name, packed in states.items():
-                if not torch.is_tensor(packed):
-                    continue
-                padded, start = torch.zeros(buffer.numel, dtype=packed.dtype), 0
-                for bucket in buffer.buckets:
-                    stop = start + bucket.numel_unpadded
-                    padded[bucket.offset : bucket.offset + bucket.numel_unpadded] = packed[start:stop]
-                    start = stop
-                states[name] = padded
-    return gathered
+def _gathered(
+    optimizer: Any, empty_data: bool = False, return_on_all_ranks: bool = False, use_gloo_comm: bool = True
+) -> dict[Any, Any] | None:
+    """State of whole buffers, each bucket where the buffer has it; held once, not by shard, rank and buffer too."""
+    group = optimizer.data_parallel_group
+    ranks, rank = group.size(), group.rank()
+    found: dict[Any, Any] = {"buckets_coalesced": True}
+    for number, (buffer, by_dtype) in enumerate(zip(optimizer.buffers, optimizer.gbuf_ranges, strict=True)):
+        ((dtype, parts),) = by_dtype.items()
+        names = ("param", *optimizer.optimizer_state_keys)
+        states = {name: torch.zeros(buffer.numel, dtype=torch.float32, device="cpu") for name in names}
+        for bucket, part in [] if empty_data else zip(buffer.buckets, parts, strict=True):
+            each = bucket.grad_data.numel() // ranks
+            mine = bucket.offset + rank * each
+            for parameter, places in part["param_map"].items():
+                tensors, place = optimizer._get_main_param_and_optimizer_states(parameter), places["gbuf_local"]
+                for name, state in states.items():
+                    state[mine + place.start : mine + place.end] = tensors[name].detach()
+            for state in states.values() if ranks > 1 else ():
+                all_of_it = torch.empty(each * ranks, dtype=state.dtype, device=device())
+                dist.all_gather_into_tensor(all_of_it, state[mine : mine + each].to(device()), group=group)
+                state[bucket.offset : bucket.offset + each * ranks] = all_of_it
+        found[number] = {dtype: states | {"numel_unpadded": buffer.numel_unpadded}}
+    return found if rank == 0 or return_on_all_ranks else None

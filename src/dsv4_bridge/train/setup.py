@@ -19,6 +19,7 @@ from ..mcore import Parallel, initialize, load_weights
 from ..mcore.adapters import add_adapters, load_adapters
 from ..mcore.indexer_phase import indexer_settings, set_trained
 from ..mcore.model import DeepSeekV4Model, build_chunks
+from ..mcore.optimizer_state import fuse
 from ..mcore.runtime import free_memory
 from ..mcore.whole_optimizer import whole_optimizer
 from ..memory_plan import check_run, make_run_topology, plan_memory
@@ -237,11 +238,13 @@ def _optimizer(recipe: Recipe, chunks: list[DeepSeekV4Model], wrapped: list[Any]
         muon_momentum=o.muon_momentum,
         muon_nesterov=o.muon_nesterov,
     )
-    if o.name == "muon":
-        if len(o.muon_steps) != 2:
-            raise BridgeError(f"optimizer.muon_steps is {list(o.muon_steps)}, expected two numbers, as [8, 2]")
-        return whole_optimizer(wrapped, chunks, config, (o.muon_rms, o.muon_steps)), tuple(notes)
-    made = get_megatron_optimizer(config, wrapped) if _distributed(recipe) else whole_optimizer(wrapped, chunks, config)
+    if o.name == "muon" and len(o.muon_steps) != 2:
+        raise BridgeError(f"optimizer.muon_steps is {list(o.muon_steps)}, expected two numbers, as [8, 2]")
+    if _distributed(recipe):
+        made = get_megatron_optimizer(config, wrapped)
+    else:
+        made = whole_optimizer(wrapped, chunks, config, (o.muon_rms, o.muon_steps) if o.name == "muon" else None)
+    fuse(made)
     return made, tuple(notes)
 
 
