@@ -9,6 +9,7 @@ from reference import small_spec
 from transformers import AutoConfig, DeepseekV4ForCausalLM
 
 from dsv4_bridge.config import released_config
+from dsv4_bridge.mcore import initialize
 
 pytestmark = pytest.mark.megatron
 
@@ -29,3 +30,17 @@ def test_transformers_loads_a_model_whole(tmp_path: Path) -> None:
     loaded = dict(DeepseekV4ForCausalLM.from_pretrained(tmp_path / "saved").named_buffers())
     for name, buffer in made.named_buffers():
         assert torch.equal(loaded[name], buffer), name
+
+
+def test_what_one_rank_gathers_from_itself_stays_or_is_copied() -> None:
+    from megatron.core.distributed import param_and_grad_buffer as megatron
+
+    initialize()
+    group, values = torch.distributed.group.WORLD, torch.randn(8)
+    for collective in (megatron.dist_all_gather_func, megatron.dist_reduce_scatter_func):
+        elsewhere = torch.zeros(8)
+        collective(elsewhere, values, group=group)
+        assert torch.equal(elsewhere, values)
+        there = values.clone()
+        collective(there, there, group=group)
+        assert torch.equal(there, values)
