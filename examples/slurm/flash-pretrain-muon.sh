@@ -17,7 +17,8 @@
 #SBATCH --requeue
 set -euo pipefail
 
-: "${START:=}" # empty: fresh weights
+: "${START:=}"     # empty: fresh weights
+: "${TOKENIZER:=}" # a released folder, for its tokenizer; empty: that of START
 : "${DATA:?prefix of the data that dsv4 data made}"
 : "${OUT:=$PWD/runs/flash-pretrain-muon}"
 
@@ -31,4 +32,4 @@ export NCCL_NVLS_ENABLE=0 TORCH_NCCL_AVOID_RECORD_STREAMS=1
 srun --kill-on-bad-exit=1 bash -c '
   export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
   exec dsv4 train "$@"
-' dsv4 flash-pretrain-muon start="$START" data.train="$DATA" out="$OUT" "$@"
+' dsv4 flash-pretrain-muon start="$START" tokenizer="$TOKENIZER" data.train="$DATA" out="$OUT" "$@"

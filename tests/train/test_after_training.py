@@ -123,6 +123,25 @@ def test_a_run_s_checkpoint_has_the_tokenizer_of_its_start(start: Path, trained:
     assert len(said.ids) == 3 and said.text is not None
 
 
+def test_a_run_from_fresh_weights_carries_the_tokenizer_it_names(start: Path, tmp_path: Path) -> None:
+    words = [f"variant={start}", "model.dtype=bf16", f"data.train={make_text(tmp_path, start)}", f"out={tmp_path / 'run'}"]
+    (tmp_path / "none").mkdir()
+    with pytest.raises(BridgeError, match=r"tokenizer=.*none: it has no tokenizer.json"):
+        run("flash-pretrain", *words, f"tokenizer={tmp_path / 'none'}")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "tokenizer.json").write_bytes((start / "tokenizer.json").read_bytes() + b" ")
+    with pytest.raises(BridgeError, match="tokenizer_sha256"):
+        run("flash-pretrain", *words, f"tokenizer={tmp_path / 'other'}")
+    for steps in (2, 4):  # the second goes on from the first, and need not say it again
+        named = [f"tokenizer={start}"] if steps == 2 else []
+        made = run("flash-pretrain", *words, *named, f"schedule.steps={steps}", "schedule.warmup=1").checkpoint
+        assert made is not None
+        small = {name: path.read_bytes() for name, path in small_files(made / "hf").items()}
+        assert small == {name: path.read_bytes() for name, path in small_files(start).items()}
+    export_hf(made, tmp_path / "out", None, "bf16")
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (start / "tokenizer.json").read_bytes()
+
+
 def test_adapters_go_on_from_adapters(start: Path, trained: Path, tmp_path: Path) -> None:
     """Of a folder of peft, and of a run; what is no whole model says where adapters go."""
     text = make_text(tmp_path, start)

@@ -12,10 +12,9 @@ import torch
 from ..errors import BridgeError
 from ..mcore.schedule import Batch
 from ..spec import ModelSpec
-from ..store.megatron import looks_megatron
-from ..store.torch_dist import find_iteration
 from ..text import TOKENIZER
 from .datasets import PretrainingDataset, build_pretraining_datasets
+from .planning import small_folder
 from .recipe import Recipe
 
 
@@ -183,12 +182,10 @@ def text_feed(rows: PretrainingDataset) -> Feed:
 
 
 def _tokenizer_of(recipe: Recipe) -> str | None:
-    """Digest of the tokenizer.json that the start has beside its weights; None where it has none."""
-    start = Path(recipe.start)
-    if recipe.start and looks_megatron(start):
-        start = find_iteration(start)[0] / "hf"
-    file = start / TOKENIZER
-    return hashlib.sha256(file.read_bytes()).hexdigest() if recipe.start and file.is_file() else None
+    """Digest of the run's tokenizer.json; None where it has none."""
+    folder = small_folder(recipe)
+    file = folder and folder / TOKENIZER
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file and file.is_file() else None
 
 
 def _chats(recipe: Recipe, spec: ModelSpec, where: Sequence[str]) -> Feed:

@@ -26,13 +26,13 @@ from ..mcore.runtime import device
 from ..mcore.schedule import Batch, forward_backward
 from ..small_files import small_files
 from ..spec import ModelSpec
-from ..store.megatron import ALONG, TRACKER, looks_megatron
+from ..store.megatron import ALONG, TRACKER
 from ..store.torch_dist import find_iteration
 from .choosing import dump, load, values
 from .feed import Feed, make_feeds
 from .flops import flops_per_token
 from .peaks import mfu, peak_named, peak_tflops
-from .planning import lora_of
+from .planning import lora_of, small_folder
 from .recipe import Recipe
 from .setup import Trainer, make_trainer
 from .telling import Teller, Watch
@@ -93,6 +93,7 @@ def train(recipe: Recipe, spec: ModelSpec, world: int, say: Callable[[str], None
     if not recipe.out:
         raise BridgeError(f"training with recipe {recipe.name}: out is empty; say out=FOLDER for checkpoints and logs")
     out = Path(recipe.out)
+    small_folder(recipe)  # before weights are read
     resumes = (out / TRACKER).exists()
     trainer = make_trainer(recipe, spec, world, fresh=not resumes)
     first = dist.get_rank() == 0
@@ -178,16 +179,10 @@ def _run(
 
 
 def _beside(recipe: Recipe, out: Path) -> dict[str, bytes]:
-    """The small files of what training began from, by their names in a checkpoint; the first rank's."""
-    if dist.get_rank():
-        return {}
-    if (out / TRACKER).exists():
-        folder = find_iteration(out)[0] / ALONG
-    elif recipe.start and looks_megatron(Path(recipe.start)):
-        folder = find_iteration(recipe.start)[0] / ALONG
-    elif recipe.start:
-        folder = Path(recipe.start)
-    else:
+    """The small files of the run, by their names in a checkpoint; the first rank's."""
+    resumes = (out / TRACKER).exists()
+    folder = find_iteration(out)[0] / ALONG if resumes and not recipe.tokenizer else small_folder(recipe)
+    if folder is None or dist.get_rank():
         return {}
     return {f"{ALONG}/{name}": path.read_bytes() for name, path in small_files(folder).items()}
 

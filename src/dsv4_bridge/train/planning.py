@@ -9,7 +9,9 @@ from ..lora import Lora
 from ..memory_plan import Run
 from ..planning_ranks import Asked, RanksReport, plan_ranks, spec_of
 from ..spec import ModelSpec
-from ..store.megatron import looks_megatron, open_megatron
+from ..store.megatron import ALONG, looks_megatron, open_megatron
+from ..store.torch_dist import find_iteration
+from ..text import TOKENIZER
 from ..variants import VARIANTS, tiny
 from .choosing import change
 from .recipe import Recipe
@@ -90,6 +92,23 @@ def recipe_spec(recipe: Recipe, scaled: bool = False) -> ModelSpec:
     else:
         spec = spec_of(recipe.start or recipe.variant)
     return spec if recipe.model.mtp and not spec.dspark else spec.without_draft()
+
+
+def small_folder(recipe: Recipe) -> Path | None:
+    """Where the tokenizer and the other small files of a run are; None where it has none.
+
+    Raises:
+        BridgeError: `tokenizer` names a folder without one.
+    """
+    named = recipe.tokenizer or recipe.start
+    if not named:
+        return None
+    folder = Path(named)
+    if looks_megatron(folder):
+        folder = find_iteration(folder)[0] / ALONG
+    if recipe.tokenizer and not (folder / TOKENIZER).is_file():
+        raise BridgeError(f"training with recipe {recipe.name}: tokenizer={named}: it has no {TOKENIZER}")
+    return folder
 
 
 def scaled_down(recipe: Recipe, given: Iterable[str] = ()) -> Recipe:

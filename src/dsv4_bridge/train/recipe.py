@@ -246,6 +246,7 @@ class Recipe:
         summary: what it is for.
         variant: the released variant whose numbers the model has, where `start` does not say.
         start: Hugging Face folder or Megatron checkpoint to start from; empty: fresh weights.
+        tokenizer: a checkpoint whose tokenizer and other small files those of the run carry; empty: that of `start`.
         out: folder of checkpoints and logs.
         seed: of dropout.
     """
@@ -254,6 +255,7 @@ class Recipe:
     summary: str = fact("", OURS)
     variant: str = fact("Flash", OURS)
     start: str = fact("", "yours")
+    tokenizer: str = fact("", "yours")
     out: str = fact("", "yours")
     seed: int = fact(1234, BRIDGE)
     model: Model = field(default_factory=Model)
