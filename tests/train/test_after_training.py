@@ -124,7 +124,12 @@ def test_a_run_s_checkpoint_has_the_tokenizer_of_its_start(start: Path, trained:
 
 
 def test_a_run_from_fresh_weights_carries_the_tokenizer_it_names(start: Path, tmp_path: Path) -> None:
-    words = [f"variant={start}", "model.dtype=bf16", f"data.train={make_text(tmp_path, start)}", f"out={tmp_path / 'run'}"]
+    words = [
+        f"variant={start}",
+        "model.dtype=bf16",
+        f"data.train={make_text(tmp_path, start)}",
+        f"out={tmp_path / 'run'}",
+    ]
     (tmp_path / "none").mkdir()
     with pytest.raises(BridgeError, match=r"tokenizer=.*none: it has no tokenizer.json"):
         run("flash-pretrain", *words, f"tokenizer={tmp_path / 'none'}")

@@ -60,8 +60,6 @@ def attend(q: Tensor, kv: Tensor, blocks: Tensor | None, chosen: Tensor | None, 
     Returns:
         [b, s, h, d] in q's type. Scores are scaled by d^-0.5 (no YaRN factor, trap 12).
     """
-    if blocks is not None and blocks.shape[1] == 0:
-        blocks = chosen = None
     result = _Attend.apply(q, kv, blocks, chosen, sink, reach)
     assert isinstance(result, Tensor)
     return result
@@ -209,6 +207,8 @@ class _Part:
 
 
 def _parts(q: Tensor, kv: Tensor, blocks: Tensor | None, chosen: Tensor | None, reach: Reach) -> Iterator[_Part]:
+    if blocks is not None and blocks.shape[1] == 0:  # they get a gradient of no entries: their weights, of zeros
+        blocks = chosen = None
     batch, length, heads, _ = q.shape
     budget = _BUDGET if q.device.type == "cpu" else _GPU_TIMES * _BUDGET
     start = 0

@@ -98,7 +98,7 @@ class CoreAttention(KeepsFloat32, MegatronModule):
                 chosen = self.indexer.choose(terms)
             chosen = observe("attn.index", self.block, chosen)
         out = attend(q, kv, blocks, chosen, self.attn_sink, reach)
-        if terms is None or blocks is None or blocks.shape[1] == 0:
+        if terms is None or blocks is None:
             return out, None
         compared = chosen if self.config.dsa_indexer_use_sparse_loss else None
         q, kv, blocks, sink = (t.detach() for t in (q, kv, blocks, self.attn_sink))

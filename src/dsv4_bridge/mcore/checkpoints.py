@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from ..errors import BridgeError
 from ..run_config import FILE as RUN_CONFIG
@@ -87,11 +89,14 @@ def save_checkpoint(
         common = {"iteration": iteration, "checkpoint_version": 3.0}
         state = common | _state(chunks, optimizer, loading=False, adapters=adapters)
         with _quiet():
+            # What data-parallel ranks hold alike, each writes a share of.
+            group: Any = parallel_state.get_data_parallel_group(with_context_parallel=True)
+            strategy: Any = FullyParallelSaveStrategyWrapper(TorchDistSaveShardedStrategy(), group)
             if queue is None:
-                dist_checkpointing.save(state, str(part))
+                dist_checkpointing.save(state, str(part), strategy)
             else:
                 request: Any = dist_checkpointing.save(
-                    state, str(part), async_sharded_save=True, async_strategy="mcore"
+                    state, str(part), strategy, async_sharded_save=True, async_strategy="mcore"
                 )
                 request.add_finalize_fn(complete)
                 queue.schedule_async_request(request)

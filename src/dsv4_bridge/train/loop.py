@@ -1,6 +1,7 @@
 """The loop: steps, validation, checkpoints, and when to stop."""
 
 import contextlib
+import gc
 import json
 import signal
 import time
@@ -141,7 +142,7 @@ def _run(
     recipe, watch = trainer.recipe, Watch(trainer.recipe.log.spike)
     outcome = Outcome(state)
     speed = _Speed(trainer)
-    with _sizes(recipe, trainer.ranks), _asked_to_stop() as asked:
+    with _sizes(recipe, trainer.ranks), _garbage(recipe.parallel.gc_every) as tidy, _asked_to_stop() as asked:
         while state.step < recipe.schedule.steps:
             began = time.perf_counter()
             update_num_microbatches(state.rows, consistency_check=False)
@@ -170,6 +171,7 @@ def _run(
                     beside | {PROGRESS: json.dumps(vars(state)).encode(), RECIPE: dump(recipe).encode()},
                 )
             saver.poll()
+            tidy(state.step)
             if stop and not last:
                 saver.finish()
                 teller.say(f"asked to stop: step {state.step} is saved; the same command goes on from there")
@@ -338,6 +340,27 @@ def _advice(
         "the experts; resume with a lower optimizer.lr, or with another data.seed to pass these rows; log.spike=0 goes "
         "on over leaps"
     )
+
+
+@contextlib.contextmanager
+def _garbage(every: int) -> Iterator[Callable[[int], None]]:
+    """Collect garbage at the same steps on all ranks: else each waits for whoever does it now, in turn."""
+    if not every or not gc.isenabled():
+        yield lambda step: None
+        return
+    gc.collect()
+    gc.freeze()  # what is there stays; a collection need not look at it
+    gc.disable()
+
+    def tidy(step: int) -> None:
+        if step % every == 0:
+            gc.collect()
+
+    try:
+        yield tidy
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 @contextlib.contextmanager

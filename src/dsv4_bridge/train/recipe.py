@@ -46,6 +46,8 @@ class Parallel:
         etp: tensor-parallel ranks of an expert.
         layout: the pipeline in its written form; empty: solved.
         gpus: how many the recipe was made for; a dry run plans them, training takes those that are there.
+        overlap: data-parallel ranks sum gradients bucket by bucket while the backward goes on.
+        gc_every: steps between Python's garbage collections, on all ranks at once; 0: when Python does.
     """
 
     tp: int = fact(1, BRIDGE)
@@ -55,6 +57,8 @@ class Parallel:
     etp: int = fact(1, BRIDGE)
     layout: str = fact("", OURS)
     gpus: int = fact(128, f"{OURS}: by dsv4 plan, for 80 GB")
+    overlap: bool = fact(True, BRIDGE)
+    gc_every: int = fact(5, BRIDGE)
 
 
 @dataclass(frozen=True)

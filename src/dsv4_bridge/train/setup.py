@@ -195,13 +195,21 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
 def _wrap(recipe: Recipe, chunks: list[DeepSeekV4Model]) -> list[Any]:
     config = chunks[0].config
     config.finalize_model_grads_func = finalize_model_grads
+    overlap = recipe.parallel.overlap and parallel_state.get_data_parallel_world_size() > 1
     options = DistributedDataParallelConfig(
+        overlap_grad_reduce=overlap,
         grad_reduce_in_fp32=recipe.optimizer.grad_dtype == "float32",
         use_distributed_optimizer=_distributed(recipe),
     )
     for chunk in chunks:
         chunk.train()
-    return [DistributedDataParallel(config, options, chunk, disable_bucketing=n > 0) for n, chunk in enumerate(chunks)]
+    wrapped = [
+        DistributedDataParallel(config, options, chunk, disable_bucketing=n > 0) for n, chunk in enumerate(chunks)
+    ]
+    if overlap:  # a step's last micro-batch sends what all of them summed up
+        waiting = [chunk.no_sync for chunk in wrapped]
+        config.no_sync_func = waiting if len(waiting) > 1 else waiting[0]  # type: ignore[assignment]
+    return wrapped
 
 
 def _distributed(recipe: Recipe) -> bool:
