@@ -144,17 +144,36 @@ def _mend_megatron() -> None:
     DistributedOptimizer.sharded_param_state_fully_reshardable = with_padding
 
 
+class _Pieces:
+    """Pieces of a flat tensor that is nowhere in one piece: each is asked for where it was put."""
+
+    def __init__(self) -> None:
+        self._at: dict[tuple[int, int], torch.Tensor] = {}
+
+    def __setitem__(self, where: slice, piece: torch.Tensor) -> None:
+        self._at[where.start, where.stop] = piece
+
+    def __getitem__(self, where: slice) -> torch.Tensor:
+        return self._at[where.start, where.stop]
+
+
 def _gathered(
     optimizer: Any, empty_data: bool = False, return_on_all_ranks: bool = False, use_gloo_comm: bool = True
 ) -> dict[Any, Any] | None:
-    """State of whole buffers, each bucket where the buffer has it; held once, not by shard, rank and buffer too."""
+    """State of whole buffers, each bucket where the buffer has it.
+
+    Megatron holds it by shard, by rank and by buffer; here it is held once, and where a rank has all, not again.
+    """
     group = optimizer.data_parallel_group
     ranks, rank = group.size(), group.rank()
     found: dict[Any, Any] = {"buckets_coalesced": True}
     for number, (buffer, by_dtype) in enumerate(zip(optimizer.buffers, optimizer.gbuf_ranges, strict=True)):
         ((dtype, parts),) = by_dtype.items()
         names = ("param", *optimizer.optimizer_state_keys)
-        states = {name: torch.zeros(buffer.numel, dtype=torch.float32, device="cpu") for name in names}
+        states: dict[str, Any] = {
+            name: _Pieces() if ranks == 1 and not empty_data else torch.zeros(buffer.numel, device="cpu")
+            for name in names
+        }
         for bucket, part in [] if empty_data else zip(buffer.buckets, parts, strict=True):
             each = bucket.grad_data.numel() // ranks
             mine = bucket.offset + rank * each
