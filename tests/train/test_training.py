@@ -83,6 +83,17 @@ def test_the_last_few_checkpoints_stay(hf: Path, text: Path, tmp_path: Path) -> 
     assert load(tmp_path / "run" / "iter_0000005" / "recipe.yaml").recipe.schedule.steps == 5
 
 
+@pytest.mark.parametrize("name", ["flash-pretrain", "flash-pretrain-muon"])
+def test_what_the_background_writes_is_of_its_step(name: str, hf: Path, text: Path, tmp_path: Path) -> None:
+    """Training goes on meanwhile, and changes in place what is being written."""
+    words = [f"start={hf}", f"data.train={text}", "schedule.steps=4", "checkpoint.save_every=1", "checkpoint.keep=9"]
+    for kind in ("true", "false"):
+        run(name, *words, f"out={tmp_path / kind}", f"checkpoint.background={kind}")
+    for step in (1, 2, 3, 4):
+        folder = f"iter_{step:07d}"
+        assert contents(tmp_path / "true" / folder) == contents(tmp_path / "false" / folder), step
+
+
 def _start(out: Path, hf: Path, text: Path, *words: str) -> "subprocess.Popen[str]":
     command = [sys.executable, "-W", "ignore", "-m", "dsv4_bridge", "train", "flash-pretrain", *SMALL]
     command += [f"start={hf}", f"out={out}", f"data.train={text}", *words]
@@ -181,6 +192,48 @@ def test_refused_before_the_first_step(words: list[str], told: str, hf: Path, te
     with pytest.raises(BridgeError, match=told):
         run("flash-pretrain", f"start={hf}", f"out={tmp_path / 'run'}", f"data.train={text}", *words)
     assert not (tmp_path / "run" / "latest_checkpointed_iteration.txt").exists()
+
+
+@pytest.fixture(scope="module")
+def begun(hf: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps."""
+    out = tmp_path_factory.mktemp("begun") / "run"
+    run("flash-pretrain", f"start={hf}", f"out={out}", f"data.train={text}", "schedule.steps=2", "schedule.warmup=1")
+    return out
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["model.mtp=false"], "model.mtp is False, the run has True; leave it, or say start="),
+        (["lora.rank=2"], "lora.rank is 2, the run has 0"),
+        (["variant=Pro", "start="], "the model is another: .* is 7168, the run has 128"),
+        (["optimizer.name=muon"], "optimizer.name is 'muon', the run has 'adamw'; .*checkpoint.optimizer=false"),
+        (["optimizer.distributed=false"], "optimizer.distributed is False, the run has True"),
+        (["losses.indexer=sparse"], "losses.indexer is 'sparse', the run has 'frozen'"),
+    ],
+)
+def test_another_run_is_not_gone_on_with(
+    words: list[str], told: str, hf: Path, text: Path, begun: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(begun, tmp_path / "run")
+    before = contents(begun / "iter_0000002")
+    same = [f"start={hf}", f"out={tmp_path / 'run'}", f"data.train={text}", "schedule.steps=3", "schedule.warmup=1"]
+    with pytest.raises(BridgeError, match=told):
+        run("flash-pretrain", *same, *words)
+    assert contents(tmp_path / "run" / "iter_0000002") == before
+    if "optimizer" in told or "indexer" in told:
+        went = run("flash-pretrain", *same, *words, "checkpoint.optimizer=false")
+        assert went.state.step == 3 and len(went.losses) == 1
+        with pytest.raises(BridgeError, match="iter_0000003 was saved without optimizer state"):
+            run("flash-pretrain", *same, "schedule.steps=4")
+
+
+def test_what_training_did_not_save_is_not_gone_on_with(hf: Path, text: Path, begun: Path, tmp_path: Path) -> None:
+    shutil.copytree(begun, tmp_path / "run")
+    (tmp_path / "run" / "iter_0000002" / "training.json").unlink()
+    with pytest.raises(BridgeError, match="was not saved by training; say start="):
+        run("flash-pretrain", f"start={hf}", f"out={tmp_path / 'run'}", f"data.train={text}")
 
 
 # ---------------------------------------------------------------- recipes

@@ -29,32 +29,15 @@ from ..small_files import small_files
 from ..spec import ModelSpec
 from ..store.megatron import ALONG, TRACKER
 from ..store.torch_dist import find_iteration
-from .choosing import dump, load, values
+from .choosing import dump
 from .feed import Feed, make_feeds
 from .flops import flops_per_token
 from .peaks import mfu, peak_named, peak_tflops
 from .planning import lora_of, small_folder
 from .recipe import Recipe
+from .resuming import PROGRESS, RECIPE, Resumed, State, find_resumed
 from .setup import Trainer, make_trainer
 from .telling import Teller, Watch
-
-PROGRESS = "training.json"
-RECIPE = "recipe.yaml"
-
-
-@dataclass
-class State:
-    """How far a run is.
-
-    Attributes:
-        step: steps made.
-        rows: rows of data they took.
-        tokens: tokens in these rows.
-    """
-
-    step: int = 0
-    rows: int = 0
-    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -95,12 +78,12 @@ def train(recipe: Recipe, spec: ModelSpec, world: int, say: Callable[[str], None
         raise BridgeError(f"training with recipe {recipe.name}: out is empty; say out=FOLDER for checkpoints and logs")
     out = Path(recipe.out)
     small_folder(recipe)  # before weights are read
-    resumes = (out / TRACKER).exists()
-    trainer = make_trainer(recipe, spec, world, fresh=not resumes)
+    resumed = find_resumed(recipe, spec) if (out / TRACKER).exists() else None
+    trainer = make_trainer(recipe, spec, world, fresh=resumed is None)
     first = dist.get_rank() == 0
     talk = say if first else _silent
     saver = Saver(out, recipe.checkpoint.keep, recipe.checkpoint.background, adapters=bool(recipe.lora.rank))
-    state = _resume(trainer, out, talk) if resumes else State()
+    state = _load(trainer, resumed, talk) if resumed else State()
     if state.step >= recipe.schedule.steps:
         talk(f"step {state.step} of {recipe.schedule.steps} is made already: nothing to do")
         return Outcome(state, checkpoint=saver.last)
@@ -291,22 +274,14 @@ def _sizes(recipe: Recipe, ranks: int) -> Iterator[None]:
         destroy_num_microbatches_calculator()
 
 
-def _resume(trainer: Trainer, out: Path, talk: Callable[[str], None]) -> State:
-    folder, _ = find_iteration(out)
-    path = folder / PROGRESS
-    if not path.exists():
-        raise BridgeError(
-            f"resuming {out}: {folder.name} has no {PROGRESS}, it was not saved by training; "
-            "say start=FOLDER to begin from its weights, and another out"
-        )
+def _load(trainer: Trainer, resumed: Resumed, talk: Callable[[str], None]) -> State:
+    """Everything that a checkpoint of the run holds."""
     optimizer = trainer.optimizer if trainer.recipe.checkpoint.optimizer else None
-    load_checkpoint(trainer.chunks, folder, optimizer, adapters=bool(trainer.recipe.lora.rank))
+    load_checkpoint(trainer.chunks, resumed.folder, optimizer, adapters=bool(trainer.recipe.lora.rank))
     if optimizer is None:
         trainer.optimizer.reload_model_params()
-    before, now = values(load(folder / RECIPE).recipe), values(trainer.recipe)
-    changed = [f"{k} {before[k]!r} -> {now[k]!r}" for k in now if before[k] != now[k]]
-    state = State(**json.loads(path.read_text()))
-    talk(f"goes on from {folder}, step {state.step}" + (f"; changed: {', '.join(changed)}" if changed else ""))
+    state, changed = resumed.state, resumed.changed
+    talk(f"goes on from {resumed.folder}, step {state.step}" + (f"; changed: {', '.join(changed)}" if changed else ""))
     return state
 
 
