@@ -65,7 +65,10 @@ def test_every_layout_makes_the_steps_of_one_rank(start: Path, text: Path) -> No
     common = [f"start={start}", f"data.train={text}", "schedule.steps=3"]
     lora = ["data.kind=text", "lora.rank=4"]
     recipes: dict[str, tuple[list[str], tuple[str, ...]]] = {
-        "flash-pretrain": ([], ("tp2", "ep2", "pp2", "pp2vp2", "dp2", "dp2apart")),
+        "flash-pretrain": (
+            ["log.valid_every=2", "log.valid_steps=1"],
+            ("tp2", "ep2", "pp2", "pp2vp2", "dp2", "dp2apart"),
+        ),
         "flash-pretrain-muon": ([], ("tp2", "ep2")),
         "flash-lora": (lora, ("tp2", "pp2vp2")),
     }
