@@ -17,6 +17,7 @@ from dsv4_bridge.train import loop
 from dsv4_bridge.train.choosing import choose, load
 from dsv4_bridge.train.planning import plan_recipe, recipe_spec
 from dsv4_bridge.train.recipes import RECIPES
+from dsv4_bridge.train.setup import check_layout
 
 pytestmark = pytest.mark.megatron
 
@@ -192,6 +193,20 @@ def test_refused_before_the_first_step(words: list[str], told: str, hf: Path, te
     with pytest.raises(BridgeError, match=told):
         run("flash-pretrain", f"start={hf}", f"out={tmp_path / 'run'}", f"data.train={text}", *words)
     assert not (tmp_path / "run" / "latest_checkpointed_iteration.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["batch.size=2"], r"1 micro-batches a step with 2 chunks .* multiple of pp 2"),
+        (["log.valid_every=1", "log.valid_steps=3"], r"log.valid_steps of 3 with 2 chunks .* works: 4"),
+        (["batch.ramp=0:2 8:4"], r"batch.ramp of 2 with 2 chunks .* works: 4"),
+    ],
+)
+def test_interleaved_stages_take_micro_batches_in_turn(words: list[str], told: str) -> None:
+    chosen = recipe("flash-pretrain", "parallel.pp=2", "parallel.vp=2", *words)
+    with pytest.raises(BridgeError, match=told):
+        check_layout(chosen, small_spec(), 2)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """From a recipe to a model in megatron's wrapper, its optimizer and learning rate."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,7 +151,23 @@ def check_layout(recipe: Recipe, spec: ModelSpec, world: int) -> int:
             f"data-parallel ranks = {recipe.batch.micro} * {dp}. Nearest that works: {near}"
         )
     check_run(spec, topology, run_of(recipe, dp))
+    if topology.layout.vp > 1:
+        _check_interleaved(recipe, topology.layout.vp, each)
     return dp
+
+
+def _check_interleaved(recipe: Recipe, chunks: int, each: int) -> None:
+    """What `check_run` asks of a step's micro-batches, of those on the way to it and of validation."""
+    pp, log = recipe.parallel.pp, recipe.log
+    counts = [("batch.ramp", int(size), each * pp) for size in re.findall(r":(\d+)", recipe.batch.ramp)]
+    counts += [("log.valid_steps", log.valid_steps, pp)] if log.valid_every else []
+    for name, count, unit in counts:
+        if count % unit:
+            raise BridgeError(
+                f"training with recipe {recipe.name}: {name} of {count} with {chunks} chunks a pipeline rank "
+                f"(rule: interleaved stages take a multiple of pp {pp} micro-batches). Nearest that works: "
+                f"{max(unit, round(count / unit) * unit)}"
+            )
 
 
 def _check_memory(recipe: Recipe, spec: ModelSpec, dp: int) -> None:
