@@ -246,9 +246,17 @@ def test_another_run_is_not_gone_on_with(
 
 def test_what_training_did_not_save_is_not_gone_on_with(hf: Path, text: Path, begun: Path, tmp_path: Path) -> None:
     shutil.copytree(begun, tmp_path / "run")
-    (tmp_path / "run" / "iter_0000002" / "training.json").unlink()
-    with pytest.raises(BridgeError, match="was not saved by training; say start="):
-        run("flash-pretrain", f"start={hf}", f"out={tmp_path / 'run'}", f"data.train={text}")
+    told = tmp_path / "run" / "iter_0000002" / "training.json"
+    for content, wrong in (
+        ('{"step": 2, "row": 8}', "does not say"),
+        ('{"step": 2', "training.json"),
+        (None, "start="),
+    ):
+        told.unlink()
+        if content:
+            told.write_text(content)
+        with pytest.raises(BridgeError, match=wrong):
+            run("flash-pretrain", f"start={hf}", f"out={tmp_path / 'run'}", f"data.train={text}")
 
 
 # ---------------------------------------------------------------- recipes

@@ -24,6 +24,7 @@ LAYOUTS: dict[str, list[str]] = {
     "pp2vp2": ["parallel.pp=2", "parallel.vp=2", "batch.micro=1"],
     "dp2": [],
     "dp2apart": ["parallel.overlap=false"],
+    "dp2buckets": ["parallel.bucket=20000"],
 }
 
 
@@ -67,7 +68,7 @@ def test_every_layout_makes_the_steps_of_one_rank(start: Path, text: Path) -> No
     recipes: dict[str, tuple[list[str], tuple[str, ...]]] = {
         "flash-pretrain": (
             ["log.valid_every=2", "log.valid_steps=2"],
-            ("tp2", "ep2", "pp2", "pp2vp2", "dp2", "dp2apart"),
+            ("tp2", "ep2", "pp2", "pp2vp2", "dp2", "dp2apart", "dp2buckets"),
         ),
         "flash-pretrain-muon": ([], ("tp2", "ep2")),
         "flash-lora": (lora, ("tp2", "pp2vp2")),
@@ -93,7 +94,7 @@ def test_every_layout_makes_the_steps_of_one_rank(start: Path, text: Path) -> No
 def test_resumed_at_ep2_pp2_bit_for_bit_and_at_another_layout_nearly(start: Path, text: Path) -> None:
     folder = start.parent
     words = [f"start={start}", f"data.train={text}", "schedule.steps=6"]
-    four = [*words, "parallel.ep=2", "parallel.pp=2"]
+    four = [*words, "parallel.ep=2", "parallel.pp=2", "parallel.bucket=20000"]
     whole, first = folder / "whole", folder / "first"
     told = [
         ("flash-pretrain", [*four, f"out={whole}"]),

@@ -47,6 +47,7 @@ class Parallel:
         layout: the pipeline in its written form; empty: solved.
         gpus: how many the recipe was made for; a dry run plans them, training takes those that are there.
         overlap: data-parallel ranks sum gradients bucket by bucket while the backward goes on.
+        bucket: parameters of a bucket at least; 0: megatron-core's, 40 million or a million a data-parallel rank.
         gc_every: steps between Python's garbage collections, on all ranks at once; 0: when Python does.
     """
 
@@ -58,6 +59,7 @@ class Parallel:
     layout: str = fact("", OURS)
     gpus: int = fact(128, f"{OURS}: by dsv4 plan, for 80 GB")
     overlap: bool = fact(True, BRIDGE)
+    bucket: int = fact(0, BRIDGE)
     gc_every: int = fact(5, BRIDGE)
 
 

@@ -1,6 +1,5 @@
 """Where a run goes on: how far it is, and whether it is still the run that its last checkpoint is of."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from ..errors import BridgeError
 from ..run_config import FILE, read_run_config
 from ..spec import ModelSpec
 from ..store.torch_dist import find_iteration
+from ..strict_json import parse_json
 from .choosing import load, values
 from .recipe import Recipe
 
@@ -83,7 +83,11 @@ def find_resumed(recipe: Recipe, spec: ModelSpec) -> Resumed:
             if key in differing:
                 raise BridgeError(f"{doing}: {_told(key, *differing[key])}; leave it, or say {without}, or {anew}")
     changed = tuple(f"{key} {was!r} -> {became!r}" for key, (was, became) in differing.items())
-    return Resumed(folder, State(**json.loads(path.read_text())), changed)
+    try:
+        state = State(**parse_json(path.read_bytes(), str(path)))
+    except TypeError:
+        raise BridgeError(f"{doing}: {path} does not say steps, rows and tokens; go back to an earlier one") from None
+    return Resumed(folder, state, changed)
 
 
 def _told(key: str, was: Any, now: Any) -> str:

@@ -215,6 +215,7 @@ def _wrap(recipe: Recipe, chunks: list[DeepSeekV4Model]) -> list[Any]:
     overlap = recipe.parallel.overlap and parallel_state.get_data_parallel_world_size() > 1
     options = DistributedDataParallelConfig(
         overlap_grad_reduce=overlap,
+        bucket_size=recipe.parallel.bucket or None,
         grad_reduce_in_fp32=recipe.optimizer.grad_dtype == "float32",
         use_distributed_optimizer=_distributed(recipe),
     )
