@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -257,6 +258,34 @@ def test_what_training_did_not_save_is_not_gone_on_with(hf: Path, text: Path, be
             told.write_text(content)
         with pytest.raises(BridgeError, match=wrong):
             run("flash-pretrain", f"start={hf}", f"out={tmp_path / 'run'}", f"data.train={text}")
+
+
+def _cut(path: Path, size: int) -> None:
+    path.write_bytes(path.read_bytes()[:size])
+
+
+def _blank(path: Path) -> None:
+    path.write_bytes(bytes(3000) + path.read_bytes()[3000:])
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda f: (f / "__0_0.distcp").unlink(), "not there.* Go back to an earlier .* write its number into"),
+        (lambda f: _cut(f / "__0_0.distcp", 1000), "truncated.* Go back to an earlier"),
+        (lambda f: _cut(f / ".metadata", 100), "damaged pickle.* Go back to an earlier"),
+        (lambda f: (f / "metadata.json").unlink(), "has no metadata.json"),
+        (lambda f: (f / "recipe.yaml").unlink(), "recipe.yaml"),
+        (lambda f: _blank(f / "__0_0.distcp"), "a damaged checkpoint. UnpicklingError: .*; go back to an earlier one"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named(
+    damage: Callable[[Path], None], told: str, hf: Path, text: Path, begun: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(begun, tmp_path / "run")
+    damage(tmp_path / "run" / "iter_0000002")
+    with pytest.raises(BridgeError, match=told):
+        run("flash-pretrain", f"start={hf}", f"out={tmp_path / 'run'}", f"data.train={text}")
 
 
 # ---------------------------------------------------------------- recipes

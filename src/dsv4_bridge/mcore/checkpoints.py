@@ -7,6 +7,7 @@ optimizer's state is stored in the shape of the parameters it belongs to (`fully
 import contextlib
 import io
 import os
+import pickle
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,9 +17,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from torch.distributed.checkpoint.api import CheckpointException
 
 from ..errors import BridgeError
 from ..run_config import FILE as RUN_CONFIG
@@ -30,6 +33,7 @@ from .model import DeepSeekV4Model
 from .optimizer_state import SHARDING, load_state, sharded_state, steps_made
 
 _PART = ".part"
+_UNREADABLE = (OSError, EOFError, pickle.UnpicklingError, CheckpointException, CheckpointingException)
 _ADAPTERS = "adapters"
 Chunks = DeepSeekV4Model | Sequence[DeepSeekV4Model]
 
@@ -122,14 +126,20 @@ def load_checkpoint(model: Chunks, checkpoint: Path | str, optimizer: Any = None
         The iteration.
 
     Raises:
-        BridgeError: no checkpoint, or keys that are missing in it or in the model.
+        BridgeError: no checkpoint, a damaged one, or keys that are missing in it or in the model.
     """
     chunks = _chunks(model)
     folder, _ = find_iteration(checkpoint)
     with _quiet():
         wanted = _state(chunks, optimizer, loading=True, adapters=adapters)
         live = {key: sharded.data for key, sharded in wanted.get(_ADAPTERS, {}).items()}
-        loaded: Any = dist_checkpointing.load(wanted, str(folder), strict="return_all")
+        try:
+            loaded: Any = dist_checkpointing.load(wanted, str(folder), strict="return_all")
+        except _UNREADABLE as error:
+            cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+            raise BridgeError(
+                f"loading {folder}: a damaged checkpoint? {type(cause).__name__}: {cause}; go back to an earlier one"
+            ) from error
     state, missing, unexpected = loaded
     # Megatron's words: `unexpected` keys are the model's, `missing` ones the checkpoint's. A rank sees all of
     # the checkpoint's keys and asks for its own, so only one rank alone can tell that some are strange.

@@ -7,13 +7,15 @@ from typing import Any
 from ..errors import BridgeError
 from ..run_config import FILE, read_run_config
 from ..spec import ModelSpec
-from ..store.torch_dist import find_iteration
+from ..store.megatron import TRACKER
+from ..store.torch_dist import find_iteration, open_torch_dist
 from ..strict_json import parse_json
 from .choosing import load, values
 from .recipe import Recipe
 
 PROGRESS = "training.json"
 RECIPE = "recipe.yaml"
+_FORMAT = "metadata.json"  # megatron's, beside the index
 # What the tensors of a checkpoint follow from, and what those of its optimizer do.
 _MODEL = ("model.mtp", "lora.rank", "lora.alpha", "lora.targets", "lora.dora")
 _OPTIMIZER = ("optimizer.name", "optimizer.distributed", "losses.indexer")
@@ -57,10 +59,12 @@ def find_resumed(recipe: Recipe, spec: ModelSpec) -> Resumed:
         spec: the model's numbers.
 
     Raises:
-        BridgeError: it was not saved by training, or is of another model, other adapters or another optimizer.
+        BridgeError: it is damaged or was not saved by training; it is of another model, other adapters or another
+            optimizer.
     """
     folder, _ = find_iteration(recipe.out)
     path, doing = folder / PROGRESS, f"resuming {recipe.out}"
+    _check_whole(folder, doing)
     if not path.exists():
         raise BridgeError(
             f"{doing}: {folder.name} has no {PROGRESS}, it was not saved by training; "
@@ -88,6 +92,19 @@ def find_resumed(recipe: Recipe, spec: ModelSpec) -> Resumed:
     except TypeError:
         raise BridgeError(f"{doing}: {path} does not say steps, rows and tokens; go back to an earlier one") from None
     return Resumed(folder, state, changed)
+
+
+def _check_whole(folder: Path, doing: str) -> None:
+    """Whether what the checkpoint says of itself is there: its index, and files as long as that wants them."""
+    try:
+        open_torch_dist(folder).close()
+        wrong = "" if (folder / _FORMAT).is_file() else f"{folder} has no {_FORMAT}"
+    except BridgeError as error:
+        wrong = str(error)
+    if wrong:
+        raise BridgeError(
+            f"{doing}: {wrong}. Go back to an earlier checkpoint: write its number into {folder.parent / TRACKER}"
+        )
 
 
 def _told(key: str, was: Any, now: Any) -> str:
