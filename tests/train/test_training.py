@@ -96,8 +96,10 @@ def test_what_the_background_writes_is_of_its_step(name: str, hf: Path, text: Pa
         assert contents(tmp_path / "true" / folder) == contents(tmp_path / "false" / folder), step
 
 
-def _start(out: Path, hf: Path, text: Path, *words: str) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-W", "ignore", "-m", "dsv4_bridge", "train", "flash-pretrain", *SMALL]
+def _start(out: Path, hf: Path, text: Path, *words: str, largest: str = "unlimited") -> "subprocess.Popen[str]":
+    """`dsv4 train`, which can write files of `largest` KiB."""
+    command = ["bash", "-c", f'ulimit -f {largest}; exec "$@"', "_"]
+    command += [sys.executable, "-W", "ignore", "-m", "dsv4_bridge", "train", "flash-pretrain", *SMALL]
     command += [f"start={hf}", f"out={out}", f"data.train={text}", *words]
     # Not a pipe: what writes checkpoints would hold it open behind a killed run.
     with (out.parent / "said.txt").open("w") as said:
@@ -113,6 +115,18 @@ def _wait_for_step(out: Path, step: int, process: "subprocess.Popen[str]") -> in
         assert process.poll() is None, (out.parent / "said.txt").read_text()[-3000:]
         time.sleep(0.02)
     raise AssertionError(f"step {step} was not reached")
+
+
+def test_what_cannot_be_saved_leaves_what_was(hf: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run("flash-pretrain", f"start={hf}", f"out={out}", f"data.train={text}", "schedule.steps=2", "schedule.warmup=1")
+    words = ["schedule.steps=4", "checkpoint.background=true"]
+    assert _start(out, hf, text, *words, largest="1000").wait(timeout=120) == 2
+    said = (tmp_path / "said.txt").read_text()
+    assert "dsv4: saving a checkpoint in" in said and "GB are free there" in said and "Traceback" not in said
+    assert sorted(p.name for p in out.glob("iter_*")) == ["iter_0000002", "iter_0000004.part"]
+    went = run("flash-pretrain", f"start={hf}", f"out={out}", f"data.train={text}", "schedule.steps=3")
+    assert len(went.losses) == 1 and not list(out.glob("*.part"))
 
 
 @pytest.mark.slow

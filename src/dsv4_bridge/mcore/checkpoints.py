@@ -85,7 +85,7 @@ def save_checkpoint(
                 part.rename(final)
                 _replace(Path(root) / TRACKER, str(iteration).encode())
 
-    try:
+    with _saying(f"saving {final}", Path(root)):
         with _rank_zero() as first:
             if first:
                 shutil.rmtree(part, ignore_errors=True)
@@ -106,8 +106,6 @@ def save_checkpoint(
                 queue.schedule_async_request(request)
         if queue is None:
             complete()
-    except OSError as error:
-        raise BridgeError(f"saving {final}: {error.strerror or error}") from None
     return final
 
 
@@ -136,7 +134,7 @@ def load_checkpoint(model: Chunks, checkpoint: Path | str, optimizer: Any = None
         try:
             loaded: Any = dist_checkpointing.load(wanted, str(folder), strict="return_all")
         except _UNREADABLE as error:
-            cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+            cause = _cause(error)
             raise BridgeError(
                 f"loading {folder}: a damaged checkpoint? {type(cause).__name__}: {cause}; go back to an earlier one"
             ) from error
@@ -208,6 +206,9 @@ class Saver:
         self.finish()
         if self.last is not None and self.last.name == f"iter_{iteration:07d}":
             return
+        with _rank_zero() as first:
+            for left in self._root.glob(f"iter_*{_PART}") if first else ():  # by a run that was killed
+                shutil.rmtree(left, ignore_errors=True)
         save_checkpoint(
             model, self._root, iteration, optimizer, adapters=self._adapters, files=files, queue=self._queue
         )
@@ -215,13 +216,16 @@ class Saver:
 
     def poll(self) -> None:
         """Complete what the background has written by now; every rank calls it after every step."""
-        if self._queue is not None and self._queue.maybe_finalize_async_calls(blocking=False):
-            self._prune()
+        self._complete(blocking=False)
 
     def finish(self) -> None:
         """Wait for the background."""
-        if self._queue is not None and self._queue.maybe_finalize_async_calls(blocking=True):
-            self._prune()
+        self._complete(blocking=True)
+
+    def _complete(self, blocking: bool) -> None:
+        with _saying(f"saving a checkpoint in {self._root}", self._root):
+            if self._queue is not None and self._queue.maybe_finalize_async_calls(blocking=blocking):
+                self._prune()
 
     def _prune(self) -> None:
         with _rank_zero() as first:
@@ -230,6 +234,26 @@ class Saver:
                 done = sorted(p for p in self._root.glob("iter_*") if p.is_dir() and p.suffix != _PART)
                 for old in [p for p in done if p <= newest][: -self._keep]:
                     shutil.rmtree(old)
+
+
+@contextlib.contextmanager
+def _saying(doing: str, root: Path) -> Iterator[None]:
+    """What cannot be written, in words; megatron's writers tell little more than that they failed."""
+    try:
+        yield
+    except OSError as error:
+        raise BridgeError(f"{doing}: {error.strerror or error}") from None
+    except (RuntimeError, CheckpointException) as error:
+        cause = _cause(error)
+        raise BridgeError(
+            f"{doing}: {type(cause).__name__}: {cause}; {shutil.disk_usage(root).free / 1e9:,.1f} GB are free there. "
+            "What was saved before is whole; the same command goes on from it"
+        ) from error
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The first rank's own error, where torch has gathered those of all."""
+    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
 
 
 @contextlib.contextmanager
