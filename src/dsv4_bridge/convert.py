@@ -9,7 +9,6 @@ killed.
 
 import contextlib
 import errno
-import os
 import shutil
 import threading
 from collections.abc import Callable, Iterable
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from . import journal
+from .durable import put, sync
 from .emit import Emitter, Report
 from .errors import BridgeError
 from .job import Job, Options, Progress, Silent, identity_hash
@@ -77,7 +77,7 @@ def run(job: Job, out: Path, options: Options) -> Report:
             progress.stop()
         if team.leads:
             shutil.rmtree(work)
-            _sync_folder(out)
+            sync(out)
         return report
 
 
@@ -236,21 +236,7 @@ def _finish(job: Job, out: Path, work: Path) -> None:
     for name, data in job.markers.items():
         target = out / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        part = work / (name.replace("/", "_") + ".part")
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(target)
-        _sync_folder(target.parent)
-
-
-def _sync_folder(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        put(target, data, work / (name.replace("/", "_") + ".part"))
 
 
 class _named_errors(contextlib.AbstractContextManager[None]):

@@ -161,7 +161,7 @@ def test_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dsv4_bridge.train.lora_files.os.fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(BridgeError, match="No space left"):
         export_peft(adapters, SPEC, tmp_path / "a")
     assert [p.name for p in tmp_path.iterdir()] == ["taken"]

@@ -6,7 +6,6 @@ optimizer's state is stored in the shape of the parameters it belongs to (`fully
 
 import contextlib
 import io
-import os
 import pickle
 import shutil
 import warnings
@@ -23,6 +22,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
+from ..durable import put, sync
 from ..errors import BridgeError
 from ..run_config import FILE as RUN_CONFIG
 from ..run_config import run_config
@@ -82,8 +82,10 @@ def save_checkpoint(
                 for name, data in (own | dict(files or {})).items():
                     (part / name).parent.mkdir(exist_ok=True, parents=True)
                     (part / name).write_bytes(data)
+                    sync(part / name)
+                sync(part)
                 part.rename(final)
-                _replace(Path(root) / TRACKER, str(iteration).encode())
+                put(Path(root) / TRACKER, str(iteration).encode())
 
     with _saying(f"saving {final}", Path(root)):
         with _rank_zero() as first:
@@ -263,15 +265,6 @@ def _rank_zero() -> Iterator[bool]:
         yield dist.get_rank() == 0
     finally:
         dist.barrier()
-
-
-def _replace(path: Path, data: bytes) -> None:
-    part = path.with_name(path.name + _PART)
-    with part.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
 
 
 @contextlib.contextmanager

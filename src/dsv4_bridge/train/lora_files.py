@@ -13,7 +13,6 @@ wrapper around it. Sources: peft 0.21, tuners/lora/layer.py (ParamWrapper), tune
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -25,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..adapter_tensors import Adapter, Adapters, check_shapes
+from ..durable import sync
 from ..errors import BridgeError
 from ..lora import CARRIERS, Lora, Target, targets
 from ..spec import ModelSpec, short
@@ -189,11 +189,7 @@ def _write(folder: Path, state: dict[str, Tensor], config: bytes) -> None:
         (part / CONFIG).write_bytes(config)
         (part / WEIGHTS).chmod((part / CONFIG).stat().st_mode)  # safetensors keeps others from reading it
         for path in (part / WEIGHTS, part / CONFIG, part):
-            fd = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+            sync(path)
         part.rename(folder)  # over an empty folder too
     except (OSError, SafetensorError) as error:
         raise BridgeError(f"writing {folder}: {getattr(error, 'strerror', None) or error}") from None

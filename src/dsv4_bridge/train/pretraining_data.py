@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from ..durable import sync
 from ..errors import BridgeError
 from ..spec import ModelSpec
 from ..text import TOKENIZER, Tokenizer, open_tokenizer
@@ -171,16 +172,11 @@ def _check_place(out: Path, named: Sequence[Path], overwrite: bool) -> None:
 def _publish(out: Path, parts: dict[str, Path]) -> None:
     """Put the files in place, the index last: without it there is no dataset."""
     for part in parts.values():
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())
+        sync(part)
     out.with_name(f"{out.name}.idx").unlink(missing_ok=True)
     for suffix in (".bin", ".json", ".idx"):
         parts[suffix].replace(out.with_name(out.name + suffix))
-    folder = os.open(out.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync(out.parent)
 
 
 @dataclass(frozen=True)

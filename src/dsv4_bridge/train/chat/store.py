@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from ...durable import sync
 from ...errors import BridgeError
 from ...spec import short
 from ...strict_json import parse_json
@@ -189,9 +190,9 @@ def new_folder(out: Path) -> Iterator[Path]:
     check_free(out)
     with scratch_folder(out.with_name(out.name + ".part")) as part:
         yield part
-        _sync_folder(part)
+        sync(part)
         part.rename(out)
-        _sync_folder(out.parent)
+        sync(out.parent)
 
 
 @contextmanager
@@ -258,11 +259,3 @@ def _load(folder: Path, name: str, mapped: bool) -> np.ndarray:
 def _sync(file: Any) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
