@@ -14,8 +14,8 @@ import pytest
 from training import SMALL, contents, log, make_start, make_text, recipe, run, small_spec, unigram_entropy
 
 from dsv4_bridge import BridgeError
-from dsv4_bridge.train import loop
-from dsv4_bridge.train.choosing import choose, load
+from dsv4_bridge.train import loop, setup
+from dsv4_bridge.train.choosing import change, choose, load
 from dsv4_bridge.train.planning import plan_recipe, recipe_spec
 from dsv4_bridge.train.recipes import RECIPES
 from dsv4_bridge.train.setup import check_layout
@@ -208,6 +208,25 @@ def test_refused_before_the_first_step(words: list[str], told: str, hf: Path, te
     with pytest.raises(BridgeError, match=told):
         run("flash-pretrain", f"start={hf}", f"out={tmp_path / 'run'}", f"data.train={text}", *words)
     assert not (tmp_path / "run" / "latest_checkpointed_iteration.txt").exists()
+
+
+def test_memory_is_of_the_moments_that_there_will_be(
+    hf: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Narrow moments need Transformer Engine, which a CPU has not: room for them is not enough."""
+    words = ["model.dtype=bf16", f"start={hf}", f"out={tmp_path / 'run'}", f"data.train={text}", "schedule.steps=1"]
+    words += ["schedule.warmup=0", "schedule.decay=constant"]
+    chosen = recipe("flash-pretrain", *words)
+    assert chosen.optimizer.moments_dtype == "bf16"
+    wide, narrow = (
+        plan_recipe(change(chosen, {"optimizer.moments_dtype": dtype}), recipe_spec(chosen)).chosen.plan.stages[0].total
+        for dtype in ("float32", "bf16")
+    )
+    monkeypatch.setattr(setup, "free_memory", lambda: ((wide + narrow) // 2, "memory"))
+    with pytest.raises(BridgeError, match=r"of memory are free; .* moments are float32: types below need Transformer"):
+        run("flash-pretrain", *words)
+    monkeypatch.setattr(setup, "free_memory", lambda: (wide + 1, "memory"))
+    assert len(run("flash-pretrain", *words).losses) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """From a recipe to a model in megatron's wrapper, its optimizer and learning rate."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from .lora_files import open_adapters
 from .planning import layout_sizes, lora_of, run_of
 from .recipe import Recipe
 
+_WIDE = "AdamW's moments are float32: types below need Transformer Engine, which is not installed"
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -173,14 +174,14 @@ def _check_interleaved(recipe: Recipe, chunks: int, each: int) -> None:
 def _check_memory(recipe: Recipe, spec: ModelSpec, dp: int) -> None:
     """Refuse what this rank has no room for, before it begins to fill the memory."""
     topology, _ = make_run_topology(spec, layout_sizes(recipe), recipe.parallel.layout or None, dp)
-    stage = plan_memory(spec, topology, dp, run_of(recipe, dp)).stages[
-        parallel_state.get_pipeline_model_parallel_rank()
-    ]
+    run = replace(run_of(recipe, dp), moments_dtype="bf16" if _precise(recipe) else "float32")
+    stage = plan_memory(spec, topology, dp, run).stages[parallel_state.get_pipeline_model_parallel_rank()]
     free, where = free_memory()
     if stage.total > free:
         raise BridgeError(
             f"training with recipe {recipe.name}: a rank takes {stage.total / 1e9:,.1f} GB (`--dry-run` lists it), and "
             f"{free / 1e9:,.1f} GB of {where} are free; take more ranks, another layout, or --tiny for a trial"
+            + (f". {_WIDE}" if _widened(recipe) else "")
         )
 
 
@@ -240,12 +241,18 @@ def _precise(recipe: Recipe) -> bool:
     return narrow and _distributed(recipe) and HAVE_TE
 
 
+def _widened(recipe: Recipe) -> bool:
+    """Whether they are to be narrow, and cannot."""
+    o = recipe.optimizer
+    return o.name == "adamw" and o.moments_dtype == "bf16" and recipe.model.dtype == "bf16" and not _precise(recipe)
+
+
 def _optimizer(recipe: Recipe, chunks: list[DeepSeekV4Model], wrapped: list[Any]) -> tuple[Any, tuple[str, ...]]:
     o, notes = recipe.optimizer, []
     bf16 = recipe.model.dtype == "bf16"
     precise = _precise(recipe)
-    if o.name == "adamw" and o.moments_dtype == "bf16" and bf16 and not precise:
-        notes.append("AdamW's moments are float32: types below need Transformer Engine, which is not installed")
+    if _widened(recipe):
+        notes.append(_WIDE)
     config = OptimizerConfig(
         optimizer="adam",
         lr=o.lr,
