@@ -90,6 +90,42 @@ def test_every_layout_makes_the_steps_of_one_rank(start: Path, text: Path) -> No
     assert min(sizes := [path.stat().st_size for path in written]) > 0.9 * max(sizes)
 
 
+INTERLEAVED = ["parallel.pp=2", "parallel.vp=2", "batch.micro=1", "batch.size=8"]
+
+
+@pytest.mark.parametrize(
+    ("world", "layouts"),
+    [
+        (2, [[], ["parallel.ep=2"]]),
+        pytest.param(
+            4,
+            [INTERLEAVED, ["parallel.pp=2", "parallel.ep=2"], ["parallel.tp=2", "parallel.ep=2"]],
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_what_is_sent_during_the_passes_changes_no_bit(
+    world: int, layouts: list[list[str]], start: Path, text: Path
+) -> None:
+    """Many buckets; nothing is clipped, for a norm is summed bucket by bucket, and no sum is of more than two ranks."""
+    folder = start.parent / f"sent{world}"
+    folder.mkdir()
+    words = [f"start={start}", f"data.train={text}", "schedule.steps=4", "optimizer.clip_grad=0", "optimizer.lr=1e-3"]
+    words += ["log.valid_every=2", "log.valid_steps=2", "checkpoint.save_every=2", "checkpoint.background=true"]
+    ways = (["parallel.overlap=false"], ["parallel.bucket=5000"])
+    told = [
+        ("flash-pretrain", [*words, *layout, *way, f"out={folder / f'{n}-{m}'}"])
+        for n, layout in enumerate(layouts)
+        for m, way in enumerate(ways)
+    ]
+    losses = run_ranks(folder, "runs", world, told)
+    for n, layout in enumerate(layouts):
+        assert losses[2 * n] == losses[2 * n + 1], layout
+        for step in (2, 4):
+            apart, during = (contents(folder / f"{n}-{m}" / f"iter_{step:07d}") for m in (0, 1))
+            assert apart == during, (layout, step)
+
+
 @pytest.mark.slow
 def test_resumed_at_ep2_pp2_bit_for_bit_and_at_another_layout_nearly(start: Path, text: Path) -> None:
     folder = start.parent

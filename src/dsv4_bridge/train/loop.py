@@ -22,6 +22,7 @@ from megatron.core.num_microbatches_calculator import (
 
 from ..errors import BridgeError
 from ..mcore.checkpoints import Saver, load_checkpoint
+from ..mcore.gathering import gather_all
 from ..mcore.metrics import collect
 from ..mcore.runtime import device
 from ..mcore.schedule import Batch, forward_backward
@@ -147,6 +148,7 @@ def _run(
             stop = _any_rank(asked())
             last = state.step == recipe.schedule.steps
             if stop or last or state.step % recipe.checkpoint.save_every == 0:
+                gather_all(trainer.wrapped)
                 saver.save(
                     trainer.chunks,
                     state.step,

@@ -46,7 +46,8 @@ class Parallel:
         etp: tensor-parallel ranks of an expert.
         layout: the pipeline in its written form; empty: solved.
         gpus: how many the recipe was made for; a dry run plans them, training takes those that are there.
-        overlap: data-parallel ranks sum gradients bucket by bucket while the backward goes on.
+        overlap: data-parallel ranks sum gradients bucket by bucket while the backward goes on, and gather what AdamW
+            moved while the forward does.
         bucket: parameters of a bucket at least; 0: megatron-core's, 40 million or a million a data-parallel rank.
         gc_every: steps between Python's garbage collections, on all ranks at once; 0: when Python does.
     """

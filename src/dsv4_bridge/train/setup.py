@@ -18,6 +18,7 @@ from ..adapter_tensors import Adapters, check_fit
 from ..errors import BridgeError
 from ..mcore import Parallel, initialize, load_weights
 from ..mcore.adapters import add_adapters, load_adapters
+from ..mcore.gathering import wait_for_inner
 from ..mcore.indexer_phase import indexer_settings, set_trained
 from ..mcore.model import DeepSeekV4Model, build_chunks
 from ..mcore.optimizer_state import fuse
@@ -216,6 +217,7 @@ def _wrap(recipe: Recipe, chunks: list[DeepSeekV4Model]) -> list[Any]:
     overlap = recipe.parallel.overlap and parallel_state.get_data_parallel_world_size() > 1
     options = DistributedDataParallelConfig(
         overlap_grad_reduce=overlap,
+        overlap_param_gather=overlap and _distributed(recipe) and not recipe.lora.rank,  # adapters are small
         bucket_size=recipe.parallel.bucket or None,
         grad_reduce_in_fp32=recipe.optimizer.grad_dtype == "float32",
         use_distributed_optimizer=_distributed(recipe),
@@ -225,6 +227,8 @@ def _wrap(recipe: Recipe, chunks: list[DeepSeekV4Model]) -> list[Any]:
     wrapped = [
         DistributedDataParallel(config, options, chunk, disable_bucketing=n > 0) for n, chunk in enumerate(chunks)
     ]
+    for chunk in wrapped:
+        wait_for_inner(chunk)
     if overlap:  # a step's last micro-batch sends what all of them summed up
         waiting = [chunk.no_sync for chunk in wrapped]
         config.no_sync_func = waiting if len(waiting) > 1 else waiting[0]  # type: ignore[assignment]
