@@ -62,7 +62,7 @@ def data(
     chats = [path for path in sources if key is None and holds_chat(path)]
     of_chat: dict[str, Any] = {"--seq-length": seq_length, "--mask": mask, "--pack": pack, "--thinking": thinking}
     of_chat["--generation"] = generation
-    of_text = {"--key": key, "--suffix": suffix, "--bos": bos}
+    of_text = {"--key": key, "--suffix": suffix, "--bos": bos, "--overwrite": overwrite or None}
     said = [name for name, value in (of_text if chats else of_chat).items() if value is not None]
     if said:
         kind = "conversations" if chats else "text without conversations"

@@ -53,6 +53,8 @@ def flops(
         raise BridgeError("counting FLOPs: --lengths makes a row of its sum; leave --seq-length out")
     if lora_target and lora_rank is None:
         raise BridgeError("counting FLOPs: --lora-target without --lora-rank trains no adapter; give both")
+    if tokens_per_second is not None and not tokens_per_second < float("inf"):
+        raise BridgeError(f"counting FLOPs: --tokens-per-second is {tokens_per_second}, expected a number")
     lora = None if lora_rank is None else Lora(lora_rank, targets=tuple(lora_target or ()))
     spec = _spec(ckpt, revision)
     report = flop_report(

@@ -182,6 +182,8 @@ def test_a_failure_leaves_what_was_there(toy_flash: Path, tmp_path: Path, monkey
     assert "out.bin is in the way" in str(refused.exception)
     assert run(bad, tmp_path / "out", "--tokenizer", toy_flash, "--overwrite").exit_code == 1
     assert {p: p.read_bytes() for p in tmp_path.glob("out.*")} == before
+    refused = run(good, good / "out", "--tokenizer", toy_flash)  # a folder that is a file
+    assert isinstance(refused.exception, BridgeError) and "preparing" in str(refused.exception)
     # Killed between two renames, there is no dataset, rather than one of two halves.
     other = write_lines(tmp_path / "c.jsonl", ["three", "four"])
     replaced = []

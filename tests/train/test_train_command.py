@@ -76,6 +76,10 @@ def test_recipe_survives_yaml(name: str, tmp_path: Path) -> None:
         (["parallel.ep=0"], "expected 1 or more"),
         (["optimizer.lr=-1"], "expected 0 or more"),
         (["optimizer.lr=nan"], "optimizer.lr is nan"),
+        (["optimizer.lr=inf"], "expected 0 or more, below"),
+        (["optimizer.beta1=1"], "optimizer.beta1 is 1.0, expected 0 or more, below 1"),
+        (["data.seed=99999999999"], "data.seed is 99999999999, expected 0 or more, below 4294967296"),
+        (["batch.size=" + "9" * 30], "batch.size is 9+, expected 1 or more, below"),
         (["optimizer.name=sgd"], "expected one of adamw, muon"),
         (["lr"], "expected key=value"),
     ],
@@ -88,6 +92,20 @@ def test_words_that_fit_no_recipe(words: list[str], told: str, tmp_path: Path) -
     (tmp_path / "own.yaml").write_text("name: a\nbatch: {sise: 3}\n")
     with pytest.raises(BridgeError, match=r"nearest: batch\.size"):
         choose(str(tmp_path / "own.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("name: a\noptimizer: {lr: 1.0e-4}\noptimizer: {beta1: 0.5}\n", "'optimizer' is said twice"),
+        ("name: a\noptimizer: {lr: 1.0e-4, lr: 1.0e-5}\n", "'lr' is said twice"),
+        ("name: " + "[" * 5000, "nested too deep"),
+    ],
+)
+def test_a_recipe_says_everything_once(text: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text(text)
+    with pytest.raises(BridgeError, match=told):
+        load(tmp_path / "own.yaml")
 
 
 def test_dry_run_plans_the_published_layout() -> None:

@@ -200,6 +200,8 @@ def test_a_loss_that_is_no_number_stops(hf: Path, text: Path, tmp_path: Path) ->
         (["data.train=/nowhere/text"], "/nowhere/text"),
         (["start=/nowhere"], "start=/nowhere: no such folder"),
         (["out="], "out is empty"),
+        (["data.split=abc"], "split 'abc', expected shares"),
+        (["data.split=0,0,0"], "split '0,0,0', expected shares"),
         (["start="], r"a rank takes [\d,]+\.\d GB .* are free"),
         (["data.seq_length=2000000"], "the model takes"),
     ],
@@ -241,6 +243,19 @@ def test_interleaved_stages_take_micro_batches_in_turn(words: list[str], told: s
     chosen = recipe("flash-pretrain", "parallel.pp=2", "parallel.vp=2", *words)
     with pytest.raises(BridgeError, match=told):
         check_layout(chosen, small_spec(), 2)
+
+
+def test_out_is_a_folder_of_its_own(hf: Path, text: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    before = sorted(p.name for p in hf.iterdir())
+    for out, told in (
+        (tmp_path / "file", "is no folder"),
+        (hf, "a released folder"),
+        (hf / "run", "a released folder"),
+    ):
+        with pytest.raises(BridgeError, match=told):
+            run("flash-pretrain", f"start={hf}", f"out={out}", f"data.train={text}")
+    assert sorted(p.name for p in hf.iterdir()) == before
 
 
 @pytest.fixture(scope="module")

@@ -42,6 +42,26 @@ _LEAST: dict[str, float] = {
     "checkpoint.keep": 1,
     "log.every": 1,
 }
+_SEED = 1 << 32  # numpy's
+_BELOW: dict[str, float] = {
+    "optimizer.beta1": 1,
+    "optimizer.beta2": 1,
+    "optimizer.muon_momentum": 1,
+    "lora.dropout": 1,
+    "seed": _SEED,
+    "data.seed": _SEED,
+    "model.initial_seed": _SEED,
+}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which no key is said twice."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        said = [key.value for key, _ in node.value]
+        if twice := [key for key in said if said.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} is said twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 @dataclass(frozen=True)
@@ -128,7 +148,9 @@ def load(path: Path) -> Chosen:
         BridgeError: no such file, no YAML, unknown keys or values of another type.
     """
     try:
-        read = yaml.safe_load(path.read_text())
+        read = yaml.load(path.read_text(), _Loader)
+    except RecursionError:
+        raise BridgeError(f"reading recipe {path}: nested too deep; expected keys and values") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise BridgeError(f"reading recipe {path}: {' '.join(str(error).split())}") from None
     if not isinstance(read, dict):
@@ -177,16 +199,17 @@ def _fitting(key: str, value: Any, kind: Any, where: str) -> Any:
         raise BridgeError(f"{where}: {key} is {value!r}, expected {names.get(kind, 'a list')}")
     if key in _CHOICES and fit not in _CHOICES[key]:
         raise BridgeError(f"{where}: {key} is {fit!r}, expected one of {', '.join(_CHOICES[key])}")
-    least = _LEAST.get(key, 0)
-    if isinstance(fit, int | float) and not isinstance(fit, bool) and not least <= fit < float("inf"):
-        raise BridgeError(f"{where}: {key} is {fit!r}, expected {least} or more")
+    least, below = _LEAST.get(key, 0), _BELOW.get(key, 1 << 63)
+    if isinstance(fit, int | float) and not isinstance(fit, bool) and not least <= fit < below:
+        limit = f", below {below}" if key in _BELOW or fit >= below else ""
+        raise BridgeError(f"{where}: {key} is {fit!r}, expected {least} or more{limit}")
     return fit
 
 
 def _parsed(text: str) -> Any:
     try:
         return yaml.safe_load(text) if text else ""
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         return text
 
 

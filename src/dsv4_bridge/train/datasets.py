@@ -154,7 +154,7 @@ def build_pretraining_datasets(
         random_seed=seed,
         sequence_length=seq_length,
         blend=(list(blend.prefixes), None if weights is None or len(held) == 1 else list(weights)),
-        split=_split(split),
+        split=checked_split(split),
         path_to_cache=str(place),
         tokenizer=_Marks(eos_token_id, tuple(h.fingerprint for h in held)),  # type: ignore[arg-type]
         reset_position_ids=False,
@@ -193,7 +193,12 @@ def _unusable(place: Path, error: Exception) -> BridgeError:
     return BridgeError(f"building datasets in {place}: {error}; remove that folder, or name another cache")
 
 
-def _split(split: str) -> str:
+def checked_split(split: str) -> str:
+    """Shares as megatron reads them: `99,1,0`.
+
+    Raises:
+        BridgeError: no one to three numbers of 0 or more, or all 0.
+    """
     shares = [_number(part) for part in split.split(",")]
     if not 1 <= len(shares) <= 3 or any(s is None or not 0 <= s < float("inf") for s in shares) or not any(shares):
         raise BridgeError(

@@ -13,7 +13,7 @@ from ..errors import BridgeError
 from ..mcore.schedule import Batch
 from ..spec import ModelSpec
 from ..text import TOKENIZER
-from .datasets import PretrainingDataset, build_pretraining_datasets
+from .datasets import PretrainingDataset, build_pretraining_datasets, checked_split
 from .planning import small_folder
 from .recipe import Recipe
 
@@ -149,6 +149,7 @@ def make_feeds(recipe: Recipe, spec: ModelSpec, rows: int, valid_rows: int) -> t
             f"training with recipe {recipe.name}: data.train is empty; make data with `dsv4 data` and say "
             "data.train=PATH"
         )
+    checked_split(data.split)
     if data.kind == "chat":
         return _chats(recipe, spec, data.train), _chats(recipe, spec, data.valid) if data.valid else None
     build: dict[str, Any] = {

@@ -28,7 +28,7 @@ from ..mcore.runtime import device
 from ..mcore.schedule import Batch, forward_backward
 from ..small_files import small_files
 from ..spec import ModelSpec
-from ..store.megatron import ALONG, TRACKER
+from ..store.megatron import ALONG, TRACKER, looks_megatron
 from ..store.torch_dist import find_iteration
 from .choosing import dump
 from .feed import Feed, make_feeds
@@ -79,6 +79,7 @@ def train(recipe: Recipe, spec: ModelSpec, world: int, say: Callable[[str], None
         raise BridgeError(f"training with recipe {recipe.name}: out is empty; say out=FOLDER for checkpoints and logs")
     out = Path(recipe.out)
     small_folder(recipe)  # before weights are read
+    _check_out(recipe)
     resumed = find_resumed(recipe, spec) if (out / TRACKER).exists() else None
     trainer = make_trainer(recipe, spec, world, fresh=resumed is None)
     first = dist.get_rank() == 0
@@ -103,6 +104,8 @@ def train(recipe: Recipe, spec: ModelSpec, world: int, say: Callable[[str], None
     )
     for note in trainer.notes:
         talk(note)
+    if recipe.log.valid_every and valid_feed is None:
+        talk("no validation: chats have no split; say data.valid=FOLDER")
     beside = _beside(recipe, out)
     talk(
         f"{recipe.name}: {spec.num_hidden_layers} layers, {trainer.world} ranks (dp {trainer.ranks}), "
@@ -163,6 +166,16 @@ def _run(
                 return Outcome(state, outcome.losses, outcome.valid_losses, "asked to stop", saver.last)
         saver.finish()
     return Outcome(state, outcome.losses, outcome.valid_losses, None, saver.last)
+
+
+def _check_out(recipe: Recipe) -> None:
+    """Refuse an output that is no folder, or lies in what the run starts from."""
+    out, doing = Path(recipe.out), f"training with recipe {recipe.name}: out={recipe.out}"
+    if out.exists() and not out.is_dir():
+        raise BridgeError(f"{doing} is no folder; name one for checkpoints and logs")
+    start = Path(recipe.start)
+    if recipe.start and not looks_megatron(start) and out.resolve().is_relative_to(start.resolve()):
+        raise BridgeError(f"{doing} lies in start={recipe.start}, a released folder; name another")
 
 
 def _beside(recipe: Recipe, out: Path) -> dict[str, bytes]:

@@ -5,6 +5,7 @@ written out in a text stay text: else any text could end a document. The same so
 the same bytes, for any number of workers.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -154,7 +155,8 @@ def prepare_pretraining(
         raise BridgeError(f"preparing {out}: {error.strerror or error}") from None
     finally:
         for part in parts.values():
-            part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                part.unlink()
     return report
 
 

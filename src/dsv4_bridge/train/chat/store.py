@@ -220,7 +220,7 @@ def check_free(out: Path) -> None:
         BridgeError: it exists and is not an empty folder.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise BridgeError(f"writing {out}: it exists and is not an empty folder")
+        raise BridgeError(f"writing {out}: it exists and is not an empty folder; remove it, or name another")
 
 
 class _Column:
