@@ -199,7 +199,7 @@ def _fitting(key: str, value: Any, kind: Any, where: str) -> Any:
         raise BridgeError(f"{where}: {key} is {value!r}, expected {names.get(kind, 'a list')}")
     if key in _CHOICES and fit not in _CHOICES[key]:
         raise BridgeError(f"{where}: {key} is {fit!r}, expected one of {', '.join(_CHOICES[key])}")
-    least, below = _LEAST.get(key, 0), _BELOW.get(key, 1 << 63)
+    least, below = _LEAST.get(key, 0), _BELOW.get(key, 1 << 63 if isinstance(fit, int) else float("inf"))
     if isinstance(fit, int | float) and not isinstance(fit, bool) and not least <= fit < below:
         limit = f", below {below}" if key in _BELOW or fit >= below else ""
         raise BridgeError(f"{where}: {key} is {fit!r}, expected {least} or more{limit}")
