@@ -218,6 +218,7 @@ def test_unusable_arguments_are_refused(toy_flash: Path, tmp_path: Path) -> None
         ((text, "out", "--seq-length", "9"), "--seq-length is not for text"),
         ((chat, "out"), "give --seq-length"),
         ((chat, "out", "--seq-length", "9", "--bos"), "--bos is not for conversations"),
+        ((chat, "out", "--seq-length", "9", "--overwrite"), "--overwrite is not for conversations"),
         ((chat, text, "out", "--seq-length", "9"), "give one such file alone"),
     ]
     for args, message in cases:

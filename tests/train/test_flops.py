@@ -343,6 +343,7 @@ def test_command_prints_both_conventions(toy_flash: Path, toy_megatron: Path) ->
         (("Flash", "--lora-rank", "4", "--lora-target", "attn.q"), "no target 'attn.q'; may carry one: attn.wq_a"),
         (("Flash", "--lora-target", "attn.wq_a"), "give both"),
         (("Flash", "--gpu", "H100"), "give both"),
+        (("Flash", "--gpu", "H100", "--tokens-per-second", "inf"), "is inf, expected a number"),
         (("Flash", "--gpu", "K80", "--tokens-per-second", "1"), "known are A100"),
     ],
 )

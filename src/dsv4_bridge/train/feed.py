@@ -149,9 +149,9 @@ def make_feeds(recipe: Recipe, spec: ModelSpec, rows: int, valid_rows: int) -> t
             f"training with recipe {recipe.name}: data.train is empty; make data with `dsv4 data` and say "
             "data.train=PATH"
         )
-    checked_split(data.split)
     if data.kind == "chat":
         return _chats(recipe, spec, data.train), _chats(recipe, spec, data.valid) if data.valid else None
+    checked_split(data.split)  # also where nothing is validated, and all of it is trained on
     build: dict[str, Any] = {
         "seq_length": data.seq_length,
         "eos_token_id": spec.eos_token_id,
