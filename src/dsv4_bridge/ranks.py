@@ -3,11 +3,14 @@
 A rank is known by the small file that it keeps writing (see `team`): here is how one is read.
 """
 
+import contextlib
+import errno
+import fcntl
 import json
 import os
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from .errors import BridgeError
 
 BEAT = 0.5  # seconds between two writes of a rank's file
 _STALE = 10.0  # a file of another machine that did not change for so long is an old run's
+_DOOR = 60.0  # how long a process waits for others that begin at the same moment
 _FIELDS = {"rank", "word", "session", "state", "facts", "host", "machine", "pid", "began", "beat", "nbytes"}
 HERE: set[str] = set()  # words of the runs in this process
 
@@ -138,3 +142,46 @@ def alive(paths: Iterable[Path]) -> dict[str, Any] | None:
             if now and (now["word"], now["beat"]) != (entry["word"], entry["beat"]):
                 return now
     return None
+
+
+def take(path: Path, entry: Mapping[str, Any], others: Iterable[Path] = ()) -> dict[str, Any] | None:
+    """Put `entry` where a living process has not put its own; the entry of the one that has, otherwise.
+
+    Args:
+        path: the file of the place; what a dead process left there is replaced.
+        entry: what this process says of itself.
+        others: places that must not be taken either.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    with _door(path.parent):
+        if there := alive([path, *others]):
+            return there
+        for left in (path, *path.parent.glob(f"{path.name}.*")):
+            left.unlink(missing_ok=True)
+        try:
+            with path.open("x") as file:
+                file.write(json.dumps(dict(entry)))
+        except FileExistsError:  # another machine, where the file system's locks do not reach
+            return read(path) or {**entry, "host": "another machine", "pid": "?"}
+    return None
+
+
+@contextlib.contextmanager
+def _door(folder: Path) -> Iterator[None]:
+    """One process at a time, where the file system has locks: looking and taking are one act."""
+    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        until = time.monotonic() + _DOOR
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EWOULDBLOCK, errno.EACCES) and time.monotonic() < until:
+                    time.sleep(0.02)
+                    continue
+            break
+        yield
+    finally:
+        os.close(fd)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import BridgeError
-from .ranks import BEAT, HERE, Ranks, alive, began, known, read, this_machine, who
+from .ranks import BEAT, HERE, Ranks, alive, began, known, read, take, this_machine, who
 
 _PARTING = 20.0  # how long rank 0 waits for the others to take note of the end
 _PAUSE = 0.1
@@ -98,17 +98,11 @@ class Team:
         own = self._path(self.ranks.rank)
         others = self._everyone() if self.leads else {}
         busy = [self._path(r) for r, e in others.items() if e["state"] in ("working", "done") and r != self.ranks.rank]
-        if there := alive([own, *busy]):
+        if there := take(own, self._mine, busy):
             raise BridgeError(
                 f"{self.label}: another run is writing into {self.folder.parent.parent}, {who(there)}; wait until "
                 "it has ended, or stop it"
             )
-        own.unlink(missing_ok=True)
-        try:
-            with own.open("x") as file:
-                file.write(json.dumps(self._mine))
-        except FileExistsError:
-            raise BridgeError(f"{self.label}: another process began as rank {self.ranks.rank} just now") from None
         HERE.add(self._mine["word"])
         self._thread = threading.Thread(target=self._run, daemon=True, name="ranks")
         self._thread.start()
