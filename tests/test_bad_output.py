@@ -40,7 +40,6 @@ def test_a_folder_that_is_not_empty_needs_overwrite(tmp_path: Path, toy_flash: P
     refuses(lambda: import_hf(toy_flash, out, Options(overwrite=True)), r"this folder is none \(notes\.txt")
     refuses(lambda: import_hf(toy_flash, out, Options(resume=True)), "not empty")
     assert "not empty" in one_message(dsv4("import", toy_flash, out))
-    assert "give one of them" in one_message(dsv4("import", toy_flash, out, "--resume", "--overwrite"))
     assert listing(tmp_path) == before
 
 
@@ -177,24 +176,18 @@ def test_resuming_with_another_input_is_refused(tmp_path: Path, toy_flash: Path,
 # ---------------------------------------------------------------- while it is read
 
 
-class Meddler:
-    """Progress that does something once the first bytes are written."""
+def once_written(monkeypatch: pytest.MonkeyPatch, act: Callable[[], Any]) -> None:
+    """Do something when the first bytes are written."""
+    real, acts, lock = os.pwrite, [act], threading.Lock()
 
-    def __init__(self, act: Callable[[], Any]):
-        self._act: Callable[[], Any] | None = act
-        self._lock = threading.Lock()
+    def pwrite(fd: int, data: Any, offset: int) -> int:
+        with lock:
+            due, acts[:] = list(acts), []
+        for each in due:
+            each()
+        return real(fd, data, offset)
 
-    def start(self, label: str, total: int, done: int) -> None:
-        pass
-
-    def advance(self, nbytes: int) -> None:
-        with self._lock:
-            act, self._act = self._act, None
-        if act:
-            act()
-
-    def stop(self) -> None:
-        pass
+    monkeypatch.setattr(os, "pwrite", pwrite)
 
 
 def overwrite_in_place(path: Path) -> None:
@@ -215,14 +208,49 @@ CHANGES: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("how", CHANGES)
-def test_a_tensor_that_changes_while_it_is_read_is_refused(how: str, tmp_path: Path, toy_flash: Path) -> None:
+def test_a_tensor_that_changes_while_it_is_read_is_refused(
+    how: str, tmp_path: Path, toy_flash: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = shutil.copytree(toy_flash, tmp_path / "hf")
     last = sorted(folder.glob("*.safetensors"))[-1]
-    meddler = Meddler(lambda: CHANGES[how](last))
+    once_written(monkeypatch, lambda: CHANGES[how](last))
     refuses(
-        lambda: import_hf(folder, tmp_path / "a" / "out", Options(progress=meddler)),
+        lambda: import_hf(folder, tmp_path / "a" / "out"),
         f"{last.name}.*(changed while being read|No such file)",
     )
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("how", CHANGES)
+def test_a_megatron_file_that_changes_while_it_is_read_is_refused(
+    how: str, tmp_path: Path, toy_flash: Path, toy_megatron: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(toy_megatron, tmp_path / "megatron")
+    # The last tensor of the released order is written last, wherever it lies.
+    largest = max((folder / "iter_0000000").glob("*.distcp"), key=lambda p: (p.stat().st_size, p.name))
+    once_written(monkeypatch, lambda: CHANGES[how](largest))
+    refuses(
+        lambda: export_hf(folder, tmp_path / "a" / "out", toy_flash),
+        f"{largest.name}.*(changed while being read|No such file|truncated)",
+    )
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_megatron_source_replaced_between_opening_and_reading_is_refused(
+    tmp_path: Path, toy_flash: Path, toy_megatron: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another checkpoint's files, whole and of the same sizes, put where those of the source were."""
+    other = make_toy(tmp_path / "other", "Flash", 99)
+    import_hf(other, tmp_path / "other-megatron")
+    folder = shutil.copytree(toy_megatron, tmp_path / "megatron")
+    names = sorted(p.name for p in (folder / "iter_0000000").glob("*.distcp"))[-2:]
+
+    def swap() -> None:
+        for name in names:
+            put(folder / "iter_0000000" / name, (tmp_path / "other-megatron/iter_0000000" / name).read_bytes())
+
+    once_written(monkeypatch, swap)
+    refuses(lambda: export_hf(folder, tmp_path / "a" / "out", toy_flash), "changed while being read")
     assert not (tmp_path / "a").exists()
 
 

@@ -233,8 +233,6 @@ def _options(workers: int, resume: bool, overwrite: bool, dry_run: bool) -> Any:
     from .ranks import Ranks
     from .render import TerminalProgress
 
-    if resume and overwrite:
-        raise BridgeError("--resume continues an earlier run, --overwrite starts over: give one of them")
     return Options(workers, resume, overwrite, TerminalProgress(), dry_run, Ranks.from_environment())
 
 

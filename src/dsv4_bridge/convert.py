@@ -11,18 +11,19 @@ import contextlib
 import errno
 import shutil
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 from . import journal
-from .durable import put, sync
+from .durable import copy, make_folder, move, put, sync
 from .emit import Emitter, Report
 from .errors import BridgeError
 from .job import Job, Options, Progress, Silent, identity_hash
 from .layout import OutFile
 from .preparing import MARKS, RANKS, WORK, amount, begin, check_space, clear, examine, finished, readable
+from .progress import in_background
 from .ranks import shares
 from .store.stream import Buffers, Bytes, CountingStream, FileStream
 from .team import Team
@@ -38,19 +39,20 @@ def run(job: Job, out: Path, options: Options) -> Report:
         BridgeError: the folder is in the way, another run writes into it, the disk is too small, another
             rank failed, or a tensor cannot be converted; in the last case nothing stays behind.
     """
+    shown = in_background(options.progress)
     if options.dry_run:
         if options.ranks.world > 1:
             raise BridgeError(f"{job.label}: --dry-run is the work of one process; unset WORLD_SIZE")
         with _named_errors(job, out):
-            return dry_run(job, options.progress)
+            return dry_run(job, shown)
     work = out / WORK
     with _named_errors(job, out):
         copies = sum(readable(p) for p in job.copies.values())
         examine(out, options, earlier=work.is_dir())
         if options.resume and options.ranks.world == 1:
-            finished(job, out, work)  # refuses another job before anything is touched
+            finished(job, out, work, options)  # refuses another job before anything is touched
         team = Team(work / RANKS, options.ranks, _facts(job, options), job.label)
-        progress, working = options.progress if team.leads else Silent(), False
+        progress, working = shown if team.leads else Silent(), False
         team.claim()
         try:
             team.meet()
@@ -121,7 +123,7 @@ def _take_share(
 
 def dry_run(job: Job, progress: Progress | None = None) -> Report:
     """Run a job into sinks that count and discard."""
-    progress = progress or Silent()
+    progress = in_background(progress or Silent())
     emitter, report = job.emitter(), Report()
     progress.start(job.label, job.nbytes, 0)
     try:
@@ -171,12 +173,13 @@ def _write_files(
             with lock:
                 emitters.append(local.emitter)
         path = work / file.name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         part = path.with_name(f"{path.name}.{team.word}.part")
         stream = _Watched(FileStream(part, local.buffers, advance), team.check)
         try:
             report = local.emitter.emit(file.segments, stream)
             stream.close()
+            _check_size(job, file, part, report)
         except BaseException:
             stop.set()
             with contextlib.suppress(OSError):
@@ -184,9 +187,9 @@ def _write_files(
             part.unlink(missing_ok=True)
             raise
         team.confirm()
-        part.replace(path)
+        move([(part, path)])
         with lock:
-            journal.enter(work, team.ranks.rank, file.name, file.nbytes, report.to_json())
+            journal.enter(work, team.ranks.rank, file.name, path, report.to_json())
             total.merge(report)
 
     try:
@@ -199,6 +202,16 @@ def _write_files(
         for emitter in emitters:
             emitter.close()
     return total
+
+
+def _check_size(job: Job, file: OutFile, part: Path, report: Report) -> None:
+    """What is placed has the size that was planned: a writer that stopped early left less."""
+    there = part.stat().st_size
+    if not file.nbytes == report.bytes_written == there:
+        raise BridgeError(
+            f"{job.label}: {file.name} has {there} bytes and {report.bytes_written} were made of the {file.nbytes} "
+            "that were planned; it is not kept. Is something else writing there?"
+        )
 
 
 def _in_threads(one: Callable[[OutFile], None], files: Iterable[OutFile], workers: int, stop: threading.Event) -> None:
@@ -217,26 +230,43 @@ def _in_threads(one: Callable[[OutFile], None], files: Iterable[OutFile], worker
 
 
 def _finish(job: Job, out: Path, work: Path) -> None:
+    """Bring everything to its place: what was there goes, its markers first; the new markers come last."""
     for name, source in job.copies.items():
-        target = work / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target)
-    keep = {WORK}
+        copy(source, work / name)
     names = [f.name for f in job.files]
-    # A previous checkpoint goes first, its markers before its data.
-    placed = {n for n in names if not (work / n).exists() and (out / n).exists()}
-    for old in sorted(out.iterdir(), key=lambda p: p.name not in MARKS):
-        if old.name not in keep and not any(n == old.name or n.startswith(old.name + "/") for n in placed):
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
-    for name in (*names, *job.copies):
-        target = out / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if name not in placed:
-            (work / name).replace(target)
+    # Files that a killed run has moved already; before its line in the journal, `out` holds old ones alone.
+    placed = {n for n in names if not (work / n).exists()} if journal.placing(work) else set[str]()
+    journal.place(work)
+    _clear_old(out, placed)
+    move((work / n, out / n) for n in (*names, *job.copies) if n not in placed)
     for name, data in job.markers.items():
         target = out / name
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(target.parent)
         put(target, data, work / (name.replace("/", "_") + ".part"))
+
+
+def _clear_old(out: Path, placed: Container[str]) -> None:
+    """Remove what was there before, and have its markers gone from the disk before its first byte goes."""
+    old = [p for p in out.iterdir() if p.name != WORK]
+    for marker in [p for p in old if p.name in MARKS and not p.is_dir()]:
+        marker.unlink()
+    sync(out)
+    for path in old:
+        if path.is_dir() and not path.is_symlink():
+            _clear_folder(out, path, placed)
+        elif path.name not in placed:
+            path.unlink(missing_ok=True)
+    sync(out)
+
+
+def _clear_folder(out: Path, folder: Path, placed: Container[str]) -> None:
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            _clear_folder(out, path, placed)
+        elif str(path.relative_to(out)) not in placed:
+            path.unlink()
+    with contextlib.suppress(OSError):  # something placed is in it
+        folder.rmdir()
 
 
 class _named_errors(contextlib.AbstractContextManager[None]):

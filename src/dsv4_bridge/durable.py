@@ -1,6 +1,13 @@
-"""What is written stays, also where the power fails."""
+"""What is written stays, also where the power fails.
 
+The order that makes it so: the bytes of a file, then its name, then the folder that holds the name, and only
+then what says that it is there.
+"""
+
+import contextlib
 import os
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -26,3 +33,31 @@ def put(path: Path, data: bytes, part: Path | None = None) -> None:
     sync(part)
     part.replace(path)
     sync(path.parent)
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy a file's bytes to the disk, and the folders that lead there."""
+    make_folder(target.parent)
+    shutil.copyfile(source, target)
+    sync(target)
+    sync(target.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, with their names on the disk."""
+    new = [p for p in (folder, *folder.parents) if not p.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in new:
+        with contextlib.suppress(OSError):  # of the folders above, some cannot be opened
+            sync(path.parent)
+
+
+def move(moves: Iterable[tuple[Path, Path]]) -> None:
+    """Move files that are on the disk to their places, then bring all the names there."""
+    touched = set[Path]()
+    for source, target in moves:
+        make_folder(target.parent)
+        source.replace(target)
+        touched |= {source.parent, target.parent}
+    for folder in touched:
+        sync(folder)

@@ -74,7 +74,7 @@ class Options:
     Attributes:
         workers: files written at a time by this process.
         resume: continue an earlier run.
-        overwrite: replace an earlier output.
+        overwrite: replace an earlier output; with `resume`, only where there is no earlier run to continue.
         progress: told of what is written.
         dry_run: write nothing.
         ranks: this process among those that share the job.

@@ -1,7 +1,9 @@
 """What of a conversion is finished: a line a file, on disk before the next is begun.
 
 `journal.jsonl` begins with the identity of the job; a rank other than 0 writes a journal of its own, and a
-restart gathers them.
+restart gathers them. A line is written when the file and its name are on the disk, and says how to know the file
+again: its size and the time of its last write, which moving it does not change. The last line says that the files
+are being moved to their places: only behind it can a file of the output folder be one of this run.
 """
 
 import contextlib
@@ -11,32 +13,88 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from .durable import sync
+from .emit import Report
+
 _NAME = "journal"
+_PLACING = {"placing": True}
+_MOST_BYTES = 1 << 30
 
 
 def begin(work: Path, identity: str, label: str, finished: Iterable[Mapping[str, Any]] = ()) -> None:
     """Begin the journal of rank 0 with what is finished already; those of other ranks go."""
     part = work / f"{_NAME}.part"
     part.unlink(missing_ok=True)
-    _append(part, {"identity": identity, "label": label}, *finished)
+    moving = [_PLACING] if placing(work) else []
+    _append(part, {"identity": identity, "label": label}, *finished, *moving)
     part.replace(_path(work, 0))
+    sync(work)
     for other in work.glob(f"{_NAME}.*.jsonl"):
         other.unlink()
 
 
-def enter(work: Path, rank: int, file: str, size: int, report: Mapping[str, Any]) -> None:
-    """Note a finished file."""
-    _append(_path(work, rank), {"file": file, "size": size, "report": report})
+def enter(work: Path, rank: int, file: str, path: Path, report: Mapping[str, Any]) -> None:
+    """Note a finished file, which lies at `path`."""
+    facts = path.stat()
+    _append(
+        _path(work, rank), {"file": file, "size": facts.st_size, "written": facts.st_mtime_ns, "report": dict(report)}
+    )
+
+
+def place(work: Path) -> None:
+    """Note that everything is finished and the files begin to move."""
+    if not placing(work):
+        _append(_path(work, 0), _PLACING)
+
+
+def placing(work: Path) -> bool:
+    """Whether the files of the run began to move."""
+    return _PLACING in _raw(work)
+
+
+def header(work: Path) -> Mapping[str, Any] | None:
+    """The first line: `identity` and `label` of the job; None if no run got so far."""
+    entries = _raw(work)
+    first = entries[0] if entries else {}
+    good = isinstance(first.get("identity"), str) and isinstance(first.get("label"), str)
+    return first if good else None
 
 
 def lines(work: Path) -> list[dict[str, Any]]:
-    """Every line of every rank, the one with the identity first; empty if no run got so far."""
-    found = []
+    """The lines of finished files, of every rank; what is no such line does not count."""
+    return [entry for entry in _raw(work) if _finished(entry)] if header(work) else []
+
+
+def is_of(line: Mapping[str, Any], path: Path) -> bool:
+    """Whether the file at `path` is the one that a line speaks of."""
+    try:
+        facts = path.stat()
+    except OSError:
+        return False
+    return path.is_file() and (facts.st_size, facts.st_mtime_ns) == (line["size"], line["written"])
+
+
+def _finished(entry: Mapping[str, Any]) -> bool:
+    numbers = (entry.get("size"), entry.get("written"))
+    if not isinstance(entry.get("file"), str) or any(type(n) is not int for n in numbers):
+        return False
+    try:
+        Report.from_json(entry["report"])
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return False
+    return True
+
+
+def _raw(work: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
     for path in (_path(work, 0), *sorted(work.glob(f"{_NAME}.*.jsonl"))):
-        for raw in path.read_bytes().splitlines() if path.exists() else []:
-            with contextlib.suppress(ValueError):  # the last line of a killed run may be torn
-                found.append(json.loads(raw))
-    return found if found and "identity" in found[0] else []
+        if not path.is_file() or path.stat().st_size > _MOST_BYTES:
+            continue
+        for raw in path.read_bytes().splitlines():
+            with contextlib.suppress(ValueError, RecursionError):  # the last line of a killed run may be torn
+                entry = json.loads(raw)
+                found += [entry] if isinstance(entry, dict) else []
+    return found
 
 
 def _path(work: Path, rank: int) -> Path:

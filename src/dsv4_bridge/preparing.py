@@ -25,6 +25,11 @@ def examine(out: Path, options: Options, *, earlier: bool) -> None:
     if not present or earlier:
         return
     if not options.overwrite:
+        if options.resume and (out / WORK).is_dir():
+            raise BridgeError(
+                f"writing {out}: the earlier run stopped before it had written anything, and a checkpoint of before is "
+                "there; --overwrite replaces it"
+            )
         if options.resume and any(m in present for m in MARKS):
             raise BridgeError(
                 f"writing {out}: there is nothing to resume, the folder is complete; --overwrite replaces it"
@@ -46,7 +51,7 @@ def begin(job: Job, out: Path, work: Path, options: Options) -> dict[str, Any]:
         raise BridgeError(
             f"writing {out}: an earlier run stopped half way here; --resume continues it, --overwrite starts over"
         )
-    done = finished(job, out, work) if earlier and options.resume else {}
+    done = finished(job, out, work, options) if earlier and options.resume else {}
     if not done:
         clear(work)
     for part in work.rglob("*.part"):
@@ -62,25 +67,27 @@ def clear(work: Path) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def finished(job: Job, out: Path, work: Path) -> dict[str, Any]:
+def finished(job: Job, out: Path, work: Path, options: Options) -> dict[str, Any]:
     """File -> its line in the journals of an earlier run, where the file is there.
 
     Raises:
-        BridgeError: that run had another input or other options.
+        BridgeError: that run had another input or other options, and is not to be replaced.
     """
-    lines = journal.lines(work)
-    if lines and lines[0]["identity"] != identity_hash(job):
+    header = journal.header(work)
+    if header and header["identity"] != identity_hash(job):
+        if options.overwrite:
+            return {}
         raise BridgeError(
-            f"resuming {out}: the earlier run ({lines[0].get('label')}) had another input or other options; "
+            f"resuming {out}: the earlier run ({header['label']}) had another input or other options; "
             "repeat it with the same, or start over with --overwrite"
         )
     sizes = {f.name: f.nbytes for f in job.files}
-    done = {}
-    for line in lines[1:]:
-        name = str(line.get("file"))
-        if any(p.is_file() and p.stat().st_size == sizes.get(name) for p in (work / name, out / name)):
-            done[name] = line
-    return done
+    folders = (work, out) if journal.placing(work) else (work,)
+    return {
+        line["file"]: line
+        for line in journal.lines(work)
+        if line["size"] == sizes.get(line["file"]) and any(journal.is_of(line, p / line["file"]) for p in folders)
+    }
 
 
 def readable(path: Path) -> int:

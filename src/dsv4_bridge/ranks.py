@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from .errors import BridgeError
@@ -20,7 +21,30 @@ from .errors import BridgeError
 BEAT = 0.5  # seconds between two writes of a rank's file
 _STALE = 10.0  # a file of another machine that did not change for so long is an old run's
 _DOOR = 60.0  # how long a process waits for others that begin at the same moment
-_FIELDS = {"rank", "word", "session", "state", "facts", "host", "machine", "pid", "began", "beat", "nbytes"}
+_FIELDS: Mapping[str, type | tuple[type, ...]] = {
+    "rank": int,
+    "word": str,
+    "session": str,
+    "state": str,
+    "facts": dict,
+    "host": str,
+    "machine": str,
+    "pid": int,
+    "began": (str, NoneType),
+    "beat": int,
+    "nbytes": int,
+}
+# Said by some, at some time.
+_FURTHER: Mapping[str, type] = {
+    "members": dict,
+    "shares": list,
+    "result": dict,
+    "error": str,
+    "told": bool,
+    "discard": bool,
+    "made": list,
+}
+_MOST_BYTES = 64 << 20
 HERE: set[str] = set()  # words of the runs in this process
 
 
@@ -98,16 +122,33 @@ def began(pid: int) -> str | None:
 
 
 def read(path: Path) -> dict[str, Any] | None:
-    """What a rank last wrote; None if there is no such file."""
+    """What a rank last wrote; None if there is no such file, or it says something else."""
     for _ in range(5):
         try:
+            if not path.is_file() or path.stat().st_size > _MOST_BYTES:  # a pipe would be waited for
+                return None
             entry = json.loads(path.read_bytes())
-            return entry if isinstance(entry, dict) and entry.keys() >= _FIELDS else None
+            return entry if _valid(entry) else None
         except FileNotFoundError:
             return None
-        except (OSError, ValueError):  # it is being replaced at this moment
+        except (OSError, ValueError, RecursionError):  # it is being replaced at this moment
             time.sleep(0.02)
     return None
+
+
+def _valid(entry: Any) -> bool:
+    if not isinstance(entry, dict) or any(n not in entry or not _is(entry[n], t) for n, t in _FIELDS.items()):
+        return False
+    return (
+        all(_is(entry[n], t) for n, t in _FURTHER.items() if n in entry)
+        and all(isinstance(x, str) for x in (*entry.get("members", {}).values(), *entry.get("made", ())))
+        and all(isinstance(s, list) and all(isinstance(n, str) for n in s) for s in entry.get("shares", ()))
+        and all(0 <= entry[n] < 1 << 63 for n in ("rank", "beat", "nbytes", "pid"))
+    )
+
+
+def _is(value: Any, kind: type | tuple[type, ...]) -> bool:
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 def who(entry: Mapping[str, Any]) -> str:

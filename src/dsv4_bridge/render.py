@@ -28,16 +28,23 @@ from .verifying import VerifyReport
 _QUIET_SECONDS = 10.0
 
 
+class Plain(Console):
+    """A console whose reader may go away: rich would send stdout to nowhere and end the process."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def show(what: Any) -> None:
     """Print to stdout; wide when it is no terminal, so that nothing is cut."""
-    Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(what)
+    Plain(width=None if sys.stdout.isatty() else 140, highlight=False).print(what)
 
 
 class TerminalProgress:
     """A bar with bytes, speed and time left on a terminal; a plain line every ten seconds otherwise."""
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True)
+        self._console = Plain(stderr=True)
         self._bar: Progress | None = None
         self._done = self._total = 0
         self._began = self._said = 0.0

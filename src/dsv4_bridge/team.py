@@ -289,7 +289,7 @@ class Team:
 
     def _everyone(self) -> dict[int, dict[str, Any]]:
         found = {p: read(p) for p in self.folder.glob("*.json")}
-        return {e["rank"]: e for e in found.values() if e}
+        return {e["rank"]: e for p, e in found.items() if e and p == self._path(e["rank"])}
 
     def _leader(self) -> dict[str, Any]:
         self.check()

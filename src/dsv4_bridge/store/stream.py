@@ -18,6 +18,7 @@ import numpy as np
 
 _ALIGN = 4096
 _BUFFER = 8 << 20
+_LOOK = 5.0  # seconds between two looks at whether the thread that writes still lives
 
 Bytes = bytes | memoryview | np.ndarray
 
@@ -54,11 +55,15 @@ class Buffers:
 
 
 class FileStream:
-    """Writes a file through direct I/O where the file system allows it, else buffered."""
+    """Writes a file through direct I/O where the file system allows it, else buffered.
+
+    Whatever ends the thread that writes, `progress` included, is raised by the next `write` or by `close`; and
+    `close` returns only where every byte that was accepted was handed to the kernel.
+    """
 
     def __init__(self, path: Path, buffers: Buffers, progress: Callable[[int], None] = lambda n: None):
         self._path, self._buffers, self._progress = path, buffers, progress
-        self._fd = _open_direct(path)
+        self._fd, self._open, self._joined = _open_direct(path), True, False
         self._full: queue.Queue[tuple[np.ndarray, int] | None] = queue.Queue()
         self._error: BaseException | None = None
         self._flushed = 0  # bytes handed to the kernel
@@ -66,7 +71,12 @@ class FileStream:
         self._patches: list[tuple[int, bytes]] = []
         self._buffer, self._used = buffers.free.get(), 0
         self._thread = threading.Thread(target=self._run, daemon=True, name=f"write {path.name}")
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:
+            buffers.free.put(self._buffer)
+            os.close(self._fd)
+            raise
 
     def write(self, data: Bytes) -> None:
         rest = as_bytes(data)
@@ -88,24 +98,39 @@ class FileStream:
         self._hand_over()
         self._finish()
         self._raise()
+        if self._flushed != self._size:
+            raise OSError(errno.EIO, f"{self._flushed} of {self._size} bytes were written", str(self._path))
         os.ftruncate(self._fd, self._size)
         self._apply_patches(self._size)
         os.fsync(self._fd)
-        os.close(self._fd)
+        self._shut()
 
     def abort(self) -> None:
         self._finish()
-        os.close(self._fd)
+        self._shut()
 
     def _finish(self) -> None:
-        self._full.put(None)
-        self._thread.join()
-        self._buffers.free.put(self._buffer)
+        if not self._joined:
+            self._joined = True
+            self._full.put(None)
+            self._thread.join()
+            self._buffers.free.put(self._buffer)
+
+    def _shut(self) -> None:
+        if self._open:
+            self._open = False
+            os.close(self._fd)
 
     def _hand_over(self) -> None:
         self._raise()
         self._full.put((self._buffer, self._used))
-        self._buffer, self._used = self._buffers.free.get(), 0
+        while True:
+            try:
+                self._buffer, self._used = self._buffers.free.get(timeout=_LOOK), 0
+                return
+            except queue.Empty:
+                if not self._thread.is_alive():
+                    raise OSError(errno.EIO, "the thread that writes it died", str(self._path)) from None
 
     def _raise(self) -> None:
         if self._error is not None:
@@ -122,7 +147,7 @@ class FileStream:
                     at += used
                     self._flushed = at
                     self._progress(used)
-            except OSError as error:
+            except BaseException as error:
                 self._error = error
             finally:
                 self._buffers.free.put(buffer)
@@ -193,4 +218,11 @@ def direct_io(path: Path) -> bool:
 def _write_all(fd: int, view: memoryview, offset: int) -> None:
     done = 0
     while done < len(view):
-        done += os.pwrite(fd, view[done:], offset + done)
+        count = os.pwrite(fd, view[done:], offset + done)
+        if done + count < len(view) and count % _ALIGN and len(view) % _ALIGN == 0:
+            count -= count % _ALIGN  # a direct write goes on at a block's start
+            if count == 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        elif count == 0:
+            raise OSError(errno.EIO, "nothing was written")
+        done += count

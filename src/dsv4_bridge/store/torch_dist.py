@@ -113,7 +113,7 @@ class TorchDistReader:
         self.objects = frozenset(index.objects)
         self._objects = index.objects
         self._starts: dict[str, tuple[list[int], int]] = {}
-        self._layouts: dict[tuple[str, int], tuple[int, tuple[int, ...] | None]] = {}
+        self._layouts: dict[ChunkRecord, tuple[str, int, tuple[int, ...] | None]] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -229,17 +229,17 @@ class TorchDistReader:
         """Fill ``target`` from the box of its shape at ``first`` of one chunk."""
         where = f"reading {show(key)} of {self.path / chunk.file} at byte {chunk.offset}"
         with self._files.borrow(chunk.file) as fd:
-            layout = self._layouts.get((chunk.file, chunk.offset))
-            if layout is None:
+            layout = self._layouts.get(chunk)
+            if layout is None or layout[0] != dtype:
                 item = tensor_item(Extent(fd, chunk.offset, where), chunk.length)
                 if (item.dtype, item.shape) != (dtype, chunk.sizes):
                     raise BridgeError(
                         f"{where}: the item holds {item.dtype} {show(item.shape)}, .metadata says "
                         f"{dtype} {show(chunk.sizes)}. The checkpoint is damaged; save it again"
                     )
-                layout = chunk.offset + item.start, _axes_on_disk(item, where)
-                self._layouts[chunk.file, chunk.offset] = layout
-            start, axes = layout
+                layout = dtype, chunk.offset + item.start, _axes_on_disk(item, where)
+                self._layouts[chunk] = layout
+            _, start, axes = layout
             shape = chunk.sizes
             if axes is not None:
                 shape, first = tuple(shape[a] for a in axes), tuple(first[a] for a in axes)
@@ -277,9 +277,22 @@ def _check_files(files: Files, index: Index) -> None:
             path = files.path(record.file)
             if not path.is_file():
                 raise BridgeError(f"reading {path}: not there, but it holds {show(key)}; copy it again")
-            sizes[record.file] = path.stat().st_size
+            sizes[record.file] = files.note(record.file)
         if record.offset + record.length > sizes[record.file]:
             raise BridgeError(
                 f"reading {files.path(record.file)}: {sizes[record.file]} bytes, but {show(key)} ends at "
                 f"byte {record.offset + record.length}; the file is truncated, copy it again"
             )
+    _check_apart(files, ((t.key, c) for t in index.tensors.values() for c in t.chunks))
+
+
+def _check_apart(files: Files, records: Iterable[tuple[str, ChunkRecord]]) -> None:
+    """No two tensors lie on the same bytes: one of them would be read as the other. Objects may be shared."""
+    last: tuple[str, ChunkRecord] | None = None
+    for key, record in sorted(records, key=lambda pair: (pair[1].file, pair[1].offset)):
+        if last and last[1].file == record.file and record.offset < last[1].offset + last[1].length:
+            raise BridgeError(
+                f"reading {files.path(record.file)}: .metadata has {show(last[0])} and {show(key)} on the same bytes, "
+                f"from {record.offset} on; expected each on its own. The checkpoint is damaged; save it again"
+            )
+        last = key, record

@@ -107,9 +107,8 @@ def _read_run(extent: Extent, offset: int, out: np.ndarray) -> None:
         block[...] = bounce
 
 
-def _stamp(fd: int) -> tuple[int, int, int]:
+def _stamp(found: os.stat_result) -> tuple[int, int, int]:
     """What changes when a file does: inode, size, time of the last write."""
-    found = os.fstat(fd)
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
@@ -134,9 +133,19 @@ class Files:
             raise BridgeError(f"reading {path}: a link that leads out of the folder; copy the file instead")
         return path
 
+    def note(self, name: str) -> int:
+        """The size of a file, which must stay as it is from now on; OSError where it cannot be looked at."""
+        found = self.path(name).stat()
+        self._stamps[name] = _stamp(found)
+        return found.st_size
+
+    def _check(self, name: str, fd: int) -> None:
+        if _stamp(os.fstat(fd)) != self._stamps[name]:
+            raise BridgeError(f"reading {self._folder / name}: it changed while being read; repeat when it is at rest")
+
     @contextmanager
     def borrow(self, name: str) -> Iterator[int]:
-        """The descriptor of a file, open for as long as the block runs."""
+        """The descriptor of a file, open for as long as the block runs; the file is the one that was noted."""
         with self._lock:
             entry = self._open.get(name)
             if entry is None:
@@ -144,19 +153,15 @@ class Files:
                 try:
                     fd = open_to_read(path)
                     entry = self._open[name] = [fd, 0]
-                    # Kept when the file is closed and opened again: it must still be the same one.
-                    self._stamps.setdefault(name, _stamp(fd))
                 except OSError as error:
                     raise BridgeError(f"reading {path}: {error.strerror}") from None
-            if _stamp(entry[0]) != self._stamps[name]:
-                raise BridgeError(
-                    f"reading {self._folder / name}: it changed while being read; repeat when it is at rest"
-                )
+            self._check(name, entry[0])
             entry[1] += 1
             self._open.move_to_end(name)
             self._evict(_OPEN_FILES)
         try:
             yield entry[0]
+            self._check(name, entry[0])
         finally:
             with self._lock:
                 entry[1] -= 1
