@@ -22,7 +22,7 @@ from .emit import Emitter, Report
 from .errors import BridgeError
 from .job import Job, Options, Progress, Silent, identity_hash
 from .layout import OutFile
-from .preparing import MARKS, RANKS, WORK, amount, begin, check_space, clear, examine, finished, readable
+from .preparing import DONE, MARKS, RANKS, WORK, amount, begin, check_space, clear, examine, finished, readable
 from .progress import in_background
 from .ranks import shares
 from .store.stream import Buffers, Bytes, CountingStream, FileStream
@@ -46,6 +46,7 @@ def run(job: Job, out: Path, options: Options) -> Report:
         with _named_errors(job, out):
             return dry_run(job, shown)
     work = out / WORK
+    shutil.rmtree(out / DONE, ignore_errors=True)
     with _named_errors(job, out):
         copies = sum(readable(p) for p in job.copies.values())
         examine(out, options, earlier=work.is_dir())
@@ -78,7 +79,8 @@ def run(job: Job, out: Path, options: Options) -> Report:
             team.close()
             progress.stop()
         if team.leads:
-            shutil.rmtree(work)
+            # In one step, so that whoever finds a work folder finds a journal in it.
+            shutil.rmtree(work.rename(out / DONE))
             sync(out)
         return report
 
@@ -247,9 +249,10 @@ def _finish(job: Job, out: Path, work: Path) -> None:
 
 def _clear_old(out: Path, placed: Container[str]) -> None:
     """Remove what was there before, and have its markers gone from the disk before its first byte goes."""
-    old = [p for p in out.iterdir() if p.name != WORK]
-    for marker in [p for p in old if p.name in MARKS and not p.is_dir()]:
-        marker.unlink()
+    old = [p for p in out.iterdir() if p.name not in (WORK, *MARKS)]
+    for marker in MARKS:
+        if marker != WORK:
+            (out / marker).unlink(missing_ok=True)
     sync(out)
     for path in old:
         if path.is_dir() and not path.is_symlink():

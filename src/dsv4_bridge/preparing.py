@@ -10,6 +10,7 @@ from .errors import BridgeError
 from .job import Job, Options, identity_hash
 
 WORK = ".dsv4-partial"
+DONE = ".dsv4-done"  # what the work folder is called while it is taken away
 RANKS = "ranks"
 _SLACK = 64 << 20  # left free on the disk
 
@@ -21,7 +22,7 @@ def examine(out: Path, options: Options, *, earlier: bool) -> None:
     """Refuse a folder that is in the way; `earlier` tells that a run stopped half way there."""
     if out.exists() and not out.is_dir():
         raise BridgeError(f"writing {out}: it exists and is not a folder")
-    present = sorted(p.name for p in out.iterdir() if p.name != WORK) if out.exists() else []
+    present = sorted(p.name for p in out.iterdir() if p.name not in (WORK, DONE)) if out.exists() else []
     if not present or earlier:
         return
     if not options.overwrite:
