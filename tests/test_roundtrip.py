@@ -45,7 +45,7 @@ def test_fp8_repack_of_natural_weights_is_lossless_and_certified(tmp_path: Path,
     assert set(report.recoded) == {"ffn.experts.w1", "ffn.experts.w2", "ffn.experts.w3"}
     assert all(c.lossless and c.blocks == c.exact for c in report.recoded.values())
     assert verify(toy_flash, tmp_path / "fp8", "values").same
-    assert inspect(tmp_path / "fp8").encodings == VARIANTS["Flash-FP8"].encodings
+    assert inspect(tmp_path / "fp8").encodings == {**VARIANTS["Flash-FP8"].encodings, "expert": "fp8_f32"}
     import_hf(tmp_path / "fp8", tmp_path / "m")
     export_hf(tmp_path / "m", tmp_path / "back", tmp_path / "fp8")
     assert same_files(tmp_path / "fp8", tmp_path / "back") == []

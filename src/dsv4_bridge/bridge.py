@@ -205,7 +205,7 @@ def _export_plan(
 def repack(
     source: Path, out: Path, encoding: str, options: Options | None = None, *, allow_lossy: bool = False
 ) -> Report:
-    """Re-encode a Hugging Face folder as FP8 (128x128 scales) or BF16 throughout.
+    """Re-encode a Hugging Face folder as FP8 (128x128 scales, float32 ones for experts) or BF16 throughout.
 
     Args:
         source: the folder.
@@ -252,6 +252,9 @@ def repack_job(checkpoint: HFCheckpoint, encoding: str, *, allow_lossy: bool = F
 def target_encoding(item: Item, target: str, own: str | None) -> str:
     """Encoding of an item in a folder written as `source`, `fp8` or `bf16`.
 
+    Under `fp8` the experts have float32 scales, as the Base releases: that is what servers read where config.json
+    says `expert_dtype: fp8`. vLLM 0.33 copies the bytes of E8M0 scales there as if they were numbers.
+
     Args:
         item: the item.
         target: what was asked for.
@@ -264,7 +267,8 @@ def target_encoding(item: Item, target: str, own: str | None) -> str:
         assert own is not None
         return own if own != "f32" else "bf16"
     if target == "fp8":
-        return own if own in ("fp8", "fp8_f32") else "fp8"
+        served = "fp8_pow2" if item.row.encoding == "expert" else "fp8"
+        return own if own in (served, "fp8_f32") else served
     return "bf16"
 
 
@@ -273,7 +277,7 @@ def _config_bytes(plan: Plan, like: HFCheckpoint | None, encoding: str, encode: 
         return (like.folder.path / "config.json").read_bytes()
     used = {item.row.encoding: encode(item) for item in plan.items if not item.passenger}
     quantised = bool({used["linear"], used["expert"]} & QUANTISED)
-    expert = {"mxfp4": "fp4", "fp8": "fp8", "fp8_f32": "fp8"}.get(used["expert"])
+    expert = {"mxfp4": "fp4", "fp8": "fp8", "fp8_f32": "fp8", "fp8_pow2": "fp8"}.get(used["expert"])
     if like is None or dialect_of(like.config) != "released" or plan.spec != like.spec:
         config = released_config(plan.spec, expert, quantised)
     else:

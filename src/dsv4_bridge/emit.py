@@ -234,6 +234,8 @@ class Emitter:
         return self.passengers if self.passengers and aside else self.values
 
     def _weight(self, item: Item, encoding: str, stream: Stream, report: Report) -> bytes:
+        if encoding == "fp8_pow2":
+            return as_float32(Emitter._weight(self, item, "fp8", stream, report))
         source = self.source(item)
         stored = source.encoding(item)
         if isinstance(source, HFValues):
@@ -376,6 +378,12 @@ class Ahead:
                 self._emitter.readahead.ask(*extent)
                 asked += extent[2]
         return asked
+
+
+def as_float32(scale: bytes) -> bytes:
+    """E8M0 scales as float32: the same powers of two, exactly (2^-127 is a subnormal)."""
+    exponents = np.frombuffer(scale, np.uint8).astype(np.uint32)
+    return np.where(exponents == 0, np.uint32(1 << 22), exponents << 23).astype("<u4").tobytes()
 
 
 def _add(totals: dict[str, Any], key: str, value: Any) -> None:

@@ -5,9 +5,10 @@
 | mxfp4 | I8, two E2M1 codes a byte along the last axis | F8_E8M0 | 32 values of a row |
 | fp8 | F8_E4M3 | F8_E8M0 | a tile of 128x128 |
 | fp8_f32 | F8_E4M3 | F32 | a tile of 128x128 |
+| fp8_pow2 | F8_E4M3 | F32, a power of two as in fp8 | a tile of 128x128 |
 | bf16, f32, i64, i32 | plain | - | - |
 
-Geometry only; codec/ holds the arithmetic.
+Geometry only; codec/ holds the arithmetic. `fp8_pow2` is a way to write: on disk it is `fp8_f32`, and so it is read.
 """
 
 import math
@@ -58,6 +59,7 @@ ENCODINGS: dict[str, Encoding] = {
         Encoding("mxfp4", "I8", "F8_E8M0"),
         Encoding("fp8", "F8_E4M3", "F8_E8M0"),
         Encoding("fp8_f32", "F8_E4M3", "F32"),
+        Encoding("fp8_pow2", "F8_E4M3", "F32"),
         Encoding("bf16", "BF16"),
         Encoding("f32", "F32"),
         Encoding("i64", "I64"),
@@ -72,7 +74,7 @@ ALLOWED: Mapping[str, tuple[str, ...]] = {
     "f32": ("f32", "bf16"),
     "int": ("i32", "i64"),
 }
-QUANTISED = frozenset({"mxfp4", "fp8", "fp8_f32"})
+QUANTISED = frozenset({"mxfp4", "fp8", "fp8_f32", "fp8_pow2"})
 
 
 def of_dtype(dtype: str, scale_dtype: str | None) -> str | None:

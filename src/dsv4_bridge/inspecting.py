@@ -104,6 +104,11 @@ def _hf(checkpoint: HFCheckpoint, path: Path) -> InspectReport:
     notes = [f"{key}: {count} stored as {encoding}" for key, encoding, count in mixed_encodings(checkpoint)]
     if checkpoint.encodings.get("f32") == "bf16":
         notes.append("tensors that the release keeps in float32 are stored as BF16: already rounded by another tool")
+    if checkpoint.encodings.get("expert") == "fp8" and checkpoint.config.get("expert_dtype") == "fp8":
+        notes.append(
+            "its FP8 experts have E8M0 scales under expert_dtype fp8: vLLM copies their bytes as numbers and computes "
+            "something else; dsv4 repack --encoding fp8 gives them float32 scales"
+        )
     passengers = tuple(i.name for i in checkpoint.plan.items if i.passenger and i.name in checkpoint.bound)
     tensors = checkpoint.folder.tensors
     return InspectReport(

@@ -144,6 +144,9 @@ def recognise(spec: ModelSpec, encodings: Mapping[str, str], own_mtp_head: bool)
         own_mtp_head: whether `mtp.0.head.weight` is there.
     """
     family = family_of(spec)
+    served = encodings.get("linear") == "fp8" and encodings.get("expert") == "fp8_f32"
+    if served:  # the FP8 repacks with the scales that servers read
+        encodings = {**encodings, "expert": "fp8"}
     alike = [
         v
         for v in VARIANTS.values()
@@ -151,7 +154,7 @@ def recognise(spec: ModelSpec, encodings: Mapping[str, str], own_mtp_head: bool)
     ]
     for variant in alike:
         if family_of(variant.spec) == family and variant.spec.dspark == spec.dspark:
-            return variant.name
+            return variant.name + (" (float32 expert scales)" if served else "")
     size = f"{family} numbers" if family else "other size"
     stored = f"stored like {alike[0].name}" if alike else f"experts {encodings.get('expert')}"
     return f"custom ({size}, {stored}, linears {encodings.get('linear')})"

@@ -159,7 +159,7 @@ def _bind(folder: SafetensorsFolder, config: Mapping[str, Any], spec: ModelSpec,
     plan = expand(spec, own_head and spec.mtp_layers > 0)
     bound, findings = _claim(tensors, plan, scheme)
     encodings = _class_encodings(bound)
-    if not partial:
+    if not partial and not findings:  # what is not bound has no encoding: a contradiction would not be certain
         _check_config(config, encodings, folder.path)
     return HFCheckpoint(folder, config, spec, scheme, plan, bound, encodings, findings)
 
@@ -255,7 +255,7 @@ def _fit(
             ), None
         return (
             "dtype",
-            f"is {info.dtype}, expected {' or '.join(ENCODINGS[a].dtype for a in allowed)}",
+            f"is {info.dtype}, expected {' or '.join(dict.fromkeys(ENCODINGS[a].dtype for a in allowed))}",
         ), None
     facts = stored(item, encoding)
     want = facts[0].shape

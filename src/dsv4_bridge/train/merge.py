@@ -327,7 +327,7 @@ class _Merger(Emitter):
             return wide(raw.view(np.uint16).reshape(last - first, item.shape[1]))
         how = ENCODINGS[encoding]
         low, high = scale_rows(encoding, first, last)
-        of = np.frombuffer(scale, np.float32 if encoding == "fp8_f32" else np.uint8)
+        of = np.frombuffer(scale, np.float32 if how.scale_dtype == "F32" else np.uint8)
         out = self.scratch.take("merged", "<u2", (last - first, item.shape[1]))
         raw = raw.reshape(how.weight_shape((last - first, item.shape[1])))
         decode(encoding, raw, of.reshape(how.scale_shape(item.shape))[low:high], out)
