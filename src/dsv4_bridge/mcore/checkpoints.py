@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint.api import CheckpointException
@@ -27,8 +26,9 @@ from ..errors import BridgeError
 from ..run_config import FILE as RUN_CONFIG
 from ..run_config import run_config
 from ..store.megatron import TRACKER
-from ..store.torch_dist import find_iteration
+from ..store.torch_dist import find_iteration, last_iteration
 from .adapters import sharded_adapters
+from .background import BackgroundQueue
 from .model import DeepSeekV4Model
 from .optimizer_state import SHARDING, load_state, sharded_state, steps_made
 
@@ -46,7 +46,7 @@ def save_checkpoint(
     *,
     adapters: bool = False,
     files: Mapping[str, bytes] | None = None,
-    queue: AsyncCallsQueue | None = None,
+    queue: BackgroundQueue | None = None,
 ) -> Path:
     """Save the model through `megatron.core.dist_checkpointing`; every rank calls it.
 
@@ -82,9 +82,10 @@ def save_checkpoint(
                 for name, data in (own | dict(files or {})).items():
                     (part / name).parent.mkdir(exist_ok=True, parents=True)
                     (part / name).write_bytes(data)
-                    sync(part / name)
-                sync(part)
+                for path in (*part.rglob("*"), part):  # what megatron wrote, too
+                    sync(path)
                 part.rename(final)
+                sync(Path(root))  # its name is there before what names it
                 put(Path(root) / TRACKER, str(iteration).encode())
 
     with _saying(f"saving {final}", Path(root)):
@@ -196,21 +197,24 @@ class Saver:
 
     def __init__(self, root: Path, keep: int, background: bool = False, adapters: bool = False):
         self._root, self._keep, self._adapters = root, keep, adapters
-        self._queue = AsyncCallsQueue() if background else None
+        self._queue = BackgroundQueue() if background else None
 
     @property
     def last(self) -> Path | None:
         """The newest that is complete."""
-        return find_iteration(self._root)[0] if (self._root / TRACKER).exists() else None
+        return last_iteration(self._root)
 
     def save(self, model: Chunks, iteration: int, optimizer: Any, files: Mapping[str, bytes]) -> None:
         """See `save_checkpoint`; of the same iteration, there is nothing to do."""
         self.finish()
-        if self.last is not None and self.last.name == f"iter_{iteration:07d}":
+        name = f"iter_{iteration:07d}"
+        if self.last is not None and self.last.name == name:
             return
         with _rank_zero() as first:
             for left in self._root.glob(f"iter_*{_PART}") if first else ():  # by a run that was killed
                 shutil.rmtree(left, ignore_errors=True)
+            if first and (self._root / name).exists():  # of before the run was set back
+                shutil.rmtree((self._root / name).rename(self._root / (name + _PART)))
         save_checkpoint(
             model, self._root, iteration, optimizer, adapters=self._adapters, files=files, queue=self._queue
         )

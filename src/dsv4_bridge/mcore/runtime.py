@@ -1,6 +1,7 @@
 """Process groups: one process on its own, or the ranks that torchrun started."""
 
 import os
+import queue
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -96,7 +97,7 @@ def _check_sizes(sizes: Parallel, world: int) -> None:
 
 
 def _mend_megatron() -> None:
-    """Four places where megatron-core 0.19 goes wrong, on any device; once a process.
+    """Five places where megatron-core 0.19 goes wrong, on any device; once a process.
 
     It hands every attribute of TensorProperties to torch.empty, and torch 2.15 added one that this does
     not take. Loading the distributed optimizer it looks for torch Adam's `step` among the tensors of a
@@ -104,11 +105,14 @@ def _mend_megatron() -> None:
     buckets and then looks parameters up by where they are with it: every one behind a padded bucket would be
     saved from its neighbour's values (a pipeline's shared embedding, or any model of several buckets). And it
     numbers parameters as they come, where its own groups have the float32 ones of a bf16 model in front.
+    What its writers did it hears from a process of its own (see `background`); writers are threads here, and a
+    queue will do.
     """
     global _mended
     if _mended:
         return
     _mended = True
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from torch.distributed.checkpoint.metadata import TensorProperties
 
@@ -138,6 +142,7 @@ def _mend_megatron() -> None:
             for place, parameter in enumerate((*wide, *narrow)):
                 self.model_param_group_index_map[parameter] = (group, place)
 
+    filesystem_async.get_write_results_queue = lambda mp_mode="spawn": queue.Queue()  # type: ignore[assignment]
     DistributedOptimizer.__init__ = with_numbers
     TensorProperties.__setstate__ = without_strides
     DistributedOptimizer._set_main_param_and_optimizer_states = with_step

@@ -71,6 +71,24 @@ def find_iteration(path: Path | str) -> tuple[Path, int | None]:
     return folder, _iteration(folder.name)
 
 
+def last_iteration(root: Path) -> Path | None:
+    """The folder of the last checkpoint that a run completed in `root`; None if there is none.
+
+    That is the one the tracker names, or a later one that was completed behind it: a run may be killed between the
+    two. Where the tracker is the younger, somebody set the run back.
+
+    Raises:
+        BridgeError: the tracker names a checkpoint that is not there.
+    """
+    tracker, named, since = root / _TRACKER, None, -1
+    if tracker.is_file():
+        named, since = find_iteration(root)[0], tracker.stat().st_mtime_ns
+    whole = [p for p in root.glob("iter_*") if _iteration(p.name) is not None and (p / ".metadata").is_file()]
+    later = [p for p in whole if named is None or (_iteration(p.name) or 0) > (_iteration(named.name) or 0)]
+    behind = [p for p in later if p.stat().st_mtime_ns > since]
+    return max(behind, key=lambda p: _iteration(p.name) or 0) if behind else named
+
+
 def _iteration(name: str) -> int | None:
     digits = name.removeprefix("iter_")
     return int(digits) if name.startswith("iter_") and digits.isdecimal() and len(digits) <= 18 else None

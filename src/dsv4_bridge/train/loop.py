@@ -3,7 +3,6 @@
 import contextlib
 import gc
 import json
-import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -28,17 +27,18 @@ from ..mcore.runtime import device
 from ..mcore.schedule import Batch, forward_backward
 from ..small_files import small_files
 from ..spec import ModelSpec
-from ..store.megatron import ALONG, TRACKER, looks_megatron
-from ..store.torch_dist import find_iteration
+from ..store.megatron import ALONG
 from .choosing import dump
 from .feed import Feed, make_feeds
 from .flops import flops_per_token
+from .out import check_out, run_lock
 from .peaks import mfu, peak_named, peak_tflops
 from .planning import lora_of, small_folder
 from .recipe import Recipe
 from .resuming import PROGRESS, RECIPE, Resumed, State, find_resumed
 from .setup import Trainer, make_trainer
-from .telling import Teller, Watch
+from .stopping import asked_to_stop
+from .telling import Teller, Watch, carefully
 
 
 @dataclass(frozen=True)
@@ -70,17 +70,23 @@ def train(recipe: Recipe, spec: ModelSpec, world: int, say: Callable[[str], None
         say: what prints a line; rank 0 alone calls it.
 
     Returns:
-        How it ended: at its last step, or stopped by SIGTERM with a checkpoint saved.
+        How it ended: at its last step, or stopped by SIGTERM or Ctrl-C with a checkpoint saved.
 
     Raises:
-        BridgeError: what cannot work, found before the first step; a loss that is no number or leaps.
+        BridgeError: what cannot work, found before the first step, another run in the same folder among it; a loss
+            that is no number or leaps.
     """
     if not recipe.out:
         raise BridgeError(f"training with recipe {recipe.name}: out is empty; say out=FOLDER for checkpoints and logs")
-    out = Path(recipe.out)
     small_folder(recipe)  # before weights are read
-    _check_out(recipe)
-    resumed = find_resumed(recipe, spec) if (out / TRACKER).exists() else None
+    with run_lock(recipe):
+        return _train(recipe, spec, world, carefully(say))
+
+
+def _train(recipe: Recipe, spec: ModelSpec, world: int, say: Callable[[str], None]) -> Outcome:
+    out = Path(recipe.out)
+    check_out(recipe)
+    resumed = find_resumed(recipe, spec)
     trainer = make_trainer(recipe, spec, world, fresh=resumed is None)
     first = dist.get_rank() == 0
     talk = say if first else _silent
@@ -106,13 +112,14 @@ def train(recipe: Recipe, spec: ModelSpec, world: int, say: Callable[[str], None
         talk(note)
     if recipe.log.valid_every and valid_feed is None:
         talk("no validation: chats have no split; say data.valid=FOLDER")
-    beside = _beside(recipe, out)
+    beside = _beside(recipe, resumed)
     talk(
         f"{recipe.name}: {spec.num_hidden_layers} layers, {trainer.world} ranks (dp {trainer.ranks}), "
         f"{train_feed.count:,} rows of {recipe.data.seq_length}, steps {state.step} to {recipe.schedule.steps}"
     )
     try:
-        return _run(trainer, state, train_feed, valid_feed, teller, saver, beside)
+        with asked_to_stop(talk) as asked:
+            return _run(trainer, state, train_feed, valid_feed, teller, saver, beside, asked)
     finally:
         teller.close()
 
@@ -125,11 +132,12 @@ def _run(
     teller: Teller,
     saver: Saver,
     beside: dict[str, bytes],
+    asked: Callable[[], bool],
 ) -> Outcome:
     recipe, watch = trainer.recipe, Watch(trainer.recipe.log.spike)
     outcome = Outcome(state)
     speed = _Speed(trainer)
-    with _sizes(recipe, trainer.ranks), _garbage(recipe.parallel.gc_every) as tidy, _asked_to_stop() as asked:
+    with _sizes(recipe, trainer.ranks), _garbage(recipe.parallel.gc_every) as tidy:
         while state.step < recipe.schedule.steps:
             began = time.perf_counter()
             update_num_microbatches(state.rows, consistency_check=False)
@@ -168,20 +176,9 @@ def _run(
     return Outcome(state, outcome.losses, outcome.valid_losses, None, saver.last)
 
 
-def _check_out(recipe: Recipe) -> None:
-    """Refuse an output that is no folder, or lies in what the run starts from."""
-    out, doing = Path(recipe.out), f"training with recipe {recipe.name}: out={recipe.out}"
-    if out.exists() and not out.is_dir():
-        raise BridgeError(f"{doing} is no folder; name one for checkpoints and logs")
-    start = Path(recipe.start)
-    if recipe.start and not looks_megatron(start) and out.resolve().is_relative_to(start.resolve()):
-        raise BridgeError(f"{doing} lies in start={recipe.start}, a released folder; name another")
-
-
-def _beside(recipe: Recipe, out: Path) -> dict[str, bytes]:
+def _beside(recipe: Recipe, resumed: Resumed | None) -> dict[str, bytes]:
     """The small files of the run, by their names in a checkpoint; the first rank's."""
-    resumes = (out / TRACKER).exists()
-    folder = find_iteration(out)[0] / ALONG if resumes and not recipe.tokenizer else small_folder(recipe)
+    folder = resumed.folder / ALONG if resumed and not recipe.tokenizer else small_folder(recipe)
     if folder is None or dist.get_rank():
         return {}
     return {f"{ALONG}/{name}": path.read_bytes() for name, path in small_files(folder).items()}
@@ -351,21 +348,6 @@ def _garbage(every: int) -> Iterator[Callable[[int], None]]:
     finally:
         gc.enable()
         gc.unfreeze()
-
-
-@contextlib.contextmanager
-def _asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """Whether SIGTERM came; the handler that was there returns afterwards."""
-    came: list[int] = []
-    try:
-        before = signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
-    except ValueError:  # not the main thread: whoever started it stops it
-        yield lambda: False
-        return
-    try:
-        yield lambda: bool(came)
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _any_rank(mine: bool) -> bool:

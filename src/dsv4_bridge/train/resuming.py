@@ -8,7 +8,7 @@ from ..errors import BridgeError
 from ..run_config import FILE, read_run_config
 from ..spec import ModelSpec
 from ..store.megatron import TRACKER
-from ..store.torch_dist import find_iteration, open_torch_dist
+from ..store.torch_dist import last_iteration, open_torch_dist
 from ..strict_json import parse_json
 from .choosing import load, values
 from .recipe import Recipe
@@ -16,6 +16,7 @@ from .recipe import Recipe
 PROGRESS = "training.json"
 RECIPE = "recipe.yaml"
 _FORMAT = "metadata.json"  # megatron's, beside the index
+_MOST_BYTES = 1 << 16
 # What the tensors of a checkpoint follow from, and what those of its optimizer do.
 _MODEL = ("model.mtp", "lora.rank", "lora.alpha", "lora.targets", "lora.dora")
 _OPTIMIZER = ("optimizer.name", "optimizer.distributed", "losses.indexer")
@@ -51,18 +52,20 @@ class Resumed:
     changed: tuple[str, ...]
 
 
-def find_resumed(recipe: Recipe, spec: ModelSpec) -> Resumed:
+def find_resumed(recipe: Recipe, spec: ModelSpec) -> Resumed | None:
     """The last checkpoint of a run, which must be of the same model and optimizer; no tensor is read.
 
     Args:
-        recipe: the run; its `out` has a checkpoint.
+        recipe: the run; None if its `out` has no checkpoint.
         spec: the model's numbers.
 
     Raises:
         BridgeError: it is damaged or was not saved by training; it is of another model, other adapters or another
             optimizer.
     """
-    folder, _ = find_iteration(recipe.out)
+    folder = last_iteration(Path(recipe.out))
+    if folder is None:
+        return None
     path, doing = folder / PROGRESS, f"resuming {recipe.out}"
     _check_whole(folder, doing)
     if not path.exists():
@@ -87,11 +90,17 @@ def find_resumed(recipe: Recipe, spec: ModelSpec) -> Resumed:
             if key in differing:
                 raise BridgeError(f"{doing}: {_told(key, *differing[key])}; leave it, or say {without}, or {anew}")
     changed = tuple(f"{key} {was!r} -> {became!r}" for key, (was, became) in differing.items())
-    try:
-        state = State(**parse_json(path.read_bytes(), str(path)))
-    except TypeError:
-        raise BridgeError(f"{doing}: {path} does not say steps, rows and tokens; go back to an earlier one") from None
-    return Resumed(folder, state, changed)
+    return Resumed(folder, _progress(path, doing), changed)
+
+
+def _progress(path: Path, doing: str) -> State:
+    said = parse_json(path.read_bytes(), str(path)) if path.stat().st_size < _MOST_BYTES else {}
+    whole = all(type(said.get(name)) is int and 0 <= said[name] < 1 << 63 for name in vars(State()))
+    if not whole or said.keys() != vars(State()).keys():
+        raise BridgeError(
+            f"{doing}: {path} does not say steps, rows and tokens as whole numbers; go back to an earlier one"
+        )
+    return State(**said)
 
 
 def _check_whole(folder: Path, doing: str) -> None:

@@ -29,6 +29,7 @@ from ..spec import ModelSpec
 from ..topology import parse_layout
 from .initial import initialize_weights
 from .lora_files import open_adapters
+from .out import check_room
 from .planning import layout_sizes, lora_of, run_of
 from .recipe import Recipe
 
@@ -85,6 +86,7 @@ def make_trainer(recipe: Recipe, spec: ModelSpec, world: int, *, fresh: bool = T
     earlier = _earlier_adapters(recipe, spec) if fresh and recipe.lora.start else None
     initialize(Parallel(p.tp, p.pp, p.ep, p.etp))
     _check_memory(recipe, spec, dp)
+    check_room(recipe, spec)
     layout = parse_layout(p.layout, p.pp, spec) if p.layout else None
     if layout is None and p.pp > 1:
         from ..topology import solve

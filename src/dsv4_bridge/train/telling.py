@@ -1,5 +1,6 @@
 """What a run says: lines on the terminal, every step in a JSONL, TensorBoard's events."""
 
+import contextlib
 import json
 import math
 import statistics
@@ -9,6 +10,16 @@ from pathlib import Path
 from typing import Any
 
 FILE = "log.jsonl"
+
+
+def carefully(say: Callable[[str], None]) -> Callable[[str], None]:
+    """The same, which does not end a run where nobody listens any more (a closed terminal, a full disk)."""
+
+    def said(line: str) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            say(line)
+
+    return said
 
 
 class Teller:
@@ -69,7 +80,11 @@ class Teller:
 
     def _write(self, facts: dict[str, Any]) -> None:
         if self._file:
-            self._file.write(json.dumps(facts) + "\n")
+            try:
+                self._file.write(json.dumps(facts) + "\n")
+            except OSError as error:
+                self._file = None
+                self.say(f"{FILE} cannot be written any more ({error.strerror}); the run goes on without it")
 
 
 _UNITS: dict[str, tuple[str, str]] = {
