@@ -79,6 +79,9 @@ def test_a_field_of_another_type_or_range_is_refused_by_name(key: str, value: An
     if isinstance(config()[key], float) or key.endswith("theta"):
         value = 1e308 if value == 1 << 62 else value  # any positive number up to 1e300 will do there
     wrong = config() | {key: value}
+    if (key, value) in (("bos_token_id", None), ("eos_token_id", [1])):  # as transformers allows
+        spec_from_config(wrong)
+        return
     with pytest.raises(BridgeError, match=key) as caught:
         spec_from_config(wrong)
     assert len(str(caught.value)) < 400

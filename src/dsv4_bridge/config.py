@@ -26,11 +26,12 @@ _TYPE_OF_RATIO = {ratio: name for name, ratio in LAYER_TYPES.items()}
 
 _MAX_BYTES = 1 << 22  # released ones have 2,000
 
+_MARKS = ("bos_token_id", "eos_token_id")
 # Read from the same key in both dialects, with their types.
 _SAME: dict[str, type] = {
     f.name: f.type  # type: ignore[misc]
     for f in fields(ModelSpec)
-    if f.name not in {"compress_ratios", "dspark", "num_hash_layers", "qk_rope_head_dim"}
+    if f.name not in {"compress_ratios", "dspark", "num_hash_layers", "qk_rope_head_dim", *_MARKS}
     and not f.name.startswith(("rope_", "compress_"))
 }
 # Keys that transformers drops or renames when it saves; taken as fixed by the architecture there.
@@ -94,6 +95,7 @@ def spec_from_config(config: Mapping[str, Any], where: str = "config.json") -> M
         else:
             values[name] = _take(config, name, kind, where)
     values |= _rope_fields(config, where, hf)
+    values |= _marks(config, where)
     values["num_hash_layers"] = _hash_layers(config, where, values["num_hidden_layers"])
     values["qk_rope_head_dim"] = _rope_width(config, where, values["head_dim"])
     values["dspark"] = _dspark(config, where)
@@ -161,6 +163,19 @@ def _mapping(value: Any, name: str, where: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise BridgeError(f"{where}: {name!r} is {short(value)}, expected an object")
     return value
+
+
+def _marks(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Begin and end of a text: transformers allows no beginning, and several ends, of which the first counts here."""
+    ends = config.get("eos_token_id")
+    end = ends[0] if isinstance(ends, list) and ends else ends
+    for other in ends if isinstance(ends, list) else ():
+        _typed(other, "eos_token_id", int, where)
+    begins = "bos_token_id" in config and config["bos_token_id"] is None
+    return {
+        "bos_token_id": None if begins else _take(config, "bos_token_id", int, where),
+        "eos_token_id": _take({"eos_token_id": end} if "eos_token_id" in config else {}, "eos_token_id", int, where),
+    }
 
 
 def _rope_fields(config: Mapping[str, Any], where: str, hf: bool) -> dict[str, Any]:
@@ -303,7 +318,7 @@ def released_config(spec: ModelSpec, expert_dtype: str | None, quantized: bool) 
         quantized: whether to state the FP8 `quantization_config`; a BF16 copy must not (trap 53).
     """
     config: dict[str, Any] = {"architectures": ["DeepseekV4ForCausalLM"], "model_type": "deepseek_v4"}
-    config |= {name: getattr(spec, name) for name in _SAME}
+    config |= {name: getattr(spec, name) for name in (*_SAME, *_MARKS)}
     config |= {
         "num_hash_layers": spec.num_hash_layers,
         "qk_rope_head_dim": spec.qk_rope_head_dim,

@@ -165,7 +165,7 @@ def _megatron(checkpoint: MegatronCheckpoint, path: Path) -> InspectReport:
         rows,
         carried,
         checkpoint.findings,
-        (),
+        tuple(f"run_config.yaml contradicts itself: {what}" for what in checkpoint.contradictions),
     )
 
 

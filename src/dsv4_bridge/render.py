@@ -111,14 +111,18 @@ def verify_table(report: VerifyReport) -> Group:
 
 def verify_verdict(report: VerifyReport) -> Group:
     """The tensors that differ, the verdict."""
-    lines = [Text(f"  {d.name}: {d.what}") for d in report.differences[:20]]
+    lines = [Text(f"note: {note}", "yellow") for note in report.notes]
+    lines += [Text(f"  config {what}", "red") for what in report.config]
+    lines += [Text(f"  {d.name}: {d.what}") for d in report.differences[:20]]
     if report.differing > 20:
         lines.append(Text(f"  … and {report.differing - 20} more (--json lists them)"))
     total = report.total()
     if report.same:
         verdict = f"identical: {total.tensors:,} tensors, {total.bytes:,} bytes, by {report.level}"
         return Group(*lines, Text(verdict, "bold green"))
-    return Group(*lines, Text(f"{report.differing:,} tensors differ between {report.a} and {report.b}", "bold red"))
+    what = [f"{report.differing:,} tensors"] if report.differing or not report.config else []
+    what += [f"{len(report.config)} numbers of the model"] if report.config else []
+    return Group(*lines, Text(f"{' and '.join(what)} differ between {report.a} and {report.b}", "bold red"))
 
 
 def inspect_table(report: InspectReport) -> Group:

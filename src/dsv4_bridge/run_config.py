@@ -27,9 +27,36 @@ def run_config(spec: ModelSpec, source: Mapping[str, Any], layout: list[list[str
     body = {
         "dsv4_bridge": {"format": _FORMAT, "source": dict(source)},
         "hf_config": released_config(spec, None, False),
-        "model": megatron_model(spec) | {"pipeline_model_parallel_layout": layout},
+        "model": _stated(spec) | _BRIDGE | {"pipeline_model_parallel_layout": layout},
     }
     return yaml.safe_dump(body, sort_keys=False, width=100, default_flow_style=None).encode()
+
+
+def _named(target: str) -> dict[str, Any]:
+    return {"_target_": target, "_call_": False}
+
+
+# What Megatron-Bridge needs besides to build the model from this file (0.6.2).
+_MODULES = "megatron.core.models.gpt.experimental_attention_variant_module_specs"
+_BRIDGE = {
+    "_target_": "megatron.bridge.models.mla_provider.MLAModelProvider",
+    "transformer_layer_spec": _named(f"{_MODULES}.get_transformer_block_with_experimental_attention_variant_spec"),
+    "position_embedding_type": "rope",
+    "normalization": "RMSNorm",
+    "gated_linear_unit": True,
+    "activation_func": _named("torch.nn.functional.silu"),
+    "add_bias_linear": False,
+    "bias_activation_fusion": False,
+    "share_embeddings_and_output_weights": False,
+    "qk_layernorm": True,
+    "moe_router_dtype": "fp32",
+    "moe_router_load_balancing_type": "none",
+    "make_vocab_size_divisible_by": 1,
+    "bf16": True,
+    "params_dtype": _named("torch.bfloat16"),
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+}
 
 
 def megatron_model(spec: ModelSpec) -> dict[str, Any]:
@@ -83,12 +110,50 @@ def megatron_model(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
+def _stated(spec: ModelSpec) -> dict[str, Any]:
+    return megatron_model(spec) | {"vocab_size": spec.vocab_size}
+
+
+def contradictions(path: Path, spec: ModelSpec) -> tuple[str, ...]:
+    """Where the `model:` section, which Megatron's users read, says otherwise than the numbers of `spec`.
+
+    Returns:
+        `key: value against value`, in the order of the section; empty where there is no such file.
+    """
+    body = _body(path)
+    stated = body.get("model") if body else None
+    if not isinstance(stated, dict):
+        return ()
+    wanted = _stated(spec)
+    layout = {"pipeline_model_parallel_layout"}
+    pairs = [(k, stated[k], wanted[k]) for k in wanted if k in stated and k not in layout]
+    return tuple(
+        f"model.{k}: {short(a)} against {short(b)}"
+        for k, a, b in pairs
+        if a != b or isinstance(a, bool) != isinstance(b, bool)
+    )
+
+
 def read_run_config(path: Path) -> tuple[ModelSpec, dict[str, Any]] | None:
     """Spec and source facts of a checkpoint's run_config.yaml; None where this tool wrote none.
 
     Raises:
         BridgeError: the file is there and unusable.
     """
+    body = _body(path)
+    if body is None or "dsv4_bridge" not in body:
+        return None
+    ours, config = body["dsv4_bridge"], body.get("hf_config")
+    if too_deep([ours, config], 16, 1 << 14):
+        raise BridgeError(f"reading {path}: its dsv4_bridge section is nested too deep, or far too large")
+    if not isinstance(ours, dict) or ours.get("format") != _FORMAT or not isinstance(config, dict):
+        raise BridgeError(f"reading {path}: its dsv4_bridge section is not format {_FORMAT}")
+    source = ours.get("source")
+    return spec_from_config(config, str(path)), dict(source) if isinstance(source, dict) else {}
+
+
+def _body(path: Path) -> dict[str, Any] | None:
+    """The file as plain YAML; None if it is not there, or holds no keys."""
     if not path.is_file():
         return None
     try:
@@ -102,12 +167,4 @@ def read_run_config(path: Path) -> tuple[ModelSpec, dict[str, Any]] | None:
     # PyYAML lets several kinds through from scalars such as `!!int ''` and `!!timestamp x`.
     except (yaml.YAMLError, ValueError, LookupError, ArithmeticError, AttributeError, TypeError) as error:
         raise BridgeError(f"reading {path}: not plain YAML ({short(str(error).partition(chr(10))[0])})") from None
-    if not isinstance(body, dict) or "dsv4_bridge" not in body:
-        return None
-    ours, config = body["dsv4_bridge"], body.get("hf_config")
-    if too_deep([ours, config], 16, 1 << 14):
-        raise BridgeError(f"reading {path}: its dsv4_bridge section is nested too deep, or far too large")
-    if not isinstance(ours, dict) or ours.get("format") != _FORMAT or not isinstance(config, dict):
-        raise BridgeError(f"reading {path}: its dsv4_bridge section is not format {_FORMAT}")
-    source = ours.get("source")
-    return spec_from_config(config, str(path)), dict(source) if isinstance(source, dict) else {}
+    return body if isinstance(body, dict) else None

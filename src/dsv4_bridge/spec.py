@@ -31,6 +31,7 @@ class DSparkSpec:
 class ModelSpec:
     """The frozen numbers of one DeepSeek-V4 model, under the names of its config.json.
 
+    Of several `eos_token_id` the first counts; generation stops at all of them (`text.end_tokens`).
     `compress_ratios` has one entry a decoder layer and one a draft block (MTP or DSpark stage);
     0 is window attention, 4 compressed sparse, 128 heavily compressed.
     """
@@ -70,7 +71,7 @@ class ModelSpec:
     tie_word_embeddings: bool
     initializer_range: float
     max_position_embeddings: int
-    bos_token_id: int
+    bos_token_id: int | None
     eos_token_id: int
     rope_theta: float
     compress_rope_theta: float
@@ -114,6 +115,23 @@ def replace_spec(spec: ModelSpec, **changes: Any) -> ModelSpec:
     """A validated copy of `spec` with `changes`."""
     values = {f.name: getattr(spec, f.name) for f in fields(spec)} | changes
     return validated(ModelSpec(**values), "spec")
+
+
+# Numbers that no tensor and no computation of the model follows from.
+ASIDE = frozenset({"bos_token_id", "eos_token_id", "initializer_range", "max_position_embeddings", "attention_dropout"})
+
+
+def differing(one: ModelSpec, other: ModelSpec, *, aside: bool = False) -> tuple[str, ...]:
+    """The fields in which two models compute otherwise, each as `name: value against value`.
+
+    Args:
+        one: a model.
+        other: another.
+        aside: name those instead that no computation follows from.
+    """
+    names = [f.name for f in fields(one) if (f.name in ASIDE) == aside]
+    pairs = [(n, getattr(one, n), getattr(other, n)) for n in names]
+    return tuple(f"{n}: {short(a)} against {short(b)}" for n, a, b in pairs if a != b)
 
 
 def short(value: Any) -> str:

@@ -10,6 +10,7 @@ from .spec import ModelSpec, short
 from .strict_json import parse_json
 
 TOKENIZER = "tokenizer.json"
+CONFIG = "config.json"
 GENERATION = "generation_config.json"
 USER, ASSISTANT, THOUGHT = "<｜User｜>", "<｜Assistant｜>", "</think>"
 _BROKEN = "\ufffd"  # stands at the end of a text while its last character lacks bytes
@@ -27,7 +28,7 @@ class Tokenizer:
 
     path: Path
     library: Any
-    bos: int
+    bos: int | None
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text behind exactly one BOS; special tokens written out in it count as such.
@@ -40,7 +41,7 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise BridgeError(f"reading the text {short(text)}: {error.reason}; give it in UTF-8") from None
         ids = self.library.encode(text, add_special_tokens=True).ids
-        return ids if ids[:1] == [self.bos] else [self.bos, *ids]
+        return ids if self.bos is None or ids[:1] == [self.bos] else [self.bos, *ids]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of tokens, without the special ones."""
@@ -80,6 +81,9 @@ def open_tokenizer(folder: Path, spec: ModelSpec) -> Tokenizer | None:
         library = Library.from_file(str(path))
     except Exception as error:  # the library raises nothing more special
         raise BridgeError(f"reading {path}: no tokenizer ({error}); fetch the file again") from None
+    # Whoever saved the file may have had batches in mind: a text is taken whole, and alone.
+    library.no_truncation()
+    library.no_padding()
     return Tokenizer(path, library, spec.bos_token_id)
 
 
@@ -89,17 +93,19 @@ def end_tokens(folder: Path, spec: ModelSpec) -> frozenset[int]:
     Raises:
         BridgeError: unreadable, or no token ids.
     """
-    path = folder / GENERATION
-    if not path.is_file():
-        return frozenset((spec.eos_token_id,))
-    try:
-        named = parse_json(path.read_bytes(), str(path)).get("eos_token_id")
-    except OSError as error:
-        raise BridgeError(f"reading {path}: {error.strerror or error}") from None
-    ids = named if isinstance(named, list) else [] if named is None else [named]
-    if wrong := [i for i in ids if type(i) is not int]:
-        raise BridgeError(f"reading {path}: eos_token_id holds {short(wrong[0])}, expected token ids")
-    return frozenset((spec.eos_token_id, *ids))
+    found = {spec.eos_token_id}
+    for path in (folder / CONFIG, folder / GENERATION):
+        if not path.is_file():
+            continue
+        try:
+            named = parse_json(path.read_bytes(), str(path)).get("eos_token_id")
+        except OSError as error:
+            raise BridgeError(f"reading {path}: {error.strerror or error}") from None
+        ids = named if isinstance(named, list) else [] if named is None else [named]
+        if wrong := [i for i in ids if type(i) is not int]:
+            raise BridgeError(f"reading {path}: eos_token_id holds {short(wrong[0])}, expected token ids")
+        found.update(ids)
+    return frozenset(found)
 
 
 def parse_ids(text: str) -> list[int]:

@@ -17,7 +17,7 @@ def toy_tokenizer(spec: ModelSpec) -> dict[str, bytes]:
     BOS and EOS have the model's own ids, the 256 bytes and the other special tokens the ids that
     follow, as far as the vocabulary goes; ids beyond stand for nothing.
     """
-    reserved = {BOS: spec.bos_token_id, EOS: spec.eos_token_id}
+    reserved = {BOS: spec.bos_token_id or 0, EOS: spec.eos_token_id}
     free = (i for i in range(spec.vocab_size) if i not in reserved.values())
     singles = dict(zip(byte_letters(), free, strict=False))
     if len(singles) < 256 or max(reserved.values()) >= spec.vocab_size or len(set(reserved.values())) < 2:

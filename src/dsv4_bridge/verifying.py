@@ -1,8 +1,9 @@
 """Are two checkpoints the same? By names, by values, by bytes; streamed, every tensor.
 
 *names*: the same tensors with the same shapes and encodings. *values*: every decoded value equal,
-bit for bit (a -0 is not a +0). *bytes*: the stored bytes equal; between a Megatron checkpoint and
-a released one, the bytes that an export would write against those that are there.
+bit for bit (a -0 is not a +0), and float32 scales too. *bytes*: the stored bytes equal; between a Megatron checkpoint
+and a released one, the bytes that an export would write against those that are there. At every level the numbers of
+the configuration that the model computes with must be the same.
 """
 
 from collections.abc import Mapping
@@ -16,8 +17,11 @@ from .convert import Progress, Silent
 from .emit import Emitter, Scale, Weight
 from .errors import BridgeError
 from .items import Item, stored
-from .store.hf import HFCheckpoint, open_hf
-from .store.megatron import MegatronCheckpoint, looks_megatron, open_along, open_megatron
+from .progress import in_background
+from .small_files import small_files
+from .spec import ModelSpec, differing
+from .store.hf import HFCheckpoint, finding_lines, open_hf
+from .store.megatron import MegatronCheckpoint, has_config, looks_megatron, open_along, open_megatron
 from .store.safetensors import SafetensorsFolder, TensorInfo
 from .store.stream import Bytes, as_bytes
 from .values import HFValues, MegatronValues, Scratch, Values, cuts, stripe_rows, to_plain
@@ -56,6 +60,7 @@ class VerifyReport:
         rows: row key -> tally.
         differences: the tensors that differ, the first thousand by name.
         differing: how many there are.
+        config: numbers of the model that differ, as `name: value against value`; they count as differences.
         notes: what else the reader should know.
     """
 
@@ -65,12 +70,13 @@ class VerifyReport:
     rows: dict[str, RowTally] = field(default_factory=dict)
     differences: list[Difference] = field(default_factory=list)
     differing: int = 0
+    config: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
     def same(self) -> bool:
         """Whether nothing differs."""
-        return self.differing == 0
+        return self.differing == 0 and not self.config
 
     def total(self) -> RowTally:
         """Tally over all rows."""
@@ -99,6 +105,11 @@ class Side:
     hf: HFCheckpoint | None
     megatron: MegatronCheckpoint | None
 
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's numbers."""
+        return self.hf.spec if self.hf else self.megatron.spec  # type: ignore[union-attr]
+
     def source(self, item: Item) -> Values:
         """Where an item's values come from."""
         return self.riders if item.passenger and self.riders else self.values
@@ -123,7 +134,7 @@ def verify(a: Path, b: Path, level: str = "values", progress: Progress | None = 
     """
     if level not in LEVELS:
         raise BridgeError(f"verifying: level {level!r} is not one of {', '.join(LEVELS)}")
-    progress = progress or Silent()
+    progress = in_background(progress or Silent())
     one = other = None
     try:
         one = _open(a, b)
@@ -144,10 +155,15 @@ def _open(path: Path, beside: Path) -> Side:
         return Side(str(path), hf.plan.by_name, HFValues(hf), None, hf, None)
     like = open_hf(beside) if (beside / "config.json").is_file() and not looks_megatron(beside) else None
     try:
-        megatron = open_megatron(path, like)
+        megatron = open_megatron(path, None if has_config(path) else like, strict=False)
     finally:
         if like:
             like.close()
+    if megatron.findings:
+        megatron.close()
+        raise BridgeError(
+            f"opening {path}: its tensors are not those of this model:\n{finding_lines(megatron.findings)}"
+        )
     along = open_along(megatron)
     held = {n: i for n, i in megatron.plan.by_name.items() if not i.passenger or along}
     values = MegatronValues(megatron.reader, megatron.spec)
@@ -156,6 +172,13 @@ def _open(path: Path, beside: Path) -> Side:
 
 def _compare(a: Side, b: Side, level: str, progress: Progress) -> VerifyReport:
     report = VerifyReport(a.name, b.name, level)
+    report.config += [f"{what} ({a.name}, {b.name})" for what in differing(a.spec, b.spec)]
+    report.notes += [f"{what}: no computation follows from it" for what in differing(a.spec, b.spec, aside=True)]
+    for side in (a, b):
+        if side.megatron:
+            report.config += [f"{what} (run_config.yaml of {side.name})" for what in side.megatron.contradictions]
+    if a.hf and b.hf:
+        report.notes += _files(a.hf.folder.path, b.hf.folder.path)
     both = [i for n, i in a.items.items() if n in b.items]
     for name, item in (*a.items.items(), *b.items.items()):
         if name not in a.items or name not in b.items:
@@ -194,7 +217,36 @@ def _difference(a: Side, b: Side, item: Item, level: str, scratch: tuple[Scratch
         return ""
     if level == "bytes" and one:
         return _bytes_difference(one, b, item)
-    return _values_difference(a.source(item), b.source(item), item, scratch)
+    return _values_difference(a.source(item), b.source(item), item, scratch) or _scales_difference(one, other, item)
+
+
+def _files(one: Path, other: Path) -> list[str]:
+    """The small files beside the weights that differ."""
+    a, b = small_files(one), small_files(other)
+    found = []
+    for name in sorted(a.keys() | b.keys()):
+        if name not in a or name not in b:
+            found.append(f"{name}: only in {one if name in a else other}")
+        elif a[name].read_bytes() != b[name].read_bytes():
+            found.append(f"{name}: another file")
+    return found
+
+
+def _scales_difference(one: HFValues | None, other: HFValues | None, item: Item) -> str:
+    """Float32 scales as they are: in bf16, to which values are decoded, one unit in the last place is lost."""
+    bounds = [side.checkpoint.bound[item.name] for side in (one, other) if side]
+    if len(bounds) < 2 or any(b.encoding != "fp8_f32" or b.scale is None for b in bounds):
+        return ""
+    read = [np.empty(b.scale.shape, "<u4") for b in bounds if b.scale]
+    for side, bound, out in zip((one, other), bounds, read, strict=True):
+        assert side and bound.scale
+        side.checkpoint.folder.read_into(bound.scale, 0, out)
+    wrong = int(np.count_nonzero(read[0] != read[1]))
+    if not wrong:
+        return ""
+    a, b = (x.view("<f4").astype(np.float64) for x in read)
+    largest = float(np.max(np.abs(a - b) / np.maximum(np.abs(a), np.finfo(np.float32).tiny)))
+    return f"{wrong} of {read[0].size} float32 scales, by up to {largest:.3g} of them"
 
 
 def _bytes_difference(reference: HFValues, side: Side, item: Item) -> str:

@@ -9,10 +9,10 @@ from ..encodings import ALLOWED, ENCODINGS
 from ..errors import BridgeError
 from ..items import Plan, expand, regions
 from ..lora import ALPHA
-from ..run_config import FILE, read_run_config
-from ..spec import ModelSpec
+from ..run_config import FILE, contradictions, read_run_config
+from ..spec import ASIDE, ModelSpec, differing, replace_spec
 from .hf import Finding, HFCheckpoint, finding_lines, open_hf
-from .torch_dist import TorchDistReader, open_torch_dist
+from .torch_dist import TorchDistReader, find_iteration, open_torch_dist
 
 TRACKER = "latest_checkpointed_iteration.txt"
 # What a released checkpoint has and Megatron's model has no place for, and the small files beside it.
@@ -43,6 +43,7 @@ class MegatronCheckpoint:
         plan: the items it holds (no MTP where it has none), passengers included.
         along: the folder of passengers and small files that travels with it.
         findings: disagreements with the plan.
+        contradictions: where its run_config.yaml tells Megatron's users other numbers than `spec`.
     """
 
     path: Path
@@ -52,6 +53,7 @@ class MegatronCheckpoint:
     plan: Plan
     along: Path
     findings: tuple[Finding, ...]
+    contradictions: tuple[str, ...] = ()
 
     def close(self) -> None:
         """Close its files."""
@@ -83,20 +85,27 @@ def open_megatron(path: Path, like: HFCheckpoint | None = None, strict: bool = T
                 f"opening {path}: it holds adapters and not the model they adapt; `dsv4 lora {path} OUT` writes them "
                 f"for peft, `dsv4 merge HF {path} OUT` merges them into a released folder"
             )
-        known = read_run_config(folder / FILE) or read_run_config(folder.parent / FILE)
+        known = read_run_config(_config_file(folder))
         if known is None and like is None:
             raise BridgeError(
                 f"opening {path}: it has no {FILE} of this tool; name the released checkpoint with --like, "
                 "its config.json gives the model's numbers"
             )
         spec, source = known or (like.spec, {})  # type: ignore[union-attr]
-        if like is not None and known is not None and like.spec.without_draft() != spec.without_draft():
-            raise BridgeError(f"opening {path}: its {FILE} and {like.folder.path / 'config.json'} describe two models")
+        if like is not None and known is not None:
+            _check_like(path, spec, like)
+            spec = replace_spec(spec, **{name: getattr(like.spec, name) for name in ASIDE})
         if not any(k.startswith("mtp.") for k in reader.tensors) and spec.mtp_layers:
             spec = spec.without_draft()
         own = bool(source.get("own_mtp_head")) if known else bool(like and like.plan.own_mtp_head)
         plan = expand(spec, own and spec.mtp_layers > 0)
-        found = MegatronCheckpoint(folder, reader, spec, source, plan, folder / ALONG, _findings(reader, plan))
+        said = () if known is None else contradictions(_config_file(folder), spec)
+        found = MegatronCheckpoint(folder, reader, spec, source, plan, folder / ALONG, _findings(reader, plan), said)
+        if strict and said:
+            raise BridgeError(
+                f"opening {path}: its {FILE} contradicts itself, section `model:` against section `hf_config:` "
+                f"({'; '.join(said[:8])}); correct the one that is wrong"
+            )
         if strict and found.findings:
             lines = finding_lines(found.findings)
             raise BridgeError(f"opening {path}: its tensors are not those of this model:\n{lines}")
@@ -104,6 +113,25 @@ def open_megatron(path: Path, like: HFCheckpoint | None = None, strict: bool = T
         reader.close()
         raise
     return found
+
+
+def _check_like(path: Path, spec: ModelSpec, like: HFCheckpoint) -> None:
+    """What no computation follows from may differ; it is then that of `like`."""
+    if others := differing(spec.without_draft(), like.spec.without_draft()):
+        raise BridgeError(
+            f"opening {path}: its {FILE} and {like.folder.path / 'config.json'} describe two models "
+            f"({'; '.join(others[:8])}); name the release that it came from"
+        )
+
+
+def has_config(path: Path) -> bool:
+    """Whether a checkpoint, root or iteration folder, says its model's numbers itself."""
+    return read_run_config(_config_file(find_iteration(path)[0])) is not None
+
+
+def _config_file(folder: Path) -> Path:
+    """Where an iteration's configuration is: in it, or in the root above."""
+    return folder / FILE if (folder / FILE).is_file() else folder.parent / FILE
 
 
 def open_along(checkpoint: MegatronCheckpoint) -> HFCheckpoint | None:
