@@ -49,24 +49,33 @@ def data(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Text or chat JSONL -> training data.
+    """Text or chats, as files or JSON -> training data.
 
-    SRC are text files, folders of them, or JSONL with a text in each object; they become OUT.bin and OUT.idx.
-    One JSONL of conversations (objects with `messages`) becomes the folder OUT.
+    SRC are text files, folders of them, or JSON (lines or an array) with a text in each object; they become OUT.bin and
+    OUT.idx. One file of conversations (messages, ShareGPT, Alpaca, prompt and completion) becomes the folder OUT.
     """
-    from .train.text_sources import holds_chat
+    from .train.kinds import choose_shape, is_gzip, look, refuse_others
 
     if len(paths) < 2:
         raise BridgeError(f"preparing data: only {paths[0]} is named; give SRC and OUT")
     *sources, out = paths
-    chats = [path for path in sources if key is None and holds_chat(path)]
+    zipped = any(path.is_file() and is_gzip(path) for path in sources)  # --seq-length says what is in it
+    chats = [p for p in sources if key is None and p.is_file() and (look(p).chat or (zipped and seq_length))]
     of_chat: dict[str, Any] = {"--seq-length": seq_length, "--mask": mask, "--pack": pack, "--thinking": thinking}
     of_chat["--generation"] = generation
-    of_text = {"--key": key, "--suffix": suffix, "--bos": bos, "--overwrite": overwrite or None}
+    of_text = {"--key": key, "--suffix": suffix, "--bos": bos}
+    if not chats:  # before it is said that an option is for conversations: is this what it was meant to be?
+        for path in sources:
+            if path.is_file():
+                refuse_others(path)
+                choose_shape(path, key, named=True)
     said = [name for name, value in (of_text if chats else of_chat).items() if value is not None]
     if said:
-        kind = "conversations" if chats else "text without conversations"
-        raise BridgeError(f"preparing data: {said[0]} is not for {kind}, and {sources[0]} is such; leave it out")
+        kind = "conversations" if chats else "documents"
+        raise BridgeError(
+            f"preparing data: {said[0]} is not for {kind}, and {(chats or sources)[0]} holds such; leave it out, or "
+            f"name a file of {'documents' if chats else 'conversations (messages)'}"
+        )
     if chats and len(sources) > 1:
         raise BridgeError(f"preparing data: {chats[0]} holds conversations; give one such file alone")
     if chats and seq_length is None:
@@ -89,6 +98,7 @@ def data(
                 seq_length=seq_length or 0,
                 workers=workers,
                 generation=generation.value if generation else None,
+                overwrite=overwrite,
                 advance=progress.advance,
                 **settings,
             )

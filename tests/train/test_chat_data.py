@@ -85,7 +85,7 @@ BAD_LINES = {
     ),
     "tools: got 'f', expected a list": f'{{{TALK}, "tools": "f"}}',
     "reasoning_effort: got 3, expected text": f'{{{TALK}, "reasoning_effort": 3}}',
-    "no thinking_mode or enable_thinking": f"{{{TALK}}}",
+    "say --thinking or --no-thinking for all lines without": f"{{{TALK}}}",
     "reasoning effort 'huge', expected one of high, max in generation april": (
         f'{{{TALK}, "enable_thinking": true, "reasoning_effort": "huge"}}'
     ),

@@ -99,7 +99,7 @@ def test_units_hold_every_document_once(corpus: tuple[Path, list[str]], monkeypa
     folder, documents = corpus
     for size in (1, 7, 64, 1000, 1 << 20):
         monkeypatch.setattr(text_sources, "_UNIT", size)
-        sources = find_sources([folder])
+        sources = find_sources([folder], folder)
         parts = list(units(sources))
         assert [text for part in parts for _, _, text in texts(part, "text")] == documents
         assert sum(part.nbytes for part in parts) == sum(s.nbytes for s in sources)
@@ -215,10 +215,9 @@ def test_unusable_arguments_are_refused(toy_flash: Path, tmp_path: Path) -> None
         ((text, text.parent, "out"), "is named twice"),
         ((text, tmp_path / "out.bin"), "OUT is a prefix"),
         ((text.parent, text.parent / "out"), "would be read as text"),
-        ((text, "out", "--seq-length", "9"), "--seq-length is not for text"),
+        ((text, "out", "--seq-length", "9"), "--seq-length is not for documents"),
         ((chat, "out"), "give --seq-length"),
         ((chat, "out", "--seq-length", "9", "--bos"), "--bos is not for conversations"),
-        ((chat, "out", "--seq-length", "9", "--overwrite"), "--overwrite is not for conversations"),
         ((chat, text, "out", "--seq-length", "9"), "give one such file alone"),
     ]
     for args, message in cases:

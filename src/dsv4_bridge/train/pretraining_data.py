@@ -20,10 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from ..durable import sync
+from ..durable import move, sync
 from ..errors import BridgeError
+from ..lock import hold
 from ..spec import ModelSpec
 from ..text import TOKENIZER, Tokenizer, open_tokenizer
+from .chat.store import scratch_folder
 from .text_sources import BadSource, Source, Unit, explained, find_sources, texts, units
 
 FORMAT = "dsv4 pretraining data 1"
@@ -96,7 +98,7 @@ def prepare_pretraining(
     """Tokenize documents into `out`.bin, .idx and .json.
 
     Args:
-        named: text files, folders of them, and JSONL (`.jsonl`, `.ndjson`).
+        named: text files, folders of them, JSON lines and arrays of objects; of any of them, gzip.
         out: the prefix.
         tokenizer_folder: where tokenizer.json is.
         spec: the model: its vocabulary, BOS and EOS.
@@ -111,11 +113,26 @@ def prepare_pretraining(
     Raises:
         BridgeError: an unusable source (by line), tokenizer or prefix; nothing but empty documents.
     """
-    sources = find_sources(named, suffixes)
     _check_place(out, named, overwrite)
     tokenizer = open_tokenizer(tokenizer_folder, spec)
     if tokenizer is None:
         raise BridgeError(f"preparing {out}: {tokenizer_folder} has no {TOKENIZER}; put the released one there")
+    with hold(out, f"preparing {out}"), scratch_folder(out.with_name(f"{out.name}.unpacked.part")) as unpack:
+        sources = find_sources(named, unpack, suffixes, key)
+        start(sum(s.nbytes for s in sources))
+        return _prepare(sources, out, tokenizer, spec, key, bos, workers, advance)
+
+
+def _prepare(
+    sources: Sequence[Source],
+    out: Path,
+    tokenizer: Tokenizer,
+    spec: ModelSpec,
+    key: str,
+    bos: bool,
+    workers: int,
+    advance: Callable[[int], object],
+) -> DataReport:
     from ..mcore import cpu
 
     cpu.install()
@@ -123,7 +140,6 @@ def prepare_pretraining(
 
     dtype = DType.optimal_dtype(spec.vocab_size)
     encoder = _Encoder(tokenizer, spec, key, bos, np.dtype(dtype).str)
-    start(sum(s.nbytes for s in sources))
     parts = {suffix: out.with_name(f"{out.name}{suffix}.part") for suffix in SUFFIXES}
     total = _Batch.none(encoder)
     try:
@@ -150,7 +166,7 @@ def prepare_pretraining(
         parts[".json"].write_text(json.dumps(facts, ensure_ascii=False, indent=1) + "\n")
         _publish(out, parts)
     except BadSource as error:
-        raise explained(error) from None
+        raise explained(error, sources) from None
     except OSError as error:
         raise BridgeError(f"preparing {out}: {error.strerror or error}") from None
     finally:
@@ -163,6 +179,10 @@ def prepare_pretraining(
 def _check_place(out: Path, named: Sequence[Path], overwrite: bool) -> None:
     if out.suffix in SUFFIXES:
         raise BridgeError(f"preparing {out}: OUT is a prefix, {out.with_suffix('')}; its endings are added")
+    try:
+        _check_parent(out)
+    except OSError as error:
+        raise BridgeError(f"preparing {out}: {error.strerror or error}") from None
     there = [out.with_name(out.name + suffix) for suffix in SUFFIXES if out.with_name(out.name + suffix).exists()]
     if there and not overwrite:
         raise BridgeError(f"preparing {out}: {there[0]} is in the way; name another prefix, or give --overwrite")
@@ -171,14 +191,19 @@ def _check_place(out: Path, named: Sequence[Path], overwrite: bool) -> None:
             raise BridgeError(f"preparing {out}: it lies in {path}, and would be read as text; put it elsewhere")
 
 
+def _check_parent(out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.exists()
+
+
 def _publish(out: Path, parts: dict[str, Path]) -> None:
     """Put the files in place, the index last: without it there is no dataset."""
     for part in parts.values():
         sync(part)
     out.with_name(f"{out.name}.idx").unlink(missing_ok=True)
-    for suffix in (".bin", ".json", ".idx"):
-        parts[suffix].replace(out.with_name(out.name + suffix))
     sync(out.parent)
+    move((parts[suffix], out.with_name(out.name + suffix)) for suffix in (".bin", ".json"))
+    move([(parts[".idx"], out.with_name(f"{out.name}.idx"))])
 
 
 @dataclass(frozen=True)
@@ -222,17 +247,18 @@ class _Encoder:
         library.encode_special_tokens = True  # written out in a text, they are text
         found = [(path, offset, text) for path, offset, text in texts(unit, self.key)]
         kept = [(path, offset, text) for path, offset, text in found if text.strip()]
-        start = [self.tokenizer.bos] if self.bos else []
+        start = [self.tokenizer.bos] if self.bos and self.tokenizer.bos is not None else []
         documents = [
             np.array([*start, *done.ids, self.spec.eos_token_id], np.int64)
             for done in library.encode_batch_fast([text for _, _, text in kept], add_special_tokens=False)
         ]
+        lines = unit.lines is not None
         for (path, offset, _), ids in zip(kept, documents, strict=True):
             if ids.max() >= self.spec.vocab_size:
                 what = f"the tokenizer gives token {ids.max()}, the model has {self.spec.vocab_size}"
-                raise BadSource(path, offset, f"{what}; is {self.tokenizer.path} another model's?")
+                raise BadSource(path, offset, f"{what}; is {self.tokenizer.path} another model's?", lines)
             if len(ids) > np.iinfo(np.int32).max:
-                raise BadSource(path, offset, f"a document of {len(ids):,} tokens; the format holds 2^31 - 1")
+                raise BadSource(path, offset, f"a document of {len(ids):,} tokens; the format holds 2^31 - 1", lines)
         lengths = np.array([len(ids) for ids in documents], np.int32)
         tokens = np.concatenate([np.zeros(0, np.int64), *documents]).astype(self.dtype)
         characters = sum(len(text) for _, _, text in kept)

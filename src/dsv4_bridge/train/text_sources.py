@@ -11,21 +11,21 @@ from pathlib import Path
 
 from ..errors import BridgeError
 from ..spec import short
+from .kinds import choose_shape, gunzipped, is_array, is_gzip, refuse_others, unpacked
 
-JSONL = (".jsonl", ".ndjson")
 _UNIT = 4 << 20  # bytes of a unit, about
 _BOM = b"\xef\xbb\xbf"
 
 
 class BadSource(Exception):
-    """A document that cannot be read: its file, the byte it begins at, and what is wrong.
+    """A document that cannot be read: its file, the byte it begins at, what is wrong, and whether lines are documents.
 
     Workers raise it; `explained` counts the lines before it, which a worker does not see.
     """
 
-    def __init__(self, path: Path, offset: int, what: str):
-        super().__init__(path, offset, what)
-        self.path, self.offset, self.what = path, offset, what
+    def __init__(self, path: Path, offset: int, what: str, lines: bool = False):
+        super().__init__(path, offset, what, lines)
+        self.path, self.offset, self.what, self.lines = path, offset, what, lines
 
 
 @dataclass(frozen=True)
@@ -33,17 +33,16 @@ class Source:
     """One file.
 
     Attributes:
-        path: where it is.
-        nbytes: its size.
+        path: where its bytes are.
+        nbytes: their number.
+        lines: whether every line is a document; else the whole file is one.
+        shown: what the user named, where that was unpacked.
     """
 
     path: Path
     nbytes: int
-
-    @property
-    def lines(self) -> bool:
-        """Whether every line is a document; else the whole file is one."""
-        return self.path.suffix.lower() in JSONL
+    lines: bool
+    shown: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -61,20 +60,22 @@ class Unit:
     nbytes: int
 
 
-def find_sources(named: Sequence[Path], suffixes: Sequence[str] = ()) -> list[Source]:
+def find_sources(named: Sequence[Path], unpack: Path, suffixes: Sequence[str] = (), key: str = "text") -> list[Source]:
     """The files that were named, and those of folders in the order of their names; hidden ones are left out.
 
     Args:
         named: files and folders.
+        unpack: a folder for what must be unpacked: JSON arrays, gzip.
         suffixes: of the files of folders, as `.py`; none takes all.
+        key: where objects have their text.
 
     Raises:
-        BridgeError: not there, nothing in it, or a file named twice.
+        BridgeError: not there, nothing in it, a file named twice, or one that is neither text nor documents.
     """
-    found: list[Source] = []
+    found: list[tuple[Path, bool]] = []
     for path in named:
         if path.is_file():
-            found.append(Source(path, path.stat().st_size))
+            found.append((path, True))
             continue
         if not path.is_dir():
             raise BridgeError(f"looking for text in {path}: no such file or folder")
@@ -84,14 +85,25 @@ def find_sources(named: Sequence[Path], suffixes: Sequence[str] = ()) -> list[So
         if not taken:
             said = f"{len(inside)} files, none with {', '.join(suffixes)}" if suffixes else "no files"
             raise BridgeError(f"looking for text in {path}: {said}")
-        found += [Source(path / p, (path / p).stat().st_size) for p in taken]
+        found += [(path / p, False) for p in taken]
     seen: set[Path] = set()
-    for source in found:
-        where = source.path.resolve()
+    for path, _ in found:
+        where = path.resolve()
         if where in seen:
-            raise BridgeError(f"looking for text: {source.path} is named twice; its documents would count double")
+            raise BridgeError(f"looking for text: {path} is named twice; its documents would count double")
         seen.add(where)
-    return found
+    return [_source(path, unpack, key, named=alone) for path, alone in found]
+
+
+def _source(path: Path, unpack: Path, key: str, *, named: bool) -> Source:
+    plain = path
+    if named:
+        refuse_others(path)
+    if is_gzip(path):
+        plain = gunzipped(path, unpack)
+    shape = choose_shape(plain, key, named=named).shape
+    lines = unpacked(plain, shape, unpack)
+    return Source(lines, lines.stat().st_size, shape in ("lines", "array", "object"), None if lines == path else path)
 
 
 def units(sources: Sequence[Source]) -> Iterator[Unit]:
@@ -125,7 +137,10 @@ def texts(unit: Unit, key: str) -> Iterator[tuple[Path, int, str]]:
         return
     path = unit.paths[0]
     for offset, line in _lines(path, *unit.lines):
-        yield path, offset, _text_of(line, key, path, offset)
+        try:
+            yield path, offset, _text_of(line, key, path, offset)
+        except BadSource as bad:
+            raise BadSource(path, offset, bad.what, lines=True) from None
 
 
 def _lines(path: Path, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
@@ -180,27 +195,15 @@ def _read(path: Path) -> bytes:
         raise BadSource(path, 0, error.strerror or str(error)) from None
 
 
-def explained(bad: BadSource) -> BridgeError:
-    """The message for a user, with the number of the line, from 1, in a JSONL."""
-    where = str(bad.path)
-    if bad.path.suffix.lower() in JSONL and bad.path.is_file():
+def explained(bad: BadSource, sources: Sequence[Source] = ()) -> BridgeError:
+    """The message for a user, with the number of the line, from 1, or of the element of an array."""
+    shown = next((s.shown for s in sources if s.path == bad.path and s.shown), None)
+    where = str(shown or bad.path)
+    if bad.lines and bad.path.is_file():
         number, left = 1, bad.offset
         with bad.path.open("rb") as file:
             while left and (piece := file.read(min(left, 1 << 24))):
                 number += piece.count(b"\n")
                 left -= len(piece)
-        where += f", line {number}"
+        where += f", {'element' if shown and is_array(shown) else 'line'} {number}"
     return BridgeError(f"reading {where}: {bad.what}")
-
-
-def holds_chat(path: Path) -> bool:
-    """Whether a JSONL's first object is a conversation: it has `messages`."""
-    if path.suffix.lower() not in JSONL or not path.is_file():
-        return False
-    for _, line in _lines(path, 0, path.stat().st_size):
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):  # told with its line where it is read
-            return False
-        return isinstance(value, dict) and "messages" in value
-    return False

@@ -11,9 +11,13 @@ from ...spec import short
 from ...strict_json import parse_json
 from .encode import effort_text
 from .messages import Message, read_messages
+from .others import as_messages
 
 _MODES = {"thinking": True, "chat": False}
 _FIELDS = ("messages", "tools", "thinking_mode", "enable_thinking", "reasoning_effort")
+# Names of the same that servers and other tools have: `thinking` true or {"type": "enabled"}, `reasoning`
+# {"effort": "high"}, and `chat_template_kwargs` {"enable_thinking": true}.
+_OTHERS = ("thinking", "reasoning", "chat_template_kwargs")
 
 
 @dataclass(frozen=True)
@@ -36,9 +40,10 @@ class Conversation:
 def read_chat_jsonl(path: Path) -> Iterator[Conversation]:
     """The conversations of a file, in order; empty lines are left out.
 
-    A line is an object with `messages`, and optionally `tools`, the mode as `thinking_mode` (`thinking` or
-    `chat`) or `enable_thinking` (true or false), and `reasoning_effort`. Other fields are left alone,
-    except such as look like one of these.
+    A line is an object with `messages` (or a row of another tool, see `others`), and optionally `tools`, the mode as
+    `thinking_mode` (`thinking` or `chat`) or `enable_thinking` (true or false), and `reasoning_effort`; `thinking`,
+    `reasoning` and `chat_template_kwargs` say the same where they are of the forms that servers take. Other fields are
+    left alone, except such as look like one of these.
 
     Raises:
         BridgeError: unreadable, or an unusable line, named by its number.
@@ -70,12 +75,14 @@ def read_line(raw: bytes, path: str, number: int) -> Conversation:
     """
     where = f"{path}, line {number}"
     body = parse_json(raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw, where)
-    if "messages" not in body:
-        raise BridgeError(f"reading {where}: no messages, only {short(list(body))}; expected a chat's JSONL")
+    body = as_messages(body, where)
     for name in body:
-        if name not in _FIELDS and (close := difflib.get_close_matches(name, _FIELDS, 1, 0.8)):
+        if name not in (*_FIELDS, *_OTHERS) and (close := difflib.get_close_matches(name, _FIELDS, 1, 0.8)):
             raise BridgeError(f"reading {where}: unknown field {short(name)}; did you mean {close[0]}?")
+    body = _in_our_words(body, where)
     tools = body.get("tools")
+    if isinstance(tools, str) and tools.lstrip().startswith("["):  # some data sets keep them as text
+        tools = parse_json(f'{{"tools": {tools}}}'.encode("utf-8", "surrogatepass"), f"{where}: tools").get("tools")
     if tools is not None and not isinstance(tools, list):
         raise BridgeError(f"reading {where}: tools: got {short(tools)}, expected a list")
     effort = body.get("reasoning_effort")
@@ -93,11 +100,51 @@ def mode_of(conversation: Conversation, thinking: bool | None, generation: str |
     mode = thinking if conversation.thinking is None else conversation.thinking
     at = f"{where}, line {conversation.line}"
     if mode is None:
-        raise BridgeError(f"reading {at}: no thinking_mode or enable_thinking; give the line one, or one for all lines")
+        raise BridgeError(
+            f"reading {at}: it does not say whether the model thinks (thinking_mode, enable_thinking); say --thinking "
+            "or --no-thinking for all lines without"
+        )
     try:
         return mode, effort_text(conversation.reasoning_effort, generation)
     except BridgeError as error:
         raise BridgeError(f"reading {at}: {error}") from None
+
+
+def _in_our_words(body: dict[str, Any], where: str) -> dict[str, Any]:
+    """What other tools call the mode and the effort, under our names."""
+    said: list[tuple[str, Any]] = []
+    thinking = body.get("thinking")
+    if isinstance(thinking, dict):
+        kinds = {"enabled": True, "disabled": False}
+        if thinking.keys() - {"type", "budget_tokens"} or thinking.get("type") not in kinds:
+            raise BridgeError(
+                f"reading {where}: thinking {short(thinking)}, expected true, false, or type enabled or disabled"
+            )
+        thinking = kinds[thinking["type"]]
+    said.append(("enable_thinking", thinking))
+    reasoning = body.get("reasoning")
+    if isinstance(reasoning, dict) and reasoning.keys() <= {"effort", "summary"}:
+        said.append(("reasoning_effort", reasoning.get("effort")))
+    elif reasoning is not None:
+        raise BridgeError(f"reading {where}: reasoning {short(reasoning)}, expected an effort; say reasoning_effort")
+    kwargs = body.get("chat_template_kwargs")
+    if kwargs is not None:
+        names = {"enable_thinking": "enable_thinking", "thinking": "enable_thinking"} | {
+            name: name for name in ("thinking_mode", "reasoning_effort")
+        }
+        unknown = sorted(kwargs.keys() - names.keys()) if isinstance(kwargs, dict) else []
+        if unknown or not isinstance(kwargs, dict):
+            what = f"holds {short(unknown[0])}" if unknown else short(kwargs)
+            raise BridgeError(f"reading {where}: chat_template_kwargs {what}, expected {', '.join(names)}")
+        said += [(names[name], value) for name, value in kwargs.items()]
+    found = {name: value for name, value in body.items() if name not in _OTHERS}
+    for name, value in said:
+        if value is None:
+            continue
+        if found.get(name) not in (None, value):
+            raise BridgeError(f"reading {where}: {name} is said twice, as {short(found[name])} and as {short(value)}")
+        found[name] = value
+    return found
 
 
 def _mode(body: dict[str, Any], where: str) -> bool | None:

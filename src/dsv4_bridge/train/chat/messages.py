@@ -21,7 +21,7 @@ _FIELDS = {
 }
 ROLES = tuple(_FIELDS)
 # Known elsewhere and without a place in the encoding, as in the released encoder.
-_WITHOUT_EFFECT = ("role", "name", "mask")
+_WITHOUT_EFFECT = ("role", "name")
 
 
 @dataclass(frozen=True)
@@ -182,9 +182,18 @@ def _message(raw: Any, where: str, i: int) -> Message:
     if not isinstance(role, str) or role not in _FIELDS:
         raise _error(where, f"{at}: role {short(role)}, expected one of {', '.join(ROLES)}")
     for name, value in raw.items():
+        if name == "mask" and value == 1:  # in the released test vectors; without effect in the released encoder
+            continue
+        if name == "mask":
+            raise _error(
+                where, f"{at}: mask {short(value)} has no meaning here; say weight 0 if it is not to be learned"
+            )
         if name not in _FIELDS[role] and name not in _WITHOUT_EFFECT and value not in (None, "", [], {}):
             raise _error(where, f"{at}: {role} has no field {short(name)}{_nearest(name, _FIELDS[role])}")
-    content = _content(raw.get("content"), role, where, at)
+    content = raw.get("content")
+    if role == "tool" and isinstance(content, Mapping):  # a result as an object
+        content = _json(content, where, f"{at}.content")
+    content = _content(content, role, where, at)
     reasoning = _text(raw.get("reasoning_content"), where, f"{at}.reasoning_content")
     calls = tuple(
         _call(call, where, f"{at}.tool_calls[{k}]")
@@ -232,7 +241,7 @@ def _call(raw: Any, where: str, at: str) -> ToolCall:
     arguments = function.get("arguments")
     name = _named(function.get("name"), where, f"{at}.function.name")
     if isinstance(arguments, str):
-        text = arguments
+        text = arguments if arguments.strip() else "{}"  # as models call a tool that takes nothing
     else:
         text = _json({} if arguments is None else arguments, where, f"{at}.function.arguments")
     values = parse_json(text.encode("utf-8", "surrogatepass"), f"{where}: {at}.function.arguments")
@@ -311,7 +320,7 @@ def _list(value: Any, where: str, at: str) -> Sequence[Any]:
 def _flag(value: Any, default: bool, where: str, at: str) -> bool:
     if value is None:
         return default
-    if not isinstance(value, bool | int) or value not in (0, 1):
+    if not isinstance(value, bool | int | float) or value not in (0, 1):
         raise _error(where, f"{at}: got {short(value)}, expected 0 or 1")
     return bool(value)
 

@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from ...errors import BridgeError
+from ...lock import hold
+from ..kinds import gunzipped, is_array, is_gzip, look, refuse_others, unpacked
 from .encode import effort_text
 from .jsonl import numbered_lines, read_line
 from .masks import ChatTokenizer, open_chat_tokenizer
@@ -61,6 +64,10 @@ class ChatReport:
                 f"{c.truncated:,} samples cut, {c.dropped:,} dropped without a learned token:"
                 f" {c.cut_tokens:,} tokens left out, {c.cut_learned:,} of them learned"
             )
+        if c.lost_thoughts:
+            found.append(f"{c.lost_thoughts:,} thoughts left out: chat mode has none")
+        if c.empty_thoughts:
+            found.append(f"{c.empty_thoughts:,} answers in thinking mode have no thoughts, and learn to have none")
         if c.straddling:
             found.append(f"{c.straddling:,} tokens hold learned and other text, and are not learned")
         return found
@@ -77,12 +84,13 @@ def prepare_chat(
     pack: bool = True,
     workers: int = 1,
     generation: str | None = None,
+    overwrite: bool = False,
     advance: Callable[[int], object] = lambda nbytes: None,
 ) -> ChatReport:
     """Tokenize, mask, cut and pack a file of conversations; the same input gives the same bytes.
 
     Args:
-        src: JSONL, see `jsonl.read_chat_jsonl`.
+        src: an object a line or an array of them, see `jsonl.read_chat_jsonl`; gzip too.
         out: a folder that is empty or does not exist; see `store` for what is in it.
         tokenizer_folder: a checkpoint, for its tokenizer.json.
         seq_length: most tokens of a sample and of a pack.
@@ -92,6 +100,7 @@ def prepare_chat(
         workers: processes.
         generation: which releases' reasoning efforts lines mean, `april` or `0731`; None looks at the
             encoding that lies beside the tokenizer.
+        overwrite: replace chat data that is in the way.
         advance: called with the bytes of the file that are done, since the last call.
 
     Raises:
@@ -102,11 +111,12 @@ def prepare_chat(
     tokenizer = open_chat_tokenizer(tokenizer_folder)
     generation = generation or find_generation(tokenizer_folder)
     effort_text(None, generation)
-    check_free(out)
+    check_free(out, overwrite)
     options = {"seq_length": seq_length, "mask": mask, "thinking": thinking, "generation": generation}
     # The order of the packs is known once all lengths are: until then samples lie beside it.
-    with scratch_folder(out.with_name(out.name + ".samples.part")) as part:
-        samples, counts = _spill(_batches(src, tokenizer, options, workers, advance), part, src)
+    with hold(out, f"preparing {out}"), scratch_folder(out.with_name(out.name + ".samples.part")) as part:
+        with _shown(src, lines := _as_lines(src, part)):
+            samples, counts = _spill(_batches(lines, tokenizer, options, workers, advance), part, src)
         lengths = np.diff(samples.offsets).tolist()
         packing = plan_packs(lengths, seq_length) if pack else one_a_pack(lengths, seq_length)
         facts = {
@@ -118,8 +128,27 @@ def prepare_chat(
             "source": src.name,
             "counts": asdict(counts),
         }
-        write_chat_data(out, samples, packing, facts)
+        write_chat_data(out, samples, packing, facts, overwrite=overwrite)
     return ChatReport(str(out), seq_length, mask, len(packing.packs), packing.fill_rate, counts)
+
+
+def _as_lines(src: Path, part: Path) -> Path:
+    """The conversations an object a line, unpacked where they are not."""
+    refuse_others(src)
+    plain = gunzipped(src, part) if is_gzip(src) else src
+    return unpacked(plain, look(plain).shape, part)
+
+
+@contextmanager
+def _shown(src: Path, lines: Path) -> Iterator[None]:
+    """Messages name what the user named."""
+    try:
+        yield
+    except BridgeError as error:
+        unit = "element" if lines != src and is_array(src) else "line"
+        raise BridgeError(
+            str(error).replace(f"{lines}, line", f"{src}, {unit}").replace(str(lines), str(src))
+        ) from None
 
 
 def find_generation(folder: Path) -> str | None:

@@ -12,6 +12,7 @@ from .encode import drops_thoughts, segments_of
 from .jsonl import Conversation, mode_of
 from .masks import ChatTokenizer, Tokens, tokenize_all
 from .messages import Message
+from .texts import THINK_END
 
 MASKS = (*SEGMENT_MASKS, "each_turn")
 
@@ -46,6 +47,8 @@ class SampleCounts:
         cut_tokens: cut off samples, or in dropped ones.
         cut_learned: of these, the learned ones.
         straddling: tokens not learned since part of their text is not, see `masks.Tokens`.
+        lost_thoughts: thoughts that chat mode leaves out of the text.
+        empty_thoughts: answers in thinking mode that are learned without any: the end of thoughts comes at once.
     """
 
     conversations: int = 0
@@ -57,6 +60,8 @@ class SampleCounts:
     cut_tokens: int = 0
     cut_learned: int = 0
     straddling: int = 0
+    lost_thoughts: int = 0
+    empty_thoughts: int = 0
 
     def add(self, other: "SampleCounts") -> None:
         """Add another's counts to these."""
@@ -105,6 +110,10 @@ def build_samples(
             segments_of(part, thinking=mode, effort=effort, mask="assistant" if mask == "each_turn" else mask)
             for part in parts
         ]
+        counts.lost_thoughts += 0 if mode else sum(bool(m.reasoning_content) for m in conversation.messages)
+        counts.empty_thoughts += sum(
+            s.role == "assistant" and s.trained and s.text.startswith(THINK_END) for part in segments for s in part
+        )
         for tokens in tokenize_all(tokenizer, segments):
             if (sample := _cut(tokens, seq_length, conversation.line, counts)) is not None:
                 yield sample

@@ -76,7 +76,12 @@ class ChatData:
 
 
 def write_chat_data(
-    out: Path, samples: Sequence[Sample], packing: Packing, facts: Mapping[str, Any] | None = None
+    out: Path,
+    samples: Sequence[Sample],
+    packing: Packing,
+    facts: Mapping[str, Any] | None = None,
+    *,
+    overwrite: bool = False,
 ) -> ChatData:
     """Write samples in packs, see `packing.plan_packs` or `one_a_pack`.
 
@@ -85,6 +90,7 @@ def write_chat_data(
         samples: may be taken by number from anywhere, each once, in the order of the packs.
         packing: of their lengths.
         facts: for `chat_data.json`, besides those that are written anyway.
+        overwrite: replace chat data that is there.
 
     Raises:
         BridgeError: something is in the way, or the disk is full.
@@ -92,7 +98,7 @@ def write_chat_data(
     order = [i for documents in packing.packs for i in documents]
     if sorted(order) != list(range(len(samples))):
         raise BridgeError(f"writing {out}: the packs do not hold each of {len(samples)} samples once")
-    with new_folder(out) as part:
+    with new_folder(out, overwrite) as part:
         tokens = _Column(part, "tokens", packing.tokens)
         mask = _Column(part, "mask", packing.tokens)
         offsets, lines = [0], []
@@ -181,18 +187,25 @@ def open_chat_data(folder: Path, tokenizer_sha256: str | None = None) -> ChatDat
 
 
 @contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
+def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     """A folder to write into, named `out` once the block is through; gone if it is not.
+
+    With `overwrite`, chat data that is there goes when the new is whole.
 
     Raises:
         BridgeError: `out` is in the way, or an operating-system error.
     """
-    check_free(out)
+    check_free(out, overwrite)
     with scratch_folder(out.with_name(out.name + ".part")) as part:
         yield part
         sync(part)
+        old = out.with_name(out.name + ".old.part")
+        shutil.rmtree(old, ignore_errors=True)  # of a run that was killed
+        if (out / NAME).exists():
+            out.rename(old)
         part.rename(out)
         sync(out.parent)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager
@@ -213,14 +226,22 @@ def scratch_folder(path: Path) -> Iterator[Path]:
         raise BridgeError(f"writing {path}: {error.strerror or error}") from None
 
 
-def check_free(out: Path) -> None:
-    """Refuse to write where something is already.
+def check_free(out: Path, overwrite: bool = False) -> None:
+    """Refuse to write where something is already, unless it is chat data that is to be replaced.
 
     Raises:
         BridgeError: it exists and is not an empty folder.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    try:
+        if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+            return
+        is_data = (out / NAME).is_file()
+    except OSError as error:
+        raise BridgeError(f"writing {out}: {error.strerror or error}") from None
+    if not is_data:
         raise BridgeError(f"writing {out}: it exists and is not an empty folder; remove it, or name another")
+    if not overwrite:
+        raise BridgeError(f"writing {out}: it exists and is not an empty folder; name another, or give --overwrite")
 
 
 class _Column:
