@@ -61,7 +61,8 @@ def distribution(logits: Tensor, how: Sampling) -> tuple[Tensor, Tensor]:
     """What tokens are drawn from: [b, vocabulary] -> chances [b, n] in falling order, 0 for excluded ones, and ids."""
     count = min(how.top_k or logits.shape[-1], logits.shape[-1])
     best, ids = logits.float().topk(count, dim=-1)
-    chances = torch.softmax(best / how.temperature, -1)
+    # The largest first goes to 0: logits over a temperature near 0 are infinite.
+    chances = torch.softmax(((best - best[..., :1]).double() / how.temperature).float(), -1)
     before = chances.cumsum(-1) - chances
     chances = chances.masked_fill(before >= how.top_p, 0.0) if how.top_p < 1 else chances
     return chances / chances.sum(-1, keepdim=True), ids

@@ -176,7 +176,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> PretrainingDataset:
 def test_resume_at_any_count_goes_on_with_the_same_stream(dataset: PretrainingDataset) -> None:
     rows = [sample["tokens"].tolist() for sample in dataset]
     assert len({tuple(row) for row in rows}) == len(rows) >= 37
-    feed = text_feed(dataset)
+    feed = text_feed(dataset, 512, "data")
     for consumed in range(len(rows)):
         assert ids_of(feed.batches(consumed, len(rows) - consumed, 1)) == rows[consumed:]
     for micro, ranks, size in ((2, 1, 8), (1, 3, 6), (3, 2, 12)):
@@ -187,7 +187,7 @@ def test_resume_at_any_count_goes_on_with_the_same_stream(dataset: PretrainingDa
 
 
 def test_batches_lay_rows_behind_one_another(dataset: PretrainingDataset) -> None:
-    (batch,) = text_feed(dataset).batches(4, 3, 3)
+    (batch,) = text_feed(dataset, 512, "data").batches(4, 3, 3)
     assert batch.input_ids.shape == batch.labels.shape == batch.loss_mask.shape == (1, 3 * LENGTH)
     assert batch.cu_seqlens is not None
     assert batch.cu_seqlens.dtype == torch.int32
@@ -198,7 +198,7 @@ def test_batches_lay_rows_behind_one_another(dataset: PretrainingDataset) -> Non
     assert torch.equal(batch.labels.view(3, -1)[1], dataset[5]["labels"])
     assert torch.equal(batch.loss_mask.view(3, -1)[2], dataset[6]["loss_mask"])
     whole = PretrainingDataset(dataset.rows, LENGTH, EOS, False)
-    (batch,) = text_feed(whole).batches(4, 3, 3)
+    (batch,) = text_feed(whole, 512, "data").batches(4, 3, 3)
     assert batch.input_ids.shape == (3, LENGTH)
     assert batch.cu_seqlens is None
 

@@ -137,7 +137,25 @@ def index_scores(q: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
 
 
 def best_blocks(scores: Tensor, visible: Tensor, topk: int) -> Tensor:
-    """Indices of the best visible blocks: [b, s, n], [1 or b, s] -> [b, s, topk], -1 where there are fewer."""
+    """Indices of the best visible blocks: [b, s, n], [1 or b, s] -> [b, s, topk], -1 where there are fewer.
+
+    Of blocks with equal scores those in front are taken. `torch.topk` takes any, other ones for another number of
+    columns: then a choice would depend on how queries are cut into chunks, on the device, and on whether a
+    sequence is decoded step by step.
+    """
     hidden = torch.arange(scores.shape[-1], device=scores.device) >= visible.unsqueeze(-1)
-    best = scores.masked_fill(hidden, -math.inf).topk(topk, dim=-1).indices
+    seen = scores.masked_fill(hidden, -math.inf)
+    values, best = seen.topk(topk, dim=-1)
+    least = values[..., -1:]
+    split = ((seen == least).sum(-1) > (values == least).sum(-1)) & (least > -math.inf).squeeze(-1)
+    if bool(split.any()):  # equal scores on both sides of the border
+        best[split] = _in_front(seen[split], least[split], topk)
     return torch.where(best >= visible.unsqueeze(-1), -1, best)
+
+
+def _in_front(scores: Tensor, least: Tensor, topk: int) -> Tensor:
+    """The columns above `least` and the first that equal it: [rows, n], [rows, 1] -> [rows, topk], in their order."""
+    above, equal = scores > least, scores == least
+    left = topk - above.sum(-1, keepdim=True)
+    taken = above | (equal & (equal.cumsum(-1) <= left))
+    return taken.nonzero()[:, 1].view(-1, topk)

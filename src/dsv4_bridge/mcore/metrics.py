@@ -20,15 +20,15 @@ class Tally:
 
     def __init__(self) -> None:
         self.total: Tensor | None = None
-        self.count = 0.0
+        self.count: Tensor | float = 0.0
 
-    def add(self, value: Tensor, count: float = 1.0) -> None:
+    def add(self, value: Tensor, count: Tensor | float = 1.0) -> None:
         """Add a value (any shape, the same every time), and how many it stands for."""
         value = value.detach().float()
         self.total = value.clone() if self.total is None else self.total + value
         self.count += count
 
-    def take(self) -> tuple[Tensor | None, float]:
+    def take(self) -> tuple[Tensor | None, Tensor | float]:
         """The sum and the count; both start anew."""
         found = self.total, self.count
         self.total, self.count = None, 0.0
@@ -46,7 +46,7 @@ def collect(model: torch.nn.Module | Sequence[torch.nn.Module]) -> dict[str, flo
 
         - `balance_loss`: mean over routed layers and micro-batches; an even load has about 1.
         - `indexer_loss`: mean over indexers and micro-batches of the mean over queries, in nats.
-        - `mtp_loss`: mean over MTP depths and micro-batches, in nats a token.
+        - `mtp_loss`: mean over the learned tokens of all MTP depths, in nats.
         - `expert_load_max`, `expert_load_min`: tokens of the fullest and the emptiest expert of any routed
           layer, over the layer's mean.
     """
@@ -59,7 +59,7 @@ def collect(model: torch.nn.Module | Sequence[torch.nn.Module]) -> dict[str, flo
         total, count = tally.take()
         if total is not None:
             row = sums[MEANS.index(name)]
-            row += torch.stack([total.double().sum(), total.new_tensor(count).double()])
+            row += torch.stack([total.double().sum(), torch.as_tensor(count, dtype=torch.float64, device=device)])
     dist.all_reduce(sums)
     found = {name: float(total / count) for name, (total, count) in zip(MEANS, sums.cpu(), strict=True) if count}
     return found | _loads(parts, device)

@@ -142,6 +142,7 @@ class DeepSeekV4Model(GPTModel):
             if cu_seqlens is not None:
                 raise BridgeError("decoding: a cache holds one sequence a row; cu_seqlens is for training")
             _check_cache(cache, batch, length)
+        _check_ids(input_ids, self.config.actual_vocab_size)
         if self.pre_process and decoder_input is None:
             decoder_input = self.embedding(input_ids=input_ids, position_ids=position_ids)
         rotary = make_rotary(self.config, cache.lengths) if stepping and cache else self._rotary(input_ids, cu_seqlens)
@@ -213,7 +214,6 @@ class DeepSeekV4Model(GPTModel):
         gather: bool | None,
         rotary: Rotary,
     ) -> Tensor:
-        depth = len(depths)
         logged = MTPLossLoggingHelper.tracker
         logged.clear()  # megatron keeps one table a process, as long as the first model is deep, and adds to it
         hidden = process_mtp_loss(
@@ -231,8 +231,21 @@ class DeepSeekV4Model(GPTModel):
             packed_seq_params=roll_boundaries(rotary.documents),
         )
         if self.training and torch.is_grad_enabled():
-            self.tally[1].add(logged["loss_values"].sum() / depth)
+            learned = logged["total_values"]
+            self.tally[1].add((logged["loss_values"] * learned).sum(), learned.sum())
         return hidden
+
+
+def _check_ids(input_ids: Tensor, vocab_size: int) -> None:
+    """Refuse tokens that the model does not have: ranks that share the vocabulary would leave them out, all of them."""
+    if input_ids.device.type != "cpu":  # without waiting for the device; it stops with the message
+        known = ((input_ids >= 0) & (input_ids < vocab_size)).all()
+        torch._assert_async(known, "a token id is outside of the vocabulary")  # type: ignore[reportPrivateUsage]
+    elif input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < vocab_size:
+        raise BridgeError(
+            f"running the model: token ids from {int(input_ids.min())} to {int(input_ids.max())}, expected 0 to "
+            f"{vocab_size - 1}"
+        )
 
 
 def _check_cache(cache: Cache, batch: int, length: int) -> None:

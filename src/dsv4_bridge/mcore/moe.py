@@ -11,7 +11,11 @@ from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    reduce_from_tensor_model_parallel_region,
+)
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
@@ -76,10 +80,53 @@ class BiasRouter(KeepsFloat32, TopKRouter):
             scaling_factor=self.config.moe_router_topk_scaling_factor,
             precomputed_indices=chosen,
         )
+        if self.topk == 1:
+            weights = self._over_its_sum(weights)
         if self.training and torch.is_grad_enabled() and self.is_aux_loss_enabled():
             weights = self._balanced(weights, flat, length, batch, padding)
         self._apply_expert_bias(routing_map, padding_mask=None if padding is None else padding.unsqueeze(-1))
         return weights, routing_map
+
+    def _over_its_sum(self, weights: Tensor) -> Tensor:
+        """A single score over the sum of the chosen: megatron-core 0.19 leaves that out for one expert a token."""
+        scale = self.config.moe_router_topk_scaling_factor or 1.0
+        return weights / (weights.sum(dim=-1, keepdim=True) / scale + 1e-20)
+
+    def _apply_seq_aux_loss(
+        self,
+        probs: Tensor,
+        scores_for_aux_loss: Tensor,
+        routing_map: Tensor,
+        seq_length: int,
+        bsz: int,
+        with_padding_mask: bool = False,
+    ) -> Tensor:
+        """The balance of each row by its own number of tokens; megatron-core takes the mean number for all rows.
+
+        loss = E * sum_i f_i * P_i over a row of T tokens, f_i = tokens of expert i / (T * k), P_i the mean score of
+        expert i; then the mean over the rows that have tokens.
+        """
+        coefficient = self.get_aux_loss_coeff("seq_aux_loss")
+        if not with_padding_mask or coefficient == 0:
+            return super()._apply_seq_aux_loss(
+                probs, scores_for_aux_loss, routing_map, seq_length, bsz, with_padding_mask
+            )
+        experts = scores_for_aux_loss.shape[-1]
+        shape = (seq_length, bsz, experts)
+        here = routing_map.reshape(shape).sum(dim=0).float()  # [b, experts], of this rank's part of the rows
+        tokens = reduce_from_tensor_model_parallel_region(here, self.tp_cp_group)
+        length = tokens.sum(dim=-1, keepdim=True) / self.topk  # [b, 1]
+        sums = scores_for_aux_loss.reshape(shape).sum(dim=0)
+        rows = (sums * tokens / length.clamp(min=1).square()).sum(dim=-1) * (experts / self.topk)
+        aux_loss = coefficient * rows.sum() / (length > 0).sum().clamp(min=1)
+        return self.attach_and_log_load_balancing_loss(
+            probs,
+            coefficient,
+            aux_loss,
+            "seq_load_balancing_loss",
+            self.tp_cp_group,
+            valid_token_count=here.sum() / self.topk,
+        )
 
     def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
         """Count the tokens of every expert for the balance, as megatron does, without compiling it."""

@@ -2,10 +2,12 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -51,7 +53,8 @@ def forward_backward(
 ) -> list[Tensor]:
     """Run micro-batches forward and backward; gradients add up, averaged over the micro-batches.
 
-    With `calculate_per_token_loss` they are averaged over the weights of all labels of all ranks instead.
+    Micro-batches without a learned token do not count. With `calculate_per_token_loss` gradients are averaged over the
+    weights of all labels of all ranks instead.
 
     Args:
         chunks: this rank's chunks, as `build_chunks` made them, wrapped or not.
@@ -64,6 +67,8 @@ def forward_backward(
     config = get_model_config(chunks[0])
     stages, virtual = config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size
     size, length = batches[0].input_ids.shape
+    share = _Share() if forward_only else _Share.of(batches, bool(config.calculate_per_token_loss))
+    batches = share.applied(batches)
     options: dict[str, Any] = {}
     if stages > 1:
         groups = ProcessGroupCollection.use_mpu_process_groups()
@@ -71,7 +76,7 @@ def forward_backward(
     # Without gradients a forward pass keeps nothing, and its tokens do not count for the balance.
     with _own_scales(), torch.set_grad_enabled(torch.is_grad_enabled() and not forward_only):
         found = get_forward_backward_func(stages, virtual)(
-            forward_step_func=_step,
+            forward_step_func=partial(_step, share),
             data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
             model=list(chunks),
             num_microbatches=len(batches),
@@ -103,7 +108,47 @@ def _unscale() -> None:
     MTPLossAutoScaler.main_loss_backward_scale = torch.tensor(1.0)
 
 
-def _step(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Any]:
+@dataclass(frozen=True)
+class _Share:
+    """How micro-batches count, where megatron's way would be wrong: it takes all of them alike, and whole labels.
+
+    Attributes:
+        factor: of a micro-batch's mean loss, so that those without a learned token do not count.
+        weight: of the labels' weights, so that they sum up to the number of labels that have any. None: they are
+            whole numbers, and are counted themselves.
+    """
+
+    factor: float = 1.0
+    weight: float | None = None
+
+    @classmethod
+    def of(cls, batches: Sequence[Batch], per_token: bool) -> "_Share":
+        """Of these micro-batches and those of the other data-parallel ranks; every rank calls it."""
+        masks = [b.loss_mask for b in batches if b.loss_mask is not None]
+        if not masks:  # the same on all ranks
+            return cls()
+        broken = any(bool((m != m.round()).any()) for m in masks) if per_token else False
+        learned = [int((m != 0).sum()) for m in masks]
+        learning = len(batches) - learned.count(0)
+        weight = sum(float(m.sum(dtype=torch.float64)) for m in masks)
+        facts = [len(batches), learning, weight, sum(learned), broken]
+        found = torch.tensor(facts, dtype=torch.float64, device=masks[0].device)
+        group: Any = parallel_state.get_data_parallel_group()
+        if group.size() > 1:
+            torch.distributed.all_reduce(found, group=group)
+        count, learning, weight, labels, broken = found.tolist()
+        if per_token:
+            return cls(weight=labels / weight) if broken and weight else cls()
+        return cls(count / learning if learning else 1.0)
+
+    def applied(self, batches: Sequence[Batch]) -> list[Batch]:
+        """The micro-batches with the weights that are learned by."""
+        if self.weight is None:
+            return list(batches)
+        return [replace(b, loss_mask=None if b.loss_mask is None else b.loss_mask * self.weight) for b in batches]
+
+
+def _step(share: _Share, batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Any]:
     batch = next(batches)
     output = model(
         batch.input_ids,
@@ -116,10 +161,13 @@ def _step(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Any
     def mean_loss(losses: Tensor) -> Any:
         weights = torch.ones_like(losses) if batch.loss_mask is None else batch.loss_mask
         total, count = (losses * weights).sum(), weights.sum()
+        mean = total / torch.where(count > 0, count, torch.ones_like(count))
         # Cloned: megatron divides what it gets in place.
-        shown = {"loss": (total / count.clamp(min=1)).detach().clone()}
+        shown = {"loss": mean.detach().clone()}
+        if share.weight is not None:
+            return total, (weights != 0).sum().int(), shown
         if get_model_config(model).calculate_per_token_loss:
             return total, count.int(), shown
-        return total / count.clamp(min=1), shown
+        return mean * share.factor if share.factor != 1 else mean, shown
 
     return output, mean_loss

@@ -46,6 +46,9 @@ class Feed:
         shuffled: whether the rows come in a new order each epoch; otherwise as they are.
         seed: of the orders.
         apart: whether attention stops at the ends of documents.
+        vocab_size: of the model; a token that it does not have is refused when its row is taken, for ranks that
+            share a vocabulary leave out what is not theirs, and would leave out such a token on all ranks.
+        source: what the data is called, for messages.
     """
 
     count: int
@@ -53,6 +56,8 @@ class Feed:
     shuffled: bool
     seed: int
     apart: bool
+    vocab_size: int
+    source: str
 
     def batches(self, consumed: int, size: int, micro: int, rank: int = 0, ranks: int = 1) -> list[Batch]:
         """A step's micro-batches of one data-parallel rank.
@@ -65,7 +70,19 @@ class Feed:
             ranks: their number; `micro * ranks` divides `size`.
         """
         starts = range(consumed + rank * micro, consumed + size, micro * ranks)
-        return [_batch([self.row(self._number(start + k)) for k in range(micro)], self.apart) for start in starts]
+        return [_batch([self._known(self._number(start + k)) for k in range(micro)], self.apart) for start in starts]
+
+    def _known(self, number: int) -> Row:
+        """A row whose tokens the model has."""
+        row = self.row(number)
+        for tokens in (row.tokens, row.labels):
+            if int(tokens.min()) < 0 or int(tokens.max()) >= self.vocab_size:
+                wrong = int(tokens.max()) if int(tokens.max()) >= self.vocab_size else int(tokens.min())
+                raise BridgeError(
+                    f"reading row {number} of {self.source}: token {wrong}, the model has 0 to {self.vocab_size - 1}; "
+                    "the data was made with another tokenizer: make it with the model's"
+                )
+        return row
 
     def numbers(self, consumed: int, size: int) -> list[int]:
         """Which rows a step takes."""
@@ -169,17 +186,19 @@ def make_feeds(recipe: Recipe, spec: ModelSpec, rows: int, valid_rows: int) -> t
             data.train, samples=(rows, valid_rows, 0), split=data.split if valid_rows else "1,0,0", **build
         )
     assert train is not None
-    return text_feed(train), None if valid is None else text_feed(valid)
+    names = " ".join(data.train), " ".join(data.valid or data.train)
+    size = spec.vocab_size
+    return text_feed(train, size, names[0]), None if valid is None else text_feed(valid, size, names[1])
 
 
-def text_feed(rows: PretrainingDataset) -> Feed:
+def text_feed(rows: PretrainingDataset, vocab_size: int, source: str) -> Feed:
     """The samples as they come: megatron-core has shuffled them."""
 
     def row(number: int) -> Row:
         sample = rows[number]
         return Row(sample["tokens"], sample["labels"], sample["loss_mask"], sample["cu_seqlens"])
 
-    return Feed(len(rows), row, False, 0, rows.apart)
+    return Feed(len(rows), row, False, 0, rows.apart, vocab_size, source)
 
 
 def _tokenizer_of(recipe: Recipe) -> str | None:
@@ -210,4 +229,5 @@ def _chats(recipe: Recipe, spec: ModelSpec, where: Sequence[str]) -> Feed:
         pack = packs[number]
         return chat_row(pack.tokens, pack.loss_mask, pack.cu_seqlens, length, spec.eos_token_id or 0)
 
-    return Feed(len(packs), row, True, recipe.data.seed, recipe.data.documents_apart)
+    apart = recipe.data.documents_apart
+    return Feed(len(packs), row, True, recipe.data.seed, apart, spec.vocab_size, where[0])

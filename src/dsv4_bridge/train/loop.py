@@ -34,7 +34,7 @@ from .flops import flops_per_token
 from .out import check_out, run_lock
 from .peaks import mfu, peak_named, peak_tflops
 from .planning import lora_of, small_folder
-from .recipe import Recipe
+from .recipe import Recipe, Schedule
 from .resuming import PROGRESS, RECIPE, Resumed, State, find_resumed
 from .setup import Trainer, make_trainer
 from .stopping import asked_to_stop
@@ -205,10 +205,19 @@ def _set_rates(trainer: Trainer, step: int) -> None:
     scheduler, recipe = trainer.scheduler, trainer.recipe
     scheduler.num_steps = step
     scheduler.step(1)
-    s, late = recipe.schedule, recipe.losses.mtp_late
-    decays = s.warmup if s.decay != "wsd" else s.steps - s.decay_steps
+    late, begins = recipe.losses.mtp_late, decay_begins(recipe.schedule)
     if late is not None and recipe.model.mtp:
-        trainer.chunks[0].config.mtp_loss_scaling_factor = late if step >= decays else recipe.losses.mtp
+        decays = begins is not None and step >= begins
+        trainer.chunks[0].config.mtp_loss_scaling_factor = late if decays else recipe.losses.mtp
+
+
+def decay_begins(schedule: Schedule) -> int | None:
+    """The step from which on the learning rate falls; None where it never does."""
+    if schedule.decay == "constant":
+        return None
+    if schedule.decay == "wsd":
+        return schedule.steps - min(schedule.decay_steps or schedule.steps, schedule.steps - schedule.warmup)
+    return schedule.warmup
 
 
 def _seed(seed: int, step: int) -> None:
@@ -234,10 +243,11 @@ def _validate(trainer: Trainer, feed: Feed) -> float:
 
 
 def _mean(losses: list[torch.Tensor], batches: list[Batch], per_token: bool) -> float:
-    """Of all micro-batches of all ranks, or of their learned tokens, on every rank."""
+    """Of all micro-batches of all ranks that learn something, or of their learned tokens, on every rank."""
     total = torch.zeros(2, dtype=torch.float64, device=device())
     for loss, batch in zip(losses, batches, strict=False):  # stages other than the last have no losses
-        weight = batch.loss_mask.sum().double() if per_token and batch.loss_mask is not None else total.new_ones(())
+        learned = total.new_ones(()) if batch.loss_mask is None else batch.loss_mask.sum().double()
+        weight = learned if per_token and batch.loss_mask is not None else (learned > 0).double()
         total += torch.stack([loss.double() * weight, weight])
     groups: tuple[Any, ...] = (
         parallel_state.get_pipeline_model_parallel_group(),
@@ -245,7 +255,7 @@ def _mean(losses: list[torch.Tensor], batches: list[Batch], per_token: bool) -> 
     )
     for group in groups:
         dist.all_reduce(total, group=group)
-    return float(total[0] / total[1])
+    return float(total[0] / total[1].clamp(min=1e-300))
 
 
 def _valid_rows(trainer: Trainer) -> int:
