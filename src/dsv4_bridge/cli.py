@@ -3,9 +3,13 @@
 Exit codes: 0 done; 1 the check ran and found differences; 2 unusable input or arguments.
 """
 
+import contextlib
 import gc
 import json
+import os
+import signal
 import sys
+import threading
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -238,12 +242,16 @@ def _options(workers: int, resume: bool, overwrite: bool, dry_run: bool) -> Any:
 
 def put(data: dict[str, Any], as_json: bool, shown: Any) -> None:
     """Print one JSON object, or what people read."""
-    if as_json:
-        sys.stdout.write(json.dumps(data, default=str) + "\n")
-        return
-    from .render import show
+    try:
+        if as_json:
+            sys.stdout.write(json.dumps(data, default=str) + "\n")
+        else:
+            from .render import show
 
-    show(shown)
+            show(shown)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough; what was found still decides the exit code
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _print_report(report: Any, out: Path, as_json: bool, dry_run: bool) -> None:
@@ -276,22 +284,71 @@ def main() -> None:
     # A plan is hundreds of thousands of small objects that all stay: looking for garbage among them
     # again and again takes a third of the time.
     gc.set_threshold(200_000, 20, 100)
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         code = app(standalone_mode=False)
     except BridgeError as error:
-        sys.stderr.write(f"dsv4: {error}\n")
+        _say(str(error))
+        code = 2
+    except ModuleNotFoundError as error:
+        if (extra := _EXTRAS.get((error.name or "").partition(".")[0])) is None:
+            raise
+        _say(f"{error.name} is not installed, which this needs; pip install 'dsv4-bridge[{extra}]'")
         code = 2
     except typer.TyperException as error:  # bad arguments
         message = getattr(error, "format_message", error.__str__)()
-        sys.stderr.write(f"dsv4: {message} (dsv4 --help lists verbs and options)\n")
+        _say(f"{message} (dsv4 --help lists verbs and options)")
         code = 2
+    except _Terminated:
+        code = 143
     except (KeyboardInterrupt, typer.Abort):
-        sys.stderr.write("dsv4: interrupted; a conversion continues with --resume\n")
         code = 130
-    except BrokenPipeError:
-        sys.stderr.close()
+    except BrokenPipeError:  # stdout's reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = 0
+    if code in (130, 143):  # typer turns Ctrl-C into its code
+        _say(f"interrupted; {_GO_ON.get(_verb(), 'nothing is left half written')}")
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+    if any(thread.name == "progress" for thread in threading.enumerate()):
+        os._exit(code or 0)  # a display that is stuck in a full pipe would end the interpreter with an error
     sys.exit(code or 0)
+
+
+# Top-level modules -> what brings them.
+_EXTRAS = {
+    **dict.fromkeys(("megatron", "triton", "psutil"), "megatron"),
+    **dict.fromkeys(("transformers", "peft", "accelerate", "tokenizers"), "hf"),
+    "tensorboard": "train",
+    "matplotlib": "report",
+}
+_GO_ON = {
+    **dict.fromkeys(
+        ("import", "export", "repack"), "what is finished is kept: the same command with --resume goes on from there"
+    ),
+    "train": "no step was made since the last checkpoint, or they are lost; the same command goes on from there",
+}
+
+
+class _Terminated(BaseException):
+    """SIGTERM came."""
+
+
+def _terminated(number: int, frame: Any) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
+    raise _Terminated
+
+
+def _verb() -> str:
+    return next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+
+
+def _say(message: str) -> None:
+    """A message on stderr, in which no name can move the cursor or set colours; gone if nobody listens."""
+    plain = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in message)
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write(f"dsv4: {plain}\n")
+        sys.stderr.flush()
 
 
 if __name__ == "__main__":

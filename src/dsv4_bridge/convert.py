@@ -26,7 +26,7 @@ from .preparing import DONE, MARKS, RANKS, WORK, amount, begin, check_space, cle
 from .progress import in_background
 from .ranks import shares
 from .store.stream import Buffers, Bytes, CountingStream, FileStream
-from .team import Team
+from .team import Stopped, Team
 
 
 def run(job: Job, out: Path, options: Options) -> Report:
@@ -140,11 +140,13 @@ def dry_run(job: Job, progress: Progress | None = None) -> Report:
 class _Watched:
     """A stream that stops when the other ranks have stopped."""
 
-    def __init__(self, stream: FileStream, check: Callable[[], None]):
-        self._stream, self._check = stream, check
+    def __init__(self, stream: FileStream, check: Callable[[], None], stop: threading.Event):
+        self._stream, self._check, self._stop = stream, check, stop
 
     def write(self, data: Bytes) -> None:
         self._check()
+        if self._stop.is_set():
+            raise Stopped("another file of this run could not be written, or it was interrupted")
         self._stream.write(data)
 
     def patch(self, offset: int, data: bytes) -> None:
@@ -177,7 +179,7 @@ def _write_files(
         path = work / file.name
         make_folder(path.parent)
         part = path.with_name(f"{path.name}.{team.word}.part")
-        stream = _Watched(FileStream(part, local.buffers, advance), team.check)
+        stream = _Watched(FileStream(part, local.buffers, advance), team.check, stop)
         try:
             report = local.emitter.emit(file.segments, stream)
             stream.close()
@@ -224,8 +226,9 @@ def _in_threads(one: Callable[[OutFile], None], files: Iterable[OutFile], worker
         except BaseException:
             stop.set()
             raise
-        for future in futures:
-            future.result()
+        failed = [error for future in futures if not future.cancelled() and (error := future.exception())]
+        if failed:  # those that stopped for another's sake say nothing new
+            raise next((error for error in failed if not isinstance(error, Stopped)), failed[0])
 
 
 # ---------------------------------------------------------------- after

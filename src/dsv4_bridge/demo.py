@@ -50,7 +50,7 @@ def _run(folder: Path) -> None:
 
 def _compare(megatron: Path) -> None:
     if lost := [name for name in ("megatron.core", "transformers") if not _installed(name)]:
-        show(f"not run: {' and '.join(lost)} not installed; pip install 'dsv4-bridge[megatron,hf]'")
+        show(f"not run: {' and '.join(lost)} not installed; pip install 'dsv4-bridge\\[megatron,hf]'")
         return
     from .parity import parity
     from .parity.render import parity_table

@@ -8,6 +8,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from .errors import BridgeError
+
 _NEEDED = ("torch", "numpy", "numba", "safetensors", "huggingface_hub", "typer", "rich", "pyyaml")
 _OPTIONAL = {
     "megatron-core": "the model and training: pip install 'dsv4-bridge[megatron]'",
@@ -16,6 +18,10 @@ _OPTIONAL = {
     "transformers": "comparison with transformers: pip install 'dsv4-bridge[hf]'",
     "transformer-engine": "on GPUs: AdamW's moments in bf16, and its own grouped experts",
     "peft": "LoRA adapters: pip install 'dsv4-bridge[hf]'",
+    "tokenizers": "text and chats: pip install 'dsv4-bridge[hf]'",
+    "accelerate": "used by transformers: pip install 'dsv4-bridge[hf]'",
+    "tensorboard": "events of training: pip install 'dsv4-bridge[train]'",
+    "matplotlib": "pictures of parity reports: pip install 'dsv4-bridge[report]'",
 }
 
 
@@ -40,7 +46,10 @@ def doctor(folder: Path | None = None) -> list[Check]:
     for name, hint in _OPTIONAL.items():
         version = _version(name)
         checks.append(Check(name, version or "not installed", "ok" if version else "missing", "" if version else hint))
-    folder = folder or Path.cwd()
+    try:
+        folder = folder or Path.cwd()
+    except OSError:
+        raise BridgeError("examining the current folder: it was removed; name one that is there") from None
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     free = shutil.disk_usage(folder).free
     checks += [
@@ -54,6 +63,7 @@ def doctor(folder: Path | None = None) -> list[Check]:
         ),
         _direct(folder),
         _codec(),
+        _cache(),
         _cuda(),
     ]
     return checks
@@ -92,6 +102,14 @@ def _codec() -> Check:
     mxfp4.encode(out, scale, again, fresh)
     good = np.array_equal(packed, again) and np.array_equal(scale, fresh)
     return Check("codec self-test", "all 256 MXFP4 bytes return" if good else "FAILED", "ok" if good else "bad")
+
+
+def _cache() -> Check:
+    from .codec._kernels import cache_folder
+
+    where = cache_folder()
+    state = "missing" if where.startswith("nowhere") else "ok"
+    return Check("compiled code", where, state, "set NUMBA_CACHE_DIR to a folder that you can write: starts are faster")
 
 
 def _cuda() -> Check:

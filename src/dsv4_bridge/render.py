@@ -230,5 +230,6 @@ def doctor_table(checks: Iterable[Check]) -> Table:
     table = make_table("doctor", "what", "found", "", "hint")
     style = {"ok": "green", "missing": "yellow", "bad": "bold red"}
     for c in checks:
-        table.add_row(c.what, c.found, Text(c.state, style[c.state]), c.hint if c.state != "ok" else "")
+        hint = Text(c.hint if c.state != "ok" else "")  # no markup: it has brackets of its own
+        table.add_row(c.what, Text(c.found), Text(c.state, style[c.state]), hint)
     return table

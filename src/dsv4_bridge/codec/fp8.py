@@ -12,9 +12,9 @@ E4M3 is several times slower, and placing the code's bits in a bf16 fails for E 
 """
 
 import numpy as np
-from numba import njit
 
 from dsv4_bridge.codec._arrays import given, output, rows_columns
+from dsv4_bridge.codec._kernels import kernel
 from dsv4_bridge.codec.report import CodecError, EncodeStats, Problem, first_bad_value
 
 BLOCK = 128
@@ -144,7 +144,7 @@ def _scale_problem(scale: np.ndarray) -> Problem | None:
     return Problem(row * BLOCK, column * BLOCK, f"FP8 {kind} is {scale[row, column]}; {rule}")
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _decode(codes, scale, out):
     """Decode; returns the largest magnitude code met (0x7F: a NaN)."""
     columns = u64(codes.shape[1])
@@ -165,7 +165,7 @@ def _decode(codes, scale, out):
     return largest
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _fit_row(values, r, scale, todo, misfit, out):
     """Codes of row r in the blocks to FIT, whose scale is a power of two from 2^-117 on.
 
@@ -202,7 +202,7 @@ def _fit_row(values, r, scale, todo, misfit, out):
         misfit[b] |= missed
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _round_row(values, r, scale, todo, misfit, out):
     """Nearest codes of row r in the blocks to ROUND; sets misfit where one does not decode to itself."""
     columns = u64(values.shape[1])
@@ -233,7 +233,7 @@ def _round_row(values, r, scale, todo, misfit, out):
         misfit[b] |= missed
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _largest_row(values, r, todo, top):
     """Raise top[b] to the largest magnitude bits of row r in the blocks to ROUND."""
     columns = u64(values.shape[1])
@@ -245,7 +245,7 @@ def _largest_row(values, r, todo, top):
             top[b] = largest
 
 
-@njit(cache=True, nogil=True, fastmath=_SUMS)
+@kernel(fastmath=_SUMS)
 def _sum_sq_row(values, r):
     total = 0.0
     for k in range(u64(values.shape[1])):
@@ -254,7 +254,7 @@ def _sum_sq_row(values, r):
     return total
 
 
-@njit(cache=True, nogil=True, fastmath=_SUMS)
+@kernel(fastmath=_SUMS)
 def _add_errors_row(values, r, scale, misfit, codes, totals):
     """Errors of row r in the blocks that misfit under a power of two, whose decoding is exact."""
     columns = u64(values.shape[1])
@@ -277,7 +277,7 @@ def _add_errors_row(values, r, scale, misfit, codes, totals):
         totals[4] += total
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _encode(values, like, out, scales, totals):
     """Encode; `scales` holds the source's scales if `like`. False on a NaN or infinite value.
 

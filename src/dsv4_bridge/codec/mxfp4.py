@@ -11,9 +11,9 @@ numba from widening to 64 bits, which would cost the vectoriser three quarters o
 """
 
 import numpy as np
-from numba import njit
 
 from dsv4_bridge.codec._arrays import given, output, rows_columns
+from dsv4_bridge.codec._kernels import kernel
 from dsv4_bridge.codec.report import CodecError, EncodeStats, Problem, first_bad_value
 
 GROUP = 32
@@ -122,7 +122,7 @@ def encode(values: np.ndarray, like_scale: np.ndarray | None, out: np.ndarray, o
     )
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _decode(packed, scale, values, out32, out):
     # Two loops over a row that stays in cache: spread the nibbles to sixteen-bit lanes in place,
     # then turn the lanes into bf16 group by group.
@@ -148,7 +148,7 @@ def _decode(packed, scale, values, out32, out):
                     out[r, k + j] = u16(values[e, x & u16(7)] | u16(u16(x & u16(8)) << u16(12)))
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _fit_row(values, r, scale, todo, misfit, codes):
     """Codes of row r in the groups to FIT (scale byte >= 2); sets misfit where a value is off the grid."""
     for g in range(u64(len(todo))):
@@ -171,7 +171,7 @@ def _fit_row(values, r, scale, todo, misfit, codes):
         misfit[g] |= missed
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _round_row(values, r, scale, grid, borders, todo, misfit, codes, rounded):
     """Nearest codes of row r in the groups to ROUND, and their bf16 magnitudes in `rounded`.
 
@@ -203,7 +203,7 @@ def _round_row(values, r, scale, grid, borders, todo, misfit, codes, rounded):
         misfit[g] |= missed
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _fresh_scale_row(values, r, todo, scale):
     """The released scale of row r's groups to ROUND; False on a NaN or infinite value."""
     columns = u64(values.shape[1])
@@ -222,7 +222,7 @@ def _fresh_scale_row(values, r, todo, scale):
     return True
 
 
-@njit(cache=True, nogil=True, fastmath=_SUMS)
+@kernel(fastmath=_SUMS)
 def _sum_sq_row(values, r):
     total = 0.0
     for k in range(u64(values.shape[1])):
@@ -231,7 +231,7 @@ def _sum_sq_row(values, r):
     return total
 
 
-@njit(cache=True, nogil=True, fastmath=_SUMS)
+@kernel(fastmath=_SUMS)
 def _add_errors_row(values, r, misfit, rounded, totals):
     """Errors of the groups of row r that misfit."""
     for g in range(u64(len(misfit))):
@@ -251,7 +251,7 @@ def _add_errors_row(values, r, misfit, rounded, totals):
         totals[4] += total
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _encode(values, like, grid, borders, out, scale, totals):
     """Encode; `scale` holds the source's scales if `like`. False on a NaN or infinite value.
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from math import sqrt
 
 import numpy as np
-from numba import njit
 
 from dsv4_bridge.codec import fp8, mxfp4
 from dsv4_bridge.codec._arrays import given, output, rows_columns
+from dsv4_bridge.codec._kernels import kernel
 from dsv4_bridge.codec.report import CodecError, EncodeStats
 
 u8, u16, u32, u64 = np.uint8, np.uint16, np.uint32, np.uint64
@@ -180,7 +180,7 @@ def f32_scale_as_e8m0(scale: np.ndarray) -> np.ndarray | None:
     return byte.astype(u8)
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _recode(packed, scale, allow_lossy, tables, out, out_scale, counts, spreads, errors):
     """See `mxfp4_to_fp8`; `out` is uint16 [R, K/2], two codes at a time.
 
@@ -233,7 +233,7 @@ def _recode(packed, scale, allow_lossy, tables, out, out_scale, counts, spreads,
                     out[first:last, g0 * 16 : g1 * 16] = u16(0x7F7F)
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _add_errors(packed, scale, out, first, last, g0, g1, block_scale, tables, counts, errors):
     """Compare one rounded block with its source, value by value, in units of the group's scale."""
     e4m3, magnitudes = tables[4], tables[5]

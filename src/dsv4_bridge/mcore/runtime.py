@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from ..errors import BridgeError
 from .cpu import install
+from .meeting import meet
 
 _mended = False
 
@@ -82,12 +83,7 @@ def free_memory() -> tuple[int, str]:
 def _meet(on_cpu: bool) -> None:
     if not on_cpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    backend = "gloo" if on_cpu else "cpu:gloo,cuda:nccl"
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend)
-    else:
-        alone = dist.HashStore()  # type: ignore[reportPrivateImportUsage]
-        dist.init_process_group(backend, store=alone, rank=0, world_size=1)
+    meet("gloo" if on_cpu else "cpu:gloo,cuda:nccl")
 
 
 def _check_sizes(sizes: Parallel, world: int) -> None:

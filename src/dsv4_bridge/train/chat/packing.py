@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 
+from ...codec._kernels import kernel
 from ...errors import BridgeError
 from .samples import Sample
 
@@ -66,7 +66,7 @@ def plan_packs(lengths: Sequence[int], seq_length: int) -> Packing:
     return Packing(tuple(sorted(packs)), seq_length, int(sizes.sum()))
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _first_fit(order: np.ndarray, sizes: np.ndarray, room: int) -> np.ndarray:
     """The pack of each document, int64 [documents], where each in turn goes to the first with room for it."""
     leaves = 1  # as many packs as documents, at most

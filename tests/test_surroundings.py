@@ -1,0 +1,177 @@
+"""What a machine may lack: a home, a writable package, optional libraries, other ranks, a reader, patience."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+import dsv4_bridge
+from conftest import dsv4, same_files
+
+ROOT = Path(dsv4_bridge.__file__).parents[1]
+
+
+def run(*args: object, prefix: tuple[str, ...] = (), code: str = "", **env: str) -> subprocess.CompletedProcess[str]:
+    body = f"{code}\nfrom dsv4_bridge.cli import main; main()"
+    command = [*prefix, sys.executable, "-W", "ignore", "-c", body, *map(str, args)]
+    merged = {k: v for k, v in (os.environ | env).items() if v != "UNSET"}
+    return subprocess.run(command, capture_output=True, text=True, env=merged, timeout=120, check=False)
+
+
+# ---------------------------------------------------------------- a home
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("setpriv"), reason="becoming another user takes root")
+def test_another_user_without_a_home_can_work() -> None:
+    """As in a container image whose package only root can write."""
+    rights = ("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search")
+    other = ("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", *rights)
+    temp = Path(tempfile.mkdtemp())  # not below a folder that is root's alone
+    temp.chmod(0o777)
+    home = {"HOME": "/nonexistent", "TMPDIR": str(temp), "NUMBA_CACHE_DIR": "UNSET"}
+    done = run("doctor", temp, "--json", prefix=other, **home)
+    assert "Traceback" not in done.stderr and "codec self-test" in done.stdout, done.stderr
+    assert [p.name for p in temp.glob("dsv4-bridge-65534")] == ["dsv4-bridge-65534"]
+    assert (temp / "dsv4-bridge-65534").stat().st_mode & 0o777 == 0o700
+    # A folder of that name that belongs to somebody else is not trusted: what is in it is run.
+    shutil.rmtree(temp / "dsv4-bridge-65534")
+    (temp / "dsv4-bridge-65534").mkdir(mode=0o777)
+    done = run("doctor", temp, "--json", prefix=other, **home)
+    assert "Traceback" not in done.stderr and "nowhere" in done.stdout
+    assert not list((temp / "dsv4-bridge-65534").iterdir())
+    shutil.rmtree(temp)
+
+
+# ---------------------------------------------------------------- libraries
+
+
+@pytest.mark.parametrize(
+    ("lost", "args", "extra"),
+    [
+        ("megatron", ("generate", "TOY", "--prompt-ids", "0,1"), "megatron"),
+        ("psutil", ("generate", "TOY", "--prompt-ids", "0,1"), "megatron"),
+        ("transformers", ("parity", "TOY", "--seq-length", "8"), "hf"),
+        ("tokenizers", ("data", "TEXT", "OUT", "--tokenizer", "TOY"), "hf"),
+        ("megatron", ("data", "TEXT", "OUT", "--tokenizer", "TOY"), "megatron"),
+        ("megatron", ("train", "flash-pretrain", "--tiny", "data.train=x", "out=OUT"), "megatron"),
+    ],
+)
+def test_a_library_that_is_not_there_is_named_with_its_extra(
+    lost: str, args: tuple[str, ...], extra: str, toy_flash: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "t.txt").write_text("some words")
+    names = {"TOY": str(toy_flash), "TEXT": str(tmp_path / "t.txt"), "OUT": str(tmp_path / "out")}
+    code = f"import sys; sys.modules[{lost!r}] = None"
+    done = run(*(names.get(a, a.replace("OUT", names["OUT"])) for a in args), code=code)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-1500:]
+    last = done.stderr.strip().splitlines()[-1]
+    assert f"dsv4-bridge[{extra}" in last or f",{extra}]" in last
+
+
+def test_the_doctor_shows_extras_with_their_names(tmp_path: Path) -> None:
+    code = "import importlib.metadata as m; real = m.version\n"
+    code += "def version(name):\n    if name == 'megatron-core': raise m.PackageNotFoundError(name)\n"
+    code += "    return real(name)\n"
+    done = run("doctor", tmp_path, code=code + "m.version = version")
+    assert "dsv4-bridge[megatron]" in done.stdout.replace("\n", "")
+
+
+# ---------------------------------------------------------------- other ranks
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+@pytest.mark.megatron
+def test_ranks_that_do_not_meet_say_so(toy_flash: Path) -> None:
+    generate = ("generate", toy_flash, "--prompt-ids", "0,1")
+    done = run(*generate, RANK="0", WORLD_SIZE="2", MASTER_ADDR="UNSET", MASTER_PORT="UNSET")
+    assert done.returncode == 2 and "MASTER_ADDR and MASTER_PORT not set" in done.stderr
+    there = {"WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "DSV4_RANK_TIMEOUT": "2"}
+    done = run(*generate, RANK="0", MASTER_PORT=str(free_port()), **there)
+    assert done.returncode == 2 and "ranks 1, 2, 3 did not come within 2 s" in done.stderr
+    done = run(*generate, RANK="1", MASTER_PORT=str(free_port()), **there)
+    assert done.returncode == 2 and "rank 0 is not to be reached at 127.0.0.1:" in done.stderr
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        done = run(*generate, RANK="0", MASTER_PORT=str(taken.getsockname()[1]), **there)
+    assert done.returncode == 2 and "that port is in use; choose another MASTER_PORT" in done.stderr
+    for name, value in (("RANK", "4"), ("RANK", "x"), ("WORLD_SIZE", "0"), ("MASTER_PORT", "99999")):
+        done = run(*generate, **({"RANK": "0", "MASTER_PORT": "1"} | there | {name: value}))
+        assert done.returncode == 2 and f"{name} is {value}" in done.stderr.replace("'", "")
+        assert "Traceback" not in done.stderr
+
+
+# ---------------------------------------------------------------- readers and patience
+
+
+def test_a_reader_that_has_seen_enough_is_no_failure(toy_flash: Path) -> None:
+    command = f'"{sys.executable}" -W ignore -m dsv4_bridge plan "{toy_flash}" | true; echo "${{PIPESTATUS[0]}}"'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.strip() == "0" and done.stderr == ""
+
+
+def test_a_reader_that_has_seen_enough_does_not_hide_a_difference(toy_flash: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(toy_flash, tmp_path / "other")
+    config = (other / "config.json").read_text()
+    (other / "config.json").write_text(config.replace('"index_topk": 8', '"index_topk": 16'))
+    command = (
+        f'"{sys.executable}" -W ignore -m dsv4_bridge verify "{toy_flash}" "{other}" | true; echo "${{PIPESTATUS[0]}}"'
+    )
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.strip() == "1" and done.stderr == ""
+
+
+SLOW = """
+import os, time
+real = os.pwrite
+def pwrite(*args):
+    time.sleep(0.05)
+    return real(*args)
+os.pwrite = pwrite
+"""
+
+
+@pytest.mark.parametrize("workers", ["1", "3"])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_conversion_that_is_interrupted_says_how_to_go_on(
+    number: signal.Signals, code: int, workers: str, toy_flash: Path, toy_megatron: Path, tmp_path: Path
+) -> None:
+    body = f"{SLOW}\nfrom dsv4_bridge.cli import main; main()"
+    command = [sys.executable, "-W", "ignore", "-c", body, "import", toy_flash, tmp_path / "out", "--workers", workers]
+    process = subprocess.Popen([str(c) for c in command], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    journal = tmp_path / "out/.dsv4-partial/journal.jsonl"
+    for _ in range(3000):
+        if journal.exists() and journal.read_text().count("\n") > 2:
+            break
+        time.sleep(0.01)
+    os.killpg(process.pid, number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "interrupted; what is finished is kept" in said and "--resume" in said and "Traceback" not in said
+    assert dsv4("import", toy_flash, tmp_path / "out", "--resume").returncode == 0
+    assert same_files(tmp_path / "out", toy_megatron) == []
+
+
+def test_names_cannot_move_the_cursor(tmp_path: Path) -> None:
+    done = run("inspect", tmp_path / "a\x1b[2Jb\rc")
+    assert done.returncode == 2 and "\x1b" not in done.stderr and "\r" not in done.stderr and "\\x1b[2J" in done.stderr
+
+
+def test_a_removed_folder_is_told(tmp_path: Path) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    code = f"import os; os.chdir({str(folder)!r}); os.rmdir({str(folder)!r})"
+    done = run("doctor", code=code, PYTHONPATH=str(ROOT))
+    assert done.returncode == 2 and "it was removed" in done.stderr and "Traceback" not in done.stderr
