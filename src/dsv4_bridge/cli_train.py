@@ -1,29 +1,38 @@
 """The verbs `recipes` and `train`."""
 
+import sys
 from typing import Annotated, Any
 
 import typer
 
 from .cli import Json, app, finish, put
+from .errors import BridgeError
 
 
 @app.command()
 def recipes(
-    name: Annotated[str | None, typer.Argument(help="A recipe, or its YAML file.")] = None, as_json: Json = False
+    name: Annotated[str | None, typer.Argument(help="A recipe, or its YAML file.")] = None,
+    as_yaml: Annotated[bool, typer.Option("--yaml", help="Print NAME as a YAML file that `train` takes.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Training recipes; with NAME, every value of one and where it comes from."""
     from rich.table import Table
 
-    from .train.choosing import choose, values
+    from .train.choosing import choose, dump, values
     from .train.recipes import RECIPES
 
     if name is None:
+        if as_yaml:
+            raise BridgeError("printing a recipe as YAML: name one, as `dsv4 recipes flash-lora --yaml`")
         table = Table("recipe", "what", box=None)
         for known, (summary, _) in RECIPES.items():
             table.add_row(known, summary)
         put({"recipes": {known: summary for known, (summary, _) in RECIPES.items()}}, as_json, table)
         return
     chosen = choose(name)
+    if as_yaml:
+        sys.stdout.write(dump(chosen.recipe))
+        return
     table = Table("key", "value", "where it comes from", box=None)
     facts = {}
     for key, value in values(chosen.recipe).items():

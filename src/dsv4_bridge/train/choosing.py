@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from ..errors import BridgeError
+from ..spec import short
 from .recipe import Recipe
 from .recipes import RECIPES
 
@@ -42,6 +43,7 @@ _LEAST: dict[str, float] = {
     "checkpoint.keep": 1,
     "log.every": 1,
 }
+_MOST_BYTES = 1 << 20
 _SEED = 1 << 32  # numpy's
 _BELOW: dict[str, float] = {
     "optimizer.beta1": 1,
@@ -142,31 +144,45 @@ def as_plain(recipe: Recipe) -> dict[str, Any]:
 
 
 def load(path: Path) -> Chosen:
-    """A recipe from YAML; what the file leaves out has the base's value.
+    """A recipe from YAML: the recipe that `base` names, or else `name`, with the file's values.
+
+    What the file leaves out is that recipe's; where neither is known, `Recipe`'s own, pretraining of Flash.
 
     Raises:
         BridgeError: no such file, no YAML, unknown keys or values of another type.
     """
     try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise BridgeError(f"reading recipe {path}: {path.stat().st_size:,} bytes are too many for a recipe")
         read = yaml.load(path.read_text(), _Loader)
     except RecursionError:
         raise BridgeError(f"reading recipe {path}: nested too deep; expected keys and values") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise BridgeError(f"reading recipe {path}: {' '.join(str(error).split())}") from None
+    # PyYAML lets several kinds through, from scalars such as `!!int ''` and `2020-13-45`.
+    except (OSError, yaml.YAMLError, ValueError, LookupError, ArithmeticError, AttributeError, TypeError) as error:
+        raise BridgeError(f"reading recipe {path}: {' '.join(str(error).split())[:300]}") from None
     if not isinstance(read, dict):
         raise BridgeError(f"reading recipe {path}: expected keys and values, found {type(read).__name__}")
+    base = read.pop("base", None)
+    if base is not None and (not isinstance(base, str) or base not in RECIPES):
+        near = _nearest(base, RECIPES) if isinstance(base, str) else ""
+        raise BridgeError(
+            f"reading recipe {path}: base is {short(base)}, there is no such recipe{near}; `dsv4 recipes` lists them"
+        )
+    named = read.get("name")
+    base = base or (named if isinstance(named, str) and named in RECIPES else None)
+    chosen = choose(base) if base else Chosen(Recipe(), _defaults())
     changes: dict[str, tuple[Any, str]] = {}
     for key, value in read.items():
         inner = {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {str(key): value}
         changes |= {k: (v, path.name) for k, v in inner.items()}
-    return _change(Chosen(Recipe(), _defaults()), changes, f"recipe {path}")
+    return _change(chosen, changes, f"recipe {path}")
 
 
 def _change(chosen: Chosen, changes: Mapping[str, tuple[Any, str]], where: str) -> Chosen:
     known, kinds = values(chosen.recipe), _kinds()
     for key, (value, _) in changes.items():
         if key not in known:
-            raise BridgeError(f"{where}: there is no {key!r}{_nearest(key, known)}; `dsv4 recipes NAME` lists all")
+            raise BridgeError(f"{where}: there is no {short(key)}{_nearest(key, known)}; `dsv4 recipes NAME` lists all")
         known[key] = _fitting(key, value, kinds[key], where)
     top = {k: v for k, v in known.items() if "." not in k}
     for name, kind in typing.get_type_hints(Recipe).items():
@@ -188,7 +204,7 @@ def _fitting(key: str, value: Any, kind: Any, where: str) -> Any:
         many = value.split() if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
         fit = tuple(_fitting(key, v, of, where) for v in many)
     elif kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError):  # YAML takes 1e-4 for a word
+        with contextlib.suppress(ValueError, OverflowError):  # YAML takes 1e-4 for a word
             fit = float(value)
     elif kind is str and isinstance(value, int | float) and not isinstance(value, bool):
         fit = str(value)
@@ -196,20 +212,20 @@ def _fitting(key: str, value: Any, kind: Any, where: str) -> Any:
         fit = value
     if fit is None:
         names = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
-        raise BridgeError(f"{where}: {key} is {value!r}, expected {names.get(kind, 'a list')}")
+        raise BridgeError(f"{where}: {key} is {short(value)}, expected {names.get(kind, 'a list')}")
     if key in _CHOICES and fit not in _CHOICES[key]:
-        raise BridgeError(f"{where}: {key} is {fit!r}, expected one of {', '.join(_CHOICES[key])}")
+        raise BridgeError(f"{where}: {key} is {short(fit)}, expected one of {', '.join(_CHOICES[key])}")
     least, below = _LEAST.get(key, 0), _BELOW.get(key, 1 << 63 if isinstance(fit, int) else float("inf"))
     if isinstance(fit, int | float) and not isinstance(fit, bool) and not least <= fit < below:
         limit = f", below {below}" if key in _BELOW or fit >= below else ""
-        raise BridgeError(f"{where}: {key} is {fit!r}, expected {least} or more{limit}")
+        raise BridgeError(f"{where}: {key} is {short(fit)}, expected {least} or more{limit}")
     return fit
 
 
 def _parsed(text: str) -> Any:
     try:
         return yaml.safe_load(text) if text else ""
-    except (yaml.YAMLError, RecursionError):
+    except (yaml.YAMLError, RecursionError, ValueError, LookupError, ArithmeticError, AttributeError, TypeError):
         return text
 
 
