@@ -139,14 +139,14 @@ def test_the_revision_is_honoured(server: FakeHub, client: Client, repo: Path, t
 
 def test_a_snapshot_of_links_converts_like_a_folder(client: Client, repo: Path, imported: Path, tmp_path: Path) -> None:
     # The Hub's cache keeps the files under their hashes, and snapshots of links to them.
-    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / ("0" * 40)
     blobs.mkdir()
     for path in (p for p in repo.rglob("*") if p.is_file()):
         blob = blobs / hashlib.sha256(path.read_bytes()).hexdigest()
         shutil.copyfile(path, blob)
         link = snapshot / path.relative_to(repo)
         link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(Path("../" * len(path.relative_to(repo).parts)) / "blobs" / blob.name)
+        link.symlink_to(Path("../" * (1 + len(path.relative_to(repo).parts))) / "blobs" / blob.name)
     assert set(small_files(snapshot)) == set(small_files(repo)) == set(SMALL) | {"generation_config.json"}
     import_hf(snapshot, tmp_path / "out")
     assert same_files(imported, tmp_path / "out") == []

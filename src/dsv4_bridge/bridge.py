@@ -116,7 +116,7 @@ def export_hf(
     """
     if encoding not in ENCODINGS:
         raise BridgeError(f"exporting {source}: encoding {encoding!r} is not one of {', '.join(ENCODINGS)}")
-    if encoding == "source" and like is None:
+    if encoding == "source" and like is None and not (source / "config.json").is_file():
         raise BridgeError(
             f"exporting {source} in the source's encoding needs the source: --like HF (or --encoding bf16)"
         )

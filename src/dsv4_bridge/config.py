@@ -68,12 +68,29 @@ def read_config(path: Path) -> dict[str, Any]:
             raise BridgeError(f"reading {path}: it has {facts.st_size} bytes, far too many for a config")
         config = parse_json(path.read_bytes(), str(path))
     except FileNotFoundError:
-        raise BridgeError(f"reading {path}: no such file; a checkpoint folder needs a config.json") from None
+        raise BridgeError(f"reading {path}: no such file; {_what_it_is(path.parent)}") from None
     except OSError as error:
         raise BridgeError(f"reading {path}: {error.strerror}") from None
     if too_deep(config):
         raise BridgeError(f"reading {path}: not a usable config (nested too deep)")
     return config
+
+
+def _what_it_is(folder: Path) -> str:
+    """What a folder without config.json may be, and what to do with it."""
+    names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    if "latest_checkpointed_iteration.txt" in names or ".metadata" in names:
+        return f"{folder} is a Megatron checkpoint, and a Hugging Face folder is wanted; `dsv4 export` makes one of it"
+    if any(name.startswith("iter_") for name in names):
+        return (
+            f"{folder} looks like a Megatron checkpoint without latest_checkpointed_iteration.txt; write the number of "
+            "an iteration into it, or name the iteration's folder"
+        )
+    if "snapshots" in names:
+        return f"{folder} is a repository in the Hub's cache; name the folder below {folder / 'snapshots'}"
+    if any(name.endswith(".gguf") for name in names):
+        return "GGUF files are not read; take the released safetensors"
+    return "a checkpoint folder needs a config.json"
 
 
 def spec_from_config(config: Mapping[str, Any], where: str = "config.json") -> ModelSpec:
@@ -87,6 +104,7 @@ def spec_from_config(config: Mapping[str, Any], where: str = "config.json") -> M
         BridgeError: another model (named), a field missing, or a value of the wrong type or range.
     """
     refuse_other_models(config, where)
+    _refuse_other_encodings(config, where)
     hf = dialect_of(config) == "transformers"
     values: dict[str, Any] = {}
     for name, kind in _SAME.items():
@@ -129,6 +147,16 @@ def refuse_other_models(config: Mapping[str, Any], where: str) -> None:
     if kind != "deepseek_v4":
         raise BridgeError(
             f"{where}: model_type is {short(kind)}, expected 'deepseek_v4'; this tool knows only DeepSeek-V4"
+        )
+
+
+def _refuse_other_encodings(config: Mapping[str, Any], where: str) -> None:
+    quantization = config.get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+    if method is not None and method != "fp8":
+        raise BridgeError(
+            f"{where}: quantization_config.quant_method is {short(method)}; read are the released encodings (FP8 and "
+            "MXFP4, quant_method 'fp8') and plain BF16. Take the release that this was made from"
         )
 
 

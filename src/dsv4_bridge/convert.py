@@ -49,7 +49,7 @@ def run(job: Job, out: Path, options: Options) -> Report:
     shutil.rmtree(out / DONE, ignore_errors=True)
     with _named_errors(job, out):
         copies = sum(readable(p) for p in job.copies.values())
-        examine(out, options, earlier=work.is_dir())
+        examine(out, options, job.markers, earlier=work.is_dir())
         if options.resume and options.ranks.world == 1:
             finished(job, out, work, options)  # refuses another job before anything is touched
         team = Team(work / RANKS, options.ranks, _facts(job, options), job.label)

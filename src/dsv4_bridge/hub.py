@@ -4,6 +4,7 @@
 index, and by range requests the headers of the shards (a few megabytes of hundreds of gigabytes).
 """
 
+import difflib
 import glob
 import re
 import sys
@@ -16,6 +17,7 @@ from .config import read_config, refuse_other_models
 from .errors import BridgeError
 from .small_files import FOLDERS, NAMES, STARTS, WEIGHTS
 from .store.safetensors import INDEX, SINGLE, Shard, header_end, parse_header, read_index
+from .variants import VARIANTS
 
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -94,8 +96,13 @@ def _local(source: str, revision: str | None) -> Path | None:
         if revision:
             raise BridgeError(f"opening {source}: --revision is for repositories on the Hub, and this is a local path")
         return path
+    if "://" in source:
+        raise BridgeError(
+            f"opening {source}: addresses are not read; name a folder, or a repository on the Hub as owner/name"
+        )
     if not _REPO.fullmatch(source):
-        raise BridgeError(f"opening {source}: no such file or folder")
+        near = next((v.hub_id for v in VARIANTS.values() if v.hub_id.rpartition("/")[2] == source), "")
+        raise BridgeError(f"opening {source}: no such file or folder" + (f"; on the Hub it is {near}" if near else ""))
     return None
 
 
@@ -174,6 +181,11 @@ def _explained(error: Exception, source: str, revision: str | None) -> BridgeErr
         return error
     login = "log in with `hf auth login` or set HF_TOKEN"
     at = f"fetching {source} from the Hub"
+    if Path(source).parent.is_dir():  # data/flsh, where data/flash was meant
+        there = [p.name for p in Path(source).parent.iterdir()]
+        near = difflib.get_close_matches(Path(source).name, there, 1)
+        folder = f"; {Path(source).parent / near[0]} is there" if near else ""
+        at = f"opening {source}: there is no such folder{folder}. As a repository on the Hub"
     if isinstance(error, errors.GatedRepoError):
         return BridgeError(f"{at}: the repository is gated; accept its terms on its page, then {login}")
     if isinstance(error, errors.RepositoryNotFoundError):

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,11 @@ _SLACK = 64 << 20  # left free on the disk
 MARKS = ("config.json", "model.safetensors.index.json", "latest_checkpointed_iteration.txt", WORK)
 
 
-def examine(out: Path, options: Options, *, earlier: bool) -> None:
-    """Refuse a folder that is in the way; `earlier` tells that a run stopped half way there."""
+def examine(out: Path, options: Options, job_markers: Container[str] = (), *, earlier: bool) -> None:
+    """Refuse a folder that is in the way; `earlier` tells that a run stopped half way there.
+
+    `job_markers` are the files that make the new output a checkpoint: one of the other kind is not replaced.
+    """
     if out.exists() and not out.is_dir():
         raise BridgeError(f"writing {out}: it exists and is not a folder")
     present = sorted(p.name for p in out.iterdir() if p.name not in (WORK, DONE)) if out.exists() else []
@@ -38,6 +42,13 @@ def examine(out: Path, options: Options, *, earlier: bool) -> None:
         raise BridgeError(
             f"writing {out}: the folder is not empty; choose another, or --overwrite replaces a checkpoint"
         )
+    there, made = ("config.json" in present), ("config.json" in job_markers)
+    if any(m in present for m in MARKS) and job_markers and there != made:
+        kinds = ("a Megatron checkpoint", "a Hugging Face folder")
+        raise BridgeError(
+            f"writing {out}: {kinds[there]} is there, and this makes {kinds[made]}; --overwrite replaces one of the "
+            "same kind. Name another folder, or remove that one"
+        )
     if not any(m in present for m in MARKS):
         raise BridgeError(
             f"writing {out}: --overwrite replaces checkpoints, and this folder is none ({', '.join(present[:3])} …)"
@@ -47,7 +58,7 @@ def examine(out: Path, options: Options, *, earlier: bool) -> None:
 def begin(job: Job, out: Path, work: Path, options: Options) -> dict[str, Any]:
     """Begin the journal; the reports of files that an earlier run finished."""
     earlier = any(p.name != RANKS for p in work.iterdir())
-    examine(out, options, earlier=earlier)
+    examine(out, options, job.markers, earlier=earlier)
     if earlier and not options.resume and not options.overwrite:
         raise BridgeError(
             f"writing {out}: an earlier run stopped half way here; --resume continues it, --overwrite starts over"

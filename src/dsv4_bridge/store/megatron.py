@@ -62,7 +62,8 @@ class MegatronCheckpoint:
 
 def looks_megatron(path: Path) -> bool:
     """Whether a path is a Megatron checkpoint root or iteration folder."""
-    return (path / TRACKER).exists() or (path / ".metadata").exists()
+    named = (path / TRACKER).exists() or (path / ".metadata").exists()
+    return named or (not (path / "config.json").exists() and any(path.glob("iter_*/.metadata")))
 
 
 def open_megatron(path: Path, like: HFCheckpoint | None = None, strict: bool = True) -> MegatronCheckpoint:

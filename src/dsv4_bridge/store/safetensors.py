@@ -117,6 +117,10 @@ def _stamp(facts: os.stat_result) -> tuple[int, ...]:
 
 
 def _not_safetensors(start: bytes, size: int, length: int) -> str:
+    if start == b"version ":
+        return "a Git LFS pointer in place of the file; run `git lfs pull` in the folder"
+    if start[:4] == b"GGUF":
+        return "a GGUF file; take the released safetensors"
     if start[:2] == b"PK" or start[:1] == b"\x80":
         return "this is a pickle (a PyTorch .bin or .pt file), not safetensors; refusing to load code"
     if size < 10:

@@ -53,6 +53,15 @@ def find_iteration(path: Path | str) -> tuple[Path, int | None]:
     if (path / ".metadata").is_file():
         return path, _iteration(path.name)
     tracker = path / _TRACKER
+    if not tracker.is_file() and (path / "config.json").is_file():
+        raise BridgeError(
+            f"opening {path}: a Hugging Face folder, and a Megatron checkpoint is wanted; `dsv4 import` makes one of it"
+        )
+    if not tracker.is_file() and any(path.glob("iter_*/.metadata")):
+        raise BridgeError(
+            f"opening {path}: it has iterations and no {_TRACKER}; write the number of one into that file, or name its "
+            "folder"
+        )
     if not tracker.is_file():
         raise BridgeError(
             f"opening {path}: neither .metadata nor {_TRACKER} there; expected a Megatron torch_dist "
