@@ -18,7 +18,7 @@ from .memory import check_memory, needed
 from .opened import opened, spec_of
 from .reference import Record, record_reference, reference_model
 from .result import TOLERANCES, ParityReport, Run
-from .verdict import judge
+from .verdict import judge, unlooked_at
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 _PACKAGES = ("dsv4-bridge", "torch", "transformers", "megatron-core")
@@ -66,6 +66,7 @@ def parity(
     say(f"loading {ours} into the Megatron model")
     free, replayed = _runs(ours, spec, ids, record, dtype, replay, device, say)
     tolerance = TOLERANCES[dtype]
+    facts |= _exercised(ids, spec)
     return ParityReport(
         str(ours),
         str(theirs),
@@ -78,10 +79,20 @@ def parity(
         tolerance,
         free,
         replayed,
-        judge(free, replayed, tolerance, plan),
+        judge(free, replayed, tolerance, plan, unlooked_at(facts, spec)),
         bytes_needed,
         time.monotonic() - began,
     )
+
+
+def _exercised(ids: Tensor, spec: ModelSpec) -> dict[str, int]:
+    """Distinct token ids, and queries of one layer whose indexer had more blocks than it may choose."""
+    batch, length = ids.shape
+    return {
+        "ids": len(ids.unique()),
+        "vocab_size": spec.vocab_size,
+        "chosen": batch * max(0, length - 4 * (spec.index_topk + 1) + 1),
+    }
 
 
 def _record(path: Path, ids: Tensor, dtype: torch.dtype, device: torch.device) -> Record:

@@ -23,8 +23,8 @@ _BATCH_FIRST = {"attn.compressor", "attn.index"}
 class _Watcher:
     """Compares what passes; gives the reference's choices back where `replay` says so."""
 
-    def __init__(self, record: Record, shape: tuple[int, int], replay: bool, tolerance: Tolerance):
-        self.record, self.shape, self.replay, self.tolerance = record, shape, replay, tolerance
+    def __init__(self, record: Record, shape: tuple[int, int], replay: bool, tolerance: Tolerance, hashed: int):
+        self.record, self.shape, self.replay, self.tolerance, self.hashed = record, shape, replay, tolerance, hashed
         self.found: list[SiteResult] = []
 
     def __call__(self, site: str, block: str, value: Tensor) -> Tensor | None:
@@ -37,7 +37,8 @@ class _Watcher:
             found = compare_choices(
                 ours.flatten(0, -2), theirs.flatten(0, -2), self.record.scores.get((block, site)), self.tolerance.tie
             )
-            self.found.append(SiteResult(layer, site, found))
+            table = site == "ffn.router" and layer is not None and layer < self.hashed
+            self.found.append(SiteResult(layer, site, found, table))
             return self._back(site, theirs).to(value.device) if self.replay else None
         self.found.append(SiteResult(layer, site, compare_values(ours, theirs.reshape(ours.shape))))
         return None
@@ -69,7 +70,7 @@ def compare_run(model: Any, ids: Tensor, record: Record, replay: bool, tolerance
         tolerance: for near-ties.
     """
     batch, length = ids.shape
-    watcher = _Watcher(record, (batch, length), replay, tolerance)
+    watcher = _Watcher(record, (batch, length), replay, tolerance, model.spec.num_hash_layers)
     with torch.no_grad(), watching(watcher):
         logits = model(ids).cpu()
     if missed := set(record.values) - {

@@ -35,6 +35,8 @@ def about(report: ParityReport) -> list[str]:
         f"checkpoint  {report.checkpoint}",
         f"reference   {'the same' if same else report.reference}, in {report.against}' DeepseekV4ForCausalLM (eager)",
         f"tokens      {tokens['batch']} x {tokens['seq_length']}, {tokens['source']}{seed}",
+        f"exercised   {tokens['ids']:,} of {tokens['vocab_size']:,} token ids; in a CSA layer the indexer chose for "
+        f"{tokens['chosen']:,} queries",
         f"computed    in {report.dtype} on {report.device}: "
         + ", ".join(f"{name} {number}" for name, number in report.versions.items()),
         "left out    MTP and DSpark blocks, which the reference lacks",

@@ -1,6 +1,11 @@
 """From numbers to a sentence that a person can act on."""
 
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
 from ..items import Plan
+from ..spec import ModelSpec
 from .metrics import Choice
 from .result import Run, SiteResult, Tolerance, Verdict
 from .sites import SITES, suspects
@@ -8,7 +13,7 @@ from .sites import SITES, suspects
 _JUMP = 4.0
 
 
-def judge(free: Run, replayed: Run | None, tolerance: Tolerance, plan: Plan) -> Verdict:
+def judge(free: Run, replayed: Run | None, tolerance: Tolerance, plan: Plan, unlooked: tuple[str, ...] = ()) -> Verdict:
     """The verdict of one comparison.
 
     Both models agree if the free run is within tolerance, or the replayed one is: what is left of the
@@ -19,12 +24,44 @@ def judge(free: Run, replayed: Run | None, tolerance: Tolerance, plan: Plan) -> 
         replayed: with the reference's choices, or None.
         tolerance: what counts as the same.
         plan: of the model, for names.
+        unlooked: what the tokens did not exercise, in words.
     """
-    flips = sum(s.flips for s in free.sites)
-    if free.within(tolerance):
-        choices = (
-            f"{flips:,} choices went the other way, {_ties(free, tolerance)}" if flips else "every choice is the same"
+    verdict = _judged(free, replayed, tolerance, plan)
+    if not verdict.passed or not unlooked:
+        return verdict
+    return replace(verdict, text=f"{verdict.text}. Not looked at: {'; '.join(unlooked)}")
+
+
+def unlooked_at(facts: Mapping[str, Any], spec: ModelSpec) -> tuple[str, ...]:
+    """What the tokens of a comparison did not exercise.
+
+    Args:
+        facts: `ids` and `chosen` of `ParityReport.inputs`.
+        spec: the model's numbers.
+    """
+    found = []
+    if 4 in spec.compress_ratios[: spec.num_hidden_layers] and not facts["chosen"]:
+        least = 4 * (spec.index_topk + 1)
+        found.append(
+            f"the indexers' choice, for no query had more than index_topk {spec.index_topk} blocks "
+            f"(--seq-length {least} and more)"
         )
+    if facts["ids"] < spec.vocab_size:
+        what = "rows of the embedding" + (" and of the hash tables" if spec.num_hash_layers else "")
+        found.append(
+            f"{spec.vocab_size - facts['ids']:,} of {spec.vocab_size:,} {what} (`dsv4 verify` compares them all)"
+        )
+    return tuple(found)
+
+
+def _judged(free: Run, replayed: Run | None, tolerance: Tolerance, plan: Plan) -> Verdict:
+    flips = sum(s.flips for s in free.sites)
+    if free.within(tolerance, everywhere=replayed is not None):
+        made = sum(s.found.queries for s in free.sites if isinstance(s.found, Choice))
+        same = f"every choice is the same, {made:,} sets"
+        choices = f"{flips:,} choices went the other way, {_ties(free, tolerance)}" if flips else same
+        if replayed is None and tolerance.least_cosine is not None:
+            choices += "; other positions are not judged, for choices were not replayed"
         return Verdict(True, f"the models agree: {_logits(free, tolerance)}; {choices}")
     if replayed is not None and replayed.within(tolerance):
         own = sum(s.flips for s in replayed.sites)
@@ -51,7 +88,10 @@ def _logits(run: Run, tolerance: Tolerance) -> str:
             f"logits within {found.error:.2g} of the largest (tolerance {tolerance.logits:g}), "
             f"top-1 equal at {100 * found.top1:.6g} % of positions"
         )
-    return f"cosine {found.last_cosine:.6f} at the last position (tolerance {tolerance.last_cosine:g})"
+    return (
+        f"cosine {found.last_cosine:.6f} at the last position (tolerance {tolerance.last_cosine:g}), "
+        f"{found.cosine_min:.6f} at the worst ({tolerance.least_cosine:g} with choices replayed)"
+    )
 
 
 def _blame(run: Run, replayed: bool, tolerance: Tolerance, plan: Plan) -> Verdict:

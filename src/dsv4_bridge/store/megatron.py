@@ -165,7 +165,8 @@ def _findings(reader: TorchDistReader, plan: Plan) -> tuple[Finding, ...]:
                 detail = f"is {entry.dtype}, expected {' or '.join(allowed)}"
                 wrong.setdefault(("dtype", item.row.key, detail), []).append(key)
     for key in reader.tensors:
-        if key not in claimed and not key.startswith(_NOT_MODEL):
+        # Some tools keep a module's extra state as a tensor, under names of several forms.
+        if key not in claimed and not key.startswith(_NOT_MODEL) and "_extra_state" not in key.split("/")[0].split("."):
             wrong.setdefault(("unknown", _why(key), ""), []).append(key)
     return tuple(Finding(kind, row, tuple(names), detail) for (kind, row, detail), names in wrong.items())
 
