@@ -148,7 +148,8 @@ os.pwrite = pwrite
 def test_a_conversion_that_is_interrupted_says_how_to_go_on(
     number: signal.Signals, code: int, workers: str, toy_flash: Path, toy_megatron: Path, tmp_path: Path
 ) -> None:
-    body = f"{SLOW}\nfrom dsv4_bridge.cli import main; main()"
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # also below nohup
+    body = f"{SLOW}\n{heard}\nfrom dsv4_bridge.cli import main; main()"
     command = [sys.executable, "-W", "ignore", "-c", body, "import", toy_flash, tmp_path / "out", "--workers", workers]
     process = subprocess.Popen([str(c) for c in command], stderr=subprocess.PIPE, text=True, start_new_session=True)
     journal = tmp_path / "out/.dsv4-partial/journal.jsonl"

@@ -314,7 +314,7 @@ SCHEMA = {
     "": "against bytes checkpoint device dtype free inputs layers passed reference replayed seconds tolerance verdict "
     "versions",
     "verdict": "layer passed site tensors text",
-    "tolerance": "far last_cosine logits site tie top1",
+    "tolerance": "far last_cosine least_cosine logits site tie top1",
     "logits": "cosine_mean cosine_min error kl_max kl_mean kl_p95 last_cosine not_finite positions relative top1",
     "site": "boundary cosine_mean cosine_min error flips gap layer max_abs not_finite queries relative site ties "
     "vectors",
