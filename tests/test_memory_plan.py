@@ -92,6 +92,15 @@ def test_bytes_follow_from_the_counts() -> None:
     assert full.cache == 0 < full.activations
     (small,) = plan_memory(spec, topology, dp, Run(grad_dtype="bf16")).stages
     assert small.gradients == 2 * (plain + part.expert.plain) + 4 * wide
+    # At the step the shares' gradients once more, in float32, in place of the activations.
+    assert (full.step, small.step) == (0, -(-4 * plain // 6) + -(-4 * part.expert.plain // 3))
+    kept = small.weights + small.gradients + small.optimizer
+    assert small.total == kept + max(small.activations, small.step)
+    (short_rows,) = plan_memory(spec, topology, dp, Run(grad_dtype="bf16", seq_length=8)).stages
+    assert short_rows.activations < short_rows.step and short_rows.total == kept + short_rows.step
+    assert plan_memory(spec, topology, dp, Run(grad_dtype="bf16", moments_dtype="bf16")).stages[0].step == 0
+    (alone,) = plan_memory(spec, topology, dp, Run(grad_dtype="bf16", distributed_optimizer=False)).stages
+    assert alone.step == 4 * (plain + part.expert.plain)
     (copied,) = plan_memory(spec, topology, dp, Run(distributed_optimizer=False)).stages
     assert copied.optimizer == 12 * (plain + part.expert.plain) + 8 * wide
     (lora,) = plan_memory(spec, topology, dp, Run(mode="lora", lora=Lora(4, targets=("attn",)))).stages
@@ -220,7 +229,8 @@ def test_the_layouts_that_fit_are_those_and_the_quickest_first(small: ModelSpec)
 
 
 STAGE = {
-    "stage", "ranks", "chunks", "parameters", "weights", "gradients", "optimizer", "activations", "cache", "total",
+    "stage", "ranks", "chunks", "parameters", "weights", "gradients", "optimizer", "activations", "cache", "step",
+    "total",
 }  # fmt: skip
 
 

@@ -83,6 +83,8 @@ class StageMemory:
         optimizer: bytes of Adam's moments, and of float32 master weights in a bf16 model.
         activations: bytes kept for the backward, over all micro-batches in flight, and one layer recomputed.
         cache: bytes of the decoding cache.
+        step: bytes of the optimizer's step alone, when the activations are gone: a float32 copy of narrower gradients,
+            which an optimizer of narrow moments does without.
     """
 
     stage: int
@@ -94,11 +96,12 @@ class StageMemory:
     optimizer: int
     activations: int
     cache: int
+    step: int = 0
 
     @property
     def total(self) -> int:
-        """All bytes."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.cache
+        """The most bytes at a time: those that stay, and the larger of the activations and the step."""
+        return self.weights + self.gradients + self.optimizer + max(self.activations, self.step) + self.cache
 
 
 @dataclass(frozen=True)
@@ -249,7 +252,7 @@ def plan_memory(spec: ModelSpec, topology: Topology, dp: int, run: Run) -> Memor
             kept = in_flight(held, rank, topology.pp, run.micro_batches)
             kept += max(recomputed_bytes(spec, c, shape) for c in chunks)
             cached = 0
-        parameters, weights, gradients, optimizer = _state(part, run, dp, expert_dp(topology, dp))
+        parameters, weights, gradients, optimizer, step = _state(part, run, dp, expert_dp(topology, dp))
         stages.append(
             StageMemory(
                 rank,
@@ -261,31 +264,36 @@ def plan_memory(spec: ModelSpec, topology: Topology, dp: int, run: Run) -> Memor
                 optimizer,
                 kept,
                 cached,
+                step,
             )
         )
     return MemoryPlan(topology, dp, run, tuple(stages))
 
 
-def _state(part: Part, run: Run, dp: int, edp: int) -> tuple[int, int, int, int]:
-    """Values, weight bytes, gradient bytes and optimizer bytes of one rank."""
+def _state(part: Part, run: Run, dp: int, edp: int) -> tuple[int, int, int, int, int]:
+    """Values, and bytes of weights, gradients, optimizer and its step, of one rank."""
     e = DTYPE_BYTES[run.dtype]
     both = part.dense + part.expert
     added = part.adapters + part.expert_adapters
     values = both.parameters + both.buffers + added
     weights = (both.plain + added) * e + (both.wide + both.buffers) * 4
     if run.mode == "inference":
-        return values, weights, 0, 0
+        return values, weights, 0, 0, 0
     trained = ((part.dense, dp), (part.expert, edp))
     if run.mode == "lora":
         trained = ((Count(part.adapters), dp), (Count(part.expert_adapters), edp))
     # A float32 parameter has a float32 gradient, whatever type is asked for.
     gradient = 4 if run.dtype == "float32" else DTYPE_BYTES[run.grad_dtype]
     gradients = sum(c.plain * gradient + c.wide * 4 for c, _ in trained)
-    optimizer = 0
+    # megatron's optimizers of float32 moments read float32 gradients, and make them of others at the step.
+    copied = 0 if gradient == 4 or run.moments_dtype == "bf16" else 4
+    optimizer = step = 0
     for count, copies in trained:
         # A bf16 parameter has a float32 master, a float32 one is its own; Muon keeps one float32 momentum.
         momenta = count.matrices if run.optimizer == "muon" else 0
         whole = momenta * 4 + (count.parameters - momenta) * 2 * DTYPE_BYTES[run.moments_dtype]
         whole += count.plain * 4 if run.dtype == "bf16" else 0
-        optimizer += -(-whole // copies) if run.distributed_optimizer else whole
-    return values, weights, gradients, optimizer
+        share = copies if run.distributed_optimizer else 1
+        optimizer += -(-whole // share)
+        step += -(-count.plain * copied // share)
+    return values, weights, gradients, optimizer, step

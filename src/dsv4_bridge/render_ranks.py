@@ -25,10 +25,15 @@ def ranks_table(report: RanksReport) -> Group:
     sizes = f"tp {t.tp}, pp {t.pp}, ep {t.ep}, etp {t.etp}, dp {plan.dp} (experts: {plan.edp})"
     title = f"ranks of {report.what}: {plan.gpus:,} GPUs, {sizes}"
     columns = ["stage", ">ranks", "layers", ">parameters", ">weights", ">gradients", ">optimizer", ">activations"]
-    table = make_table(title, *columns, ">cache", ">GiB a rank", "")
+    stepping = any(stage.step for stage in plan.stages)
+    table = make_table(title, *columns, *([">or step"] if stepping else []), ">cache", ">GiB a rank", "")
     for stage in plan.stages:
         table.add_row(
-            str(stage.stage), f"{stage.ranks:,}", " | ".join(stage.chunks), *_cells(stage), _mark(report, stage)
+            str(stage.stage),
+            f"{stage.ranks:,}",
+            " | ".join(stage.chunks),
+            *_cells(stage, stepping),
+            _mark(report, stage),
         )
     batch = f"{run.micro_batches} micro-batches a step of {run.micro_batch} x {run.seq_length:,} tokens"
     if run.mode == "inference":
@@ -56,8 +61,9 @@ def ranks_table(report: RanksReport) -> Group:
     return Group(*parts)
 
 
-def _cells(stage: StageMemory) -> list[str]:
-    sizes = (stage.weights, stage.gradients, stage.optimizer, stage.activations, stage.cache, stage.total)
+def _cells(stage: StageMemory, stepping: bool) -> list[str]:
+    passing = (stage.activations, stage.step) if stepping else (stage.activations,)
+    sizes = (stage.weights, stage.gradients, stage.optimizer, *passing, stage.cache, stage.total)
     return [f"{stage.parameters:,}", *map(_gib, sizes)]
 
 

@@ -203,7 +203,8 @@ def flop_costs(spec: ModelSpec, length: int = 4096) -> Costs:
     """Forward multiply-adds a token of each piece, at sequences of `length` tokens.
 
     Terms: projections, attention over window and compressed entries, compressor and indexer, experts,
-    router, hyper-connections; MTP has two extra projections, and the head once more.
+    router, hyper-connections; MTP has two extra projections, of one embedding and of every stream, and the head once
+    more.
     """
     hidden, heads, width = spec.hidden_size, spec.num_attention_heads, spec.head_dim
     projections = (
@@ -229,7 +230,8 @@ def flop_costs(spec: ModelSpec, length: int = 4096) -> Costs:
 
     head = spec.vocab_size * hidden
     ratios = spec.compress_ratios
-    draft = sum(layer(ratios[spec.num_hidden_layers + k]) + 2 * hidden * hidden + head for k in range(spec.mtp_layers))
+    entry = (1 + spec.hc_mult) * hidden * hidden
+    draft = sum(layer(ratios[spec.num_hidden_layers + k]) + entry + head for k in range(spec.mtp_layers))
     return Costs(tuple(layer(r) for r in ratios[: spec.num_hidden_layers]), 0.0, draft, head)
 
 

@@ -52,7 +52,7 @@ def nbytes(tensors: Any) -> int:
 
 
 def measure(told: dict[str, Any], chunks: list[Any], batches: Callable[..., list[Any]]) -> dict[str, Any]:
-    """Weights, gradients and optimizer state in bytes, and activations at their peak for each shape."""
+    """Bytes of weights, gradients, optimizer and its step, and activations at their peak for each shape."""
     from dsv4_bridge.mcore.schedule import forward_backward
 
     wrapped, optimizer = wrap(chunks, told)
@@ -74,6 +74,14 @@ def measure(told: dict[str, Any], chunks: list[Any], batches: Callable[..., list
         found["activations"].append(kept.most)
     optimizer.step()
     found["optimizer"] = optimizer_bytes(optimizer, state)
+    buffers = {b.grad_data.untyped_storage()._cdata for c in wrapped for b in (*c.buffers, *c.expert_parallel_buffers)}
+    found["step"] = nbytes(
+        p.grad
+        for part in getattr(optimizer, "chained_optimizers", [optimizer])
+        for group in part.optimizer.param_groups
+        for p in group["params"]
+        if p.grad is not None and p.grad.untyped_storage()._cdata not in buffers
+    )
     return found
 
 

@@ -84,6 +84,8 @@ def test_ranks_hold_the_planned_state(toy: Path, measured: dict[str, Any], name:
             assert stage.gradients <= rank["gradients"] <= stage.gradients * 1.01
         optimizer = sum(r["optimizer"] for r in ranks) / len(ranks)
         assert stage.optimizer == pytest.approx(optimizer, rel=0.01)
+        assert stage.step == pytest.approx(sum(r["step"] for r in ranks) / len(ranks), rel=0.01)
+        assert bool(stage.step) == (plan.run.grad_dtype == "bf16")
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -17,6 +17,7 @@ from dsv4_bridge import BridgeError
 from dsv4_bridge.cli import app
 from dsv4_bridge.lora import DEFAULT_TARGETS, Lora
 from dsv4_bridge.spec import ModelSpec, replace_spec
+from dsv4_bridge.topology import flop_costs
 from dsv4_bridge.train.flops import (
     Terms,
     block_pairs,
@@ -362,3 +363,14 @@ def test_unusable_calls_are_refused() -> None:
         flops_per_token(FLASH, 10, convention="ours")
     with pytest.raises(BridgeError, match="rank 0"):
         count_flops(FLASH, 10, lora=Lora(0))
+
+
+@pytest.mark.parametrize("spec", [FLASH, PRO], ids=["Flash", "Pro"])
+def test_the_pipeline_solver_weighs_the_draft_block_as_the_count_does(spec: ModelSpec) -> None:
+    """Against the mean layer: both count the map of every stream, not of one."""
+    length = 4096
+    costs = flop_costs(spec, length)
+    trunk, whole = (count_flops(s, length).forward for s in (spec.without_draft(), spec))
+    layers = (trunk.total - trunk.logits) / spec.num_hidden_layers
+    planned = costs.mtp / (sum(costs.layers) / spec.num_hidden_layers)
+    assert planned == pytest.approx((whole.total - trunk.total) / layers, rel=0.02)
