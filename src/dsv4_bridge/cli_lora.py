@@ -1,6 +1,7 @@
 """The verbs of adapters: `lora`, `merge`."""
 
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -9,11 +10,21 @@ import typer
 from .cli import ExportEncoding, Json, Overwrite, Revision, Workers, app, put
 
 
+class Names(StrEnum):
+    """Whose names an adapter's modules have."""
+
+    transformers = "transformers"
+    released = "released"
+
+
 @app.command()
 def lora(
     megatron: Path,
     out: Path,
     base: Annotated[str, typer.Option("--base", help="Name of the checkpoint it adapts, for peft.")] = "",
+    names: Annotated[Names, typer.Option("--names", help="Of modules: for peft, or released ones for vLLM.")] = (
+        Names.transformers
+    ),
     as_json: Json = False,
 ) -> None:
     """Adapters of a training checkpoint -> folder that peft loads onto transformers' model."""
@@ -21,7 +32,7 @@ def lora(
     from .train.lora_files import export_peft
 
     adapters, spec = read_adapters(megatron)
-    export_peft(adapters, spec, out, base)
+    export_peft(adapters, spec, out, base, names.value)
     values = sum(t.numel() for adapter in adapters.values.values() for t in adapter if t is not None)
     how = adapters.lora
     facts = {"out": str(out), "rank": how.rank, "alpha": how.alpha, "dora": how.dora, "targets": list(how.targets)}
@@ -54,6 +65,6 @@ def merge(
 
     options = Options(workers, overwrite=overwrite, progress=TerminalProgress())
     report = run_merge(resolve(hf, revision), adapter, out, encoding.value, options)
+    put(report.to_json() if as_json else {}, as_json, "" if as_json else merge_table(report))
     for line in report.warnings:
         sys.stderr.write(f"dsv4: warning: {line}\n")
-    put(report.to_json() if as_json else {}, as_json, "" if as_json else merge_table(report))

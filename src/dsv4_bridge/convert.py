@@ -292,7 +292,9 @@ def _named(job: Job, out: Path, error: BaseException | None) -> BridgeError | No
         return None
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return BridgeError(
-            f"writing {out}: the disk is full; what is finished is kept: make room "
-            f"({amount(job.nbytes)} in all) and repeat the command with --resume"
+            f"writing {out}: the disk is full; "
+            + ("what is finished is kept: " if job.resumable else "")
+            + f"make room ({amount(job.nbytes)} in all) and repeat the command with "
+            + ("--resume" if job.resumable else "--overwrite")
         )
     return BridgeError(f"{job.label}: {error.filename or out}: {error.strerror or error}")

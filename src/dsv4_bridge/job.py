@@ -52,6 +52,7 @@ class Job:
         identity: everything that decides the bytes of the output; a restart must agree with it.
         copies: output name -> file to copy (tokenizer, licence).
         markers: the files that make the folder a checkpoint, written last, in this order.
+        resumable: whether an earlier run of it can be continued.
     """
 
     label: str
@@ -60,6 +61,7 @@ class Job:
     identity: Mapping[str, Any]
     copies: Mapping[str, Path] = field(default_factory=dict)
     markers: Mapping[str, bytes] = field(default_factory=dict)
+    resumable: bool = True
 
     @property
     def nbytes(self) -> int:

@@ -165,3 +165,46 @@ def test_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(BridgeError, match="No space left"):
         export_peft(adapters, SPEC, tmp_path / "a")
     assert [p.name for p in tmp_path.iterdir()] == ["taken"]
+
+
+# ---------------------------------------------------------------- names of servers
+
+# What vLLM 0.33 lets an adapter of this model name, behind its mapping of w2 to down_proj.
+VLLM_TARGETS = {"wq_a", "wq_b", "wkv", "wo_b", "w1", "w3", "w2"}
+
+
+@pytest.mark.parametrize("kind", ["default", "dora"])
+def test_released_names_are_those_that_servers_match(kind: str, tmp_path: Path) -> None:
+    adapters = random_adapters(SPEC, KINDS[kind])
+    export_peft(adapters, SPEC, tmp_path / "a", names="released")
+    config = json.loads((tmp_path / "a" / CONFIG).read_text())
+    assert set(config["target_modules"]) <= VLLM_TARGETS and not config["target_parameters"]
+    released = {i.name.removesuffix(".weight") for t in targets(SPEC, adapters.lora.keys) for i in t.items}
+    for key in load_file(tmp_path / "a" / WEIGHTS):
+        module, _, word = key.removeprefix("base_model.model.").partition(".lora_")
+        assert module in released and word.partition(".")[0] in ("A", "B", "magnitude_vector"), key
+    back = import_peft(tmp_path / "a", SPEC)
+    assert set(back.values) == set(adapters.values) and back.lora.keys == adapters.lora.keys
+    for name, adapter in back.values.items():
+        for ours, wanted in zip(adapter, adapters.values[name], strict=True):
+            assert (ours is None and wanted is None) or torch.equal(ours, wanted), name
+
+
+def test_what_has_no_released_name_of_its_own_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BridgeError, match=r"has no released name of its own.*dsv4 merge"):
+        export_peft(random_adapters(SPEC, KINDS["experts"]), SPEC, tmp_path / "a", names="released")
+    with pytest.raises(BridgeError, match="names 'vllm', expected transformers or released"):
+        export_peft(random_adapters(SPEC, KINDS["default"]), SPEC, tmp_path / "a", names="vllm")
+    assert not list(tmp_path.iterdir())
+
+
+def test_released_names_of_other_tools_are_read(tmp_path: Path) -> None:
+    """With one `model.` more, and the short names that they put into the configuration."""
+    adapters = random_adapters(SPEC, KINDS["default"])
+    export_peft(adapters, SPEC, tmp_path / "a", names="released")
+    state = load_file(tmp_path / "a" / WEIGHTS)
+    save_file(
+        {k.replace("base_model.model.", "base_model.model.model.", 1): v for k, v in state.items()},
+        tmp_path / "a" / WEIGHTS,
+    )
+    assert set(import_peft(tmp_path / "a", SPEC).values) == set(adapters.values)

@@ -26,6 +26,7 @@ from torch import Tensor
 from ..adapter_tensors import Adapter, Adapters, check_shapes
 from ..durable import sync
 from ..errors import BridgeError
+from ..lock import hold
 from ..lora import CARRIERS, Lora, Target, targets
 from ..spec import ModelSpec, short
 from ..store.safetensors import some
@@ -33,6 +34,7 @@ from ..strict_json import parse_json
 from .lora_checkpoints import holds_adapters, read_adapters
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+NAMES = ("transformers", "released")
 _PREFIX = "base_model.model."
 _MAX_CONFIG = 16 << 20
 
@@ -98,8 +100,10 @@ def entries(found: Iterable[Target]) -> tuple[Entry, ...]:
 # ---------------------------------------------------------------- out
 
 
-def export_peft(adapters: Adapters, spec: ModelSpec, folder: Path | str, base: str = "") -> Path:
-    """Write adapters for `peft.PeftModel.from_pretrained(DeepseekV4ForCausalLM, folder)`.
+def export_peft(
+    adapters: Adapters, spec: ModelSpec, folder: Path | str, base: str = "", names: str = "transformers"
+) -> Path:
+    """Write adapters for `peft.PeftModel.from_pretrained(DeepseekV4ForCausalLM, folder)`, or for servers.
 
     peft allows bare parameters no dropout, so where there are such the configuration says 0: dropout is of
     training, and does not change what the adapters compute.
@@ -109,16 +113,23 @@ def export_peft(adapters: Adapters, spec: ModelSpec, folder: Path | str, base: s
         spec: the model's numbers.
         folder: new, or empty. It appears when it is complete.
         base: name of the checkpoint they belong to, for the configuration.
+        names: `transformers`, what peft looks for; or `released`, what servers that keep the released names look for
+            (vLLM).
 
     Raises:
-        BridgeError: the folder is in the way or cannot be written, or adapters of another model.
+        BridgeError: parameters that are no module of their own, under released names; the folder is in the way or
+            cannot be written; adapters of another model.
     """
     folder = Path(folder)
     what = f"writing {folder}"
+    if names not in NAMES:
+        raise BridgeError(f"{what}: names {names!r}, expected {' or '.join(NAMES)}")
     known = check_shapes(adapters, spec, what)
     found = entries(known.values())
     if not found:
         raise BridgeError(f"{what}: there is no adapter to write")
+    if names == "released":
+        found = tuple(_released(entry, what) for entry in found)
     state: dict[str, Tensor] = {}
     for entry in found:
         values = [adapters.values[target.name] for target in entry.targets]
@@ -127,8 +138,23 @@ def export_peft(adapters: Adapters, spec: ModelSpec, folder: Path | str, base: s
             if tensor is not None:
                 state[f"{entry.key}.{word}"] = tensor.contiguous()
     config = _config(adapters.lora, found, spec, base)
-    _write(folder, state, (json.dumps(config, indent=2) + "\n").encode())
+    if names == "released":
+        config["target_modules"] = sorted({entry.module.rpartition(".")[2] for entry in found})
+    with hold(folder, what):
+        _write(folder, state, (json.dumps(config, indent=2) + "\n").encode())
     return folder
+
+
+def _released(entry: Entry, what: str) -> Entry:
+    """The same adapter under the released name of its weight."""
+    items = [item for target in entry.targets for item in target.items]
+    if entry.parameter or len(items) != 1:
+        raise BridgeError(
+            f"{what}: the adapter of {entry.module} has no released name of its own (servers take those of attention's "
+            "projections and of shared experts); merge it with `dsv4 merge`, or say --names transformers"
+        )
+    name = items[0].name.removesuffix(".weight")
+    return entry._replace(key=_PREFIX + name, module=name)
 
 
 _WORDS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
@@ -223,7 +249,7 @@ def import_peft(folder: Path | str, spec: ModelSpec) -> Adapters:
     folder = Path(folder)
     config = _read_config(folder)
     lora = _settings(config, folder)
-    state = _read_tensors(folder)
+    state = _in_our_names(_read_tensors(folder), spec)
     found = _claimed(state, config, spec, folder)
     values: dict[str, Adapter] = {}
     for entry in found:
@@ -285,6 +311,21 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise BridgeError(f"reading {path}: no usable safetensors file ({error})") from None
+
+
+def _in_our_names(state: Mapping[str, Tensor], spec: ModelSpec) -> dict[str, Tensor]:
+    """Tensors under released names, which servers' adapters have, under those of transformers."""
+    known = {
+        _PREFIX + entry.targets[0].items[0].name.removesuffix(".weight"): entry.key
+        for entry in entries(targets(spec, CARRIERS))
+        if not entry.parameter and len(entry.targets) == len(entry.targets[0].items) == 1
+    }
+    found: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        word = next((w for w in _WORDS if key.endswith(f".{w}")), "")
+        stem = key.removesuffix(f".{word}").replace(f"{_PREFIX}model.layers.", f"{_PREFIX}layers.", 1)
+        found[f"{known[stem]}.{word}" if stem in known else key] = tensor
+    return found
 
 
 def _claimed(

@@ -224,6 +224,7 @@ def _job(checkpoint: HFCheckpoint, tally: _Tally, encoding: str, adapter: Path) 
         label=f"merge {adapter.name} into {checkpoint.folder.path.name}",
         emitter=lambda: _Merger(HFValues(checkpoint), like=checkpoint, tally=tally),
         identity=dict(job.identity) | {"kind": "merge", "adapter": str(adapter)},
+        resumable=False,
     )
 
 
