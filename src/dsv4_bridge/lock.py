@@ -8,15 +8,13 @@ that the next one takes over.
 import contextlib
 import json
 import os
-import platform
 import threading
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from .errors import BridgeError
-from .ranks import BEAT, HERE, began, read, take, this_machine
+from .ranks import BEAT, HERE, introduction, read, take
 
 _NAME = ".{}.dsv4-lock"
 
@@ -39,19 +37,7 @@ def hold(out: Path, what: str) -> Iterator[None]:
         BridgeError: a process that lives holds it, or the lock cannot be written.
     """
     path = lock_path(out)
-    entry: dict[str, Any] = {
-        "rank": 0,
-        "word": uuid.uuid4().hex,
-        "session": "",
-        "state": "holding",
-        "facts": {},
-        "host": platform.node(),
-        "machine": this_machine(),
-        "pid": os.getpid(),
-        "began": began(os.getpid()),
-        "beat": 0,
-        "nbytes": 0,
-    }
+    entry = introduction(0, "holding", {})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         there = take(path, entry)

@@ -8,6 +8,7 @@ import errno
 import fcntl
 import json
 import os
+import platform
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
@@ -119,6 +120,23 @@ def began(pid: int) -> str | None:
     except OSError:
         return None
     return None if fields[0] in "ZX" else fields[19]
+
+
+def introduction(rank: int, state: str, facts: Mapping[str, str]) -> dict[str, Any]:
+    """What this process writes of itself first, under a word that nobody else has."""
+    return {
+        "rank": rank,
+        "word": uuid.uuid4().hex,
+        "session": "",
+        "state": state,
+        "facts": dict(facts),
+        "host": platform.node(),
+        "machine": this_machine(),
+        "pid": os.getpid(),
+        "began": began(os.getpid()),
+        "beat": 0,
+        "nbytes": 0,
+    }
 
 
 def read(path: Path) -> dict[str, Any] | None:

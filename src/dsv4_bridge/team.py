@@ -9,19 +9,16 @@ ends when rank 0 says so. A rank that is gone is seen at once on the same machin
 
 import contextlib
 import json
-import os
-import platform
 import shutil
 import threading
 import time
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .errors import BridgeError
-from .ranks import BEAT, HERE, Ranks, alive, began, known, read, take, this_machine, who
+from .ranks import BEAT, HERE, Ranks, alive, introduction, known, read, take, who
 
 _PARTING = 20.0  # how long rank 0 waits for the others to take note of the end
 _PAUSE = 0.1
@@ -61,19 +58,7 @@ class Team:
         self._peers: dict[int, _Peer] = {}
         self._advance: Callable[[int], None] = lambda n: None
         self._thread: threading.Thread | None = None
-        self._mine: dict[str, Any] = {
-            "rank": ranks.rank,
-            "word": uuid.uuid4().hex,
-            "session": "",
-            "state": "joining",
-            "facts": dict(facts),
-            "host": platform.node(),
-            "machine": this_machine(),
-            "pid": os.getpid(),
-            "began": began(os.getpid()),
-            "beat": 0,
-            "nbytes": 0,
-        }
+        self._mine = introduction(ranks.rank, "joining", facts)
 
     @property
     def leads(self) -> bool:
