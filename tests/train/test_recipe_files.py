@@ -99,7 +99,7 @@ def test_a_file_that_is_no_recipe_is_one_message(text: str, tmp_path: Path) -> N
 def test_mutated_files_are_read_or_refused(tmp_path: Path) -> None:
     rng, refused = random.Random(3), 0
     whole = dump(choose("flash-lora").recipe).encode()
-    for _ in range(300):
+    for _ in range(120):
         path = tmp_path / "my.yaml"
         path.write_bytes(mutate_yaml(whole, rng))
         try:
@@ -107,4 +107,4 @@ def test_mutated_files_are_read_or_refused(tmp_path: Path) -> None:
         except BridgeError as error:
             refused += 1
             assert len(str(error)) < 2000
-    assert refused > 100
+    assert refused > 40

@@ -77,7 +77,8 @@ def _fill(model: DeepSeekV4Model, source: Values, there: set[str], path: Path, a
     if lost := [i.name for i in plan.items if i.name in found and i.name not in there]:
         raise BridgeError(
             f"loading {path}: it lacks {len(lost)} tensors of the model ({lost[0]} …); "
-            "build the model without MTP (spec.without_draft()) where the checkpoint has none"
+            "where the checkpoint has no draft block, train by flash-finetune-no-mtp (model.mtp=false), or in Python "
+            "build the model without MTP (spec.without_draft())"
         )
     scratch = Scratch()
     with kept_in_cache():  # other ranks of this machine read the same

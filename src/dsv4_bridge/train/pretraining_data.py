@@ -118,6 +118,7 @@ def prepare_pretraining(
     if tokenizer is None:
         raise BridgeError(f"preparing {out}: {tokenizer_folder} has no {TOKENIZER}; put the released one there")
     with hold(out, f"preparing {out}"), scratch_folder(out.with_name(f"{out.name}.unpacked.part")) as unpack:
+        _check_place(out, named, overwrite)  # again: another run may have ended in between
         sources = find_sources(named, unpack, suffixes, key)
         start(sum(s.nbytes for s in sources))
         return _prepare(sources, out, tokenizer, spec, key, bos, workers, advance)
