@@ -1,7 +1,7 @@
 """Move DeepSeek-V4 between its released checkpoints and Megatron-Core, and prove it is the same model.
 
 The verbs of the command are functions here: `inspect`, `plan`, `import_hf`, `export_hf`, `repack`,
-`verify`, `make_toy`. They are loaded on first use.
+`verify`, `verify_files`, `make_toy`. They are loaded on first use.
 """
 
 from importlib import import_module
@@ -11,13 +11,25 @@ from .errors import BridgeError
 
 if TYPE_CHECKING:
     from .bridge import export_hf, import_hf, repack
+    from .checksums import verify_files
     from .convert import Options
     from .inspecting import inspect
     from .planning import plan
     from .toy import make_toy
     from .verifying import verify
 
-__all__ = ["BridgeError", "Options", "export_hf", "import_hf", "inspect", "make_toy", "plan", "repack", "verify"]
+__all__ = [
+    "BridgeError",
+    "Options",
+    "export_hf",
+    "import_hf",
+    "inspect",
+    "make_toy",
+    "plan",
+    "repack",
+    "verify",
+    "verify_files",
+]
 
 _ROOMS = {
     "Options": "convert",
@@ -28,6 +40,7 @@ _ROOMS = {
     "plan": "planning",
     "repack": "bridge",
     "verify": "verifying",
+    "verify_files": "checksums",
 }
 
 

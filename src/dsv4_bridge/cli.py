@@ -201,18 +201,33 @@ def repack(
 @app.command()
 def verify(
     a: str,
-    b: str,
-    level: Annotated[Level, typer.Option("--level")] = Level.values,
+    b: Annotated[str | None, typer.Argument(help="Second checkpoint; without it, A's files and its checksums.")] = None,
+    level: Annotated[Level | None, typer.Option("--level", help="How closely.", show_default="values")] = None,
     revision: Revision = None,
+    checksums: Annotated[
+        Path | None, typer.Option("--checksums", help="Those of A's files; by default A.checksums.json beside it.")
+    ] = None,
+    workers: Workers = 2,
     as_json: Json = False,
 ) -> None:
-    """Are two checkpoints the same? Exit code 1 if they differ."""
+    """Are two checkpoints the same, or the files of one still as they were written? Exit code 1 if they differ."""
     from .hub import resolve
-    from .render import TerminalProgress, verify_table
+    from .render import TerminalProgress, files_verdict, verify_table
     from .verifying import verify as compare
 
+    if b is None:
+        from .checksums import verify_files
+
+        if level or revision:
+            raise BridgeError("verifying files: --level and --revision are of two checkpoints; name a second one")
+        held = verify_files(a, checksums, workers=workers, progress=TerminalProgress())
+        put(held.to_json(), as_json, files_verdict(held))
+        finish(held.same)
+        return
+    if checksums:
+        raise BridgeError("verifying: --checksums is of the files of one checkpoint; leave the second one out")
     one, other = (Path(x) if Path(x).exists() else resolve(x, revision) for x in (a, b))
-    report = compare(one, other, level.value, TerminalProgress())
+    report = compare(one, other, (level or Level.values).value, TerminalProgress())
     put(report.to_json(), as_json, verify_table(report))
     finish(report.same)
 

@@ -11,12 +11,14 @@ import contextlib
 import errno
 import shutil
 import threading
+import warnings
 from collections.abc import Callable, Container, Iterable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 from . import journal
+from .checksums import Sum, checksums_path, file_sum, remove_checksums, write_checksums
 from .durable import copy, make_folder, move, put, sync
 from .emit import Emitter, Report
 from .errors import BridgeError
@@ -25,6 +27,7 @@ from .layout import OutFile
 from .preparing import DONE, MARKS, RANKS, WORK, amount, begin, check_space, clear, examine, finished, readable
 from .progress import in_background
 from .ranks import shares
+from .store.checksum import of_bytes
 from .store.stream import Buffers, Bytes, CountingStream, FileStream
 from .team import Stopped, Team
 
@@ -149,8 +152,12 @@ class _Watched:
             raise Stopped("another file of this run could not be written, or it was interrupted")
         self._stream.write(data)
 
-    def patch(self, offset: int, data: bytes) -> None:
-        self._stream.patch(offset, data)
+    def patch(self, offset: int, old: bytes, new: bytes) -> None:
+        self._stream.patch(offset, old, new)
+
+    @property
+    def crc32c(self) -> int:
+        return self._stream.crc32c
 
     def close(self) -> None:
         self._stream.close()
@@ -193,7 +200,7 @@ def _write_files(
         team.confirm()
         move([(part, path)])
         with lock:
-            journal.enter(work, team.ranks.rank, file.name, path, report.to_json())
+            journal.enter(work, team.ranks.rank, file.name, path, stream.crc32c, report.to_json())
             total.merge(report)
 
     try:
@@ -243,15 +250,35 @@ def _finish(job: Job, out: Path, work: Path) -> None:
     placed = {n for n in names if not (work / n).exists()} if journal.placing(work) else set[str]()
     journal.place(work)
     _clear_old(out, placed)
+    sums = _sums(job, work)
     move((work / n, out / n) for n in (*names, *job.copies) if n not in placed)
     for name, data in job.markers.items():
         target = out / name
         make_folder(target.parent)
         put(target, data, work / (name.replace("/", "_") + ".part"))
+    try:
+        sums |= {name: file_sum(out / name) for name in job.copies}
+        write_checksums(out, job.label, sums)
+    except OSError as error:
+        _warn(f"{job.label}: no checksums are kept of {out}: {error.filename}: {error.strerror or error}")
+
+
+def _sums(job: Job, work: Path) -> dict[str, Sum]:
+    """Of the files that were written and of the markers to come."""
+    written = {line["file"]: Sum(line["size"], line["crc32c"]) for line in journal.lines(work)}
+    return {f.name: written[f.name] for f in job.files} | {n: Sum(len(m), of_bytes(m)) for n, m in job.markers.items()}
+
+
+def _warn(what: str) -> None:
+    warnings.warn(what, RuntimeWarning, stacklevel=2)
 
 
 def _clear_old(out: Path, placed: Container[str]) -> None:
     """Remove what was there before, and have its markers gone from the disk before its first byte goes."""
+    try:
+        remove_checksums(out)
+    except OSError as error:
+        _warn(f"{checksums_path(out)} speaks of what was here before, and cannot be removed ({error.strerror})")
     old = [p for p in out.iterdir() if p.name not in (WORK, *MARKS)]
     for marker in MARKS:
         if marker != WORK:

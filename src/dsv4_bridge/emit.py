@@ -195,7 +195,7 @@ class Emitter:
                     if item.name in waiting:
                         at, written = waiting.pop(item.name)
                         if scale != written:
-                            stream.patch(at, scale)
+                            stream.patch(at, written, scale)
                     elif encoding in QUANTISED:
                         scales[item.name] = scale
                 case Scale(item, encoding, _):

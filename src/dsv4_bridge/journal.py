@@ -2,8 +2,9 @@
 
 `journal.jsonl` begins with the identity of the job; a rank other than 0 writes a journal of its own, and a
 restart gathers them. A line is written when the file and its name are on the disk, and says how to know the file
-again: its size and the time of its last write, which moving it does not change. The last line says that the files
-are being moved to their places: only behind it can a file of the output folder be one of this run.
+again: its size and the time of its last write, which moving it does not change; its CRC-32C goes to the file of
+checksums (see `checksums`). The last line says that the files are being moved to their places: only behind it can a
+file of the output folder be one of this run.
 """
 
 import contextlib
@@ -33,12 +34,11 @@ def begin(work: Path, identity: str, label: str, finished: Iterable[Mapping[str,
         other.unlink()
 
 
-def enter(work: Path, rank: int, file: str, path: Path, report: Mapping[str, Any]) -> None:
+def enter(work: Path, rank: int, file: str, path: Path, crc32c: int, report: Mapping[str, Any]) -> None:
     """Note a finished file, which lies at `path`."""
     facts = path.stat()
-    _append(
-        _path(work, rank), {"file": file, "size": facts.st_size, "written": facts.st_mtime_ns, "report": dict(report)}
-    )
+    known = {"size": facts.st_size, "written": facts.st_mtime_ns, "crc32c": crc32c}
+    _append(_path(work, rank), {"file": file, **known, "report": dict(report)})
 
 
 def place(work: Path) -> None:
@@ -75,7 +75,7 @@ def is_of(line: Mapping[str, Any], path: Path) -> bool:
 
 
 def _finished(entry: Mapping[str, Any]) -> bool:
-    numbers = (entry.get("size"), entry.get("written"))
+    numbers = (entry.get("size"), entry.get("written"), entry.get("crc32c"))
     if not isinstance(entry.get("file"), str) or any(type(n) is not int for n in numbers):
         return False
     try:

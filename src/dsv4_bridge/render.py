@@ -18,6 +18,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from .checksums import FilesReport
 from .codec import Certificate, EncodeStats
 from .doctor import Check
 from .emit import Report
@@ -123,6 +124,22 @@ def verify_verdict(report: VerifyReport) -> Group:
     what = [f"{report.differing:,} tensors"] if report.differing or not report.config else []
     what += [f"{len(report.config)} numbers of the model"] if report.config else []
     return Group(*lines, Text(f"{' and '.join(what)} differ between {report.a} and {report.b}", "bold red"))
+
+
+def files_verdict(report: FilesReport) -> Group:
+    """The files that are not as they were written, the verdict."""
+    lines = [Text(f"  {name}: {what}") for name, what in list(report.wrong.items())[:20]]
+    if len(report.wrong) > 20:
+        lines.append(Text(f"  … and {len(report.wrong) - 20} more (--json lists them)"))
+    if report.others:
+        some = ", ".join(report.others[:3]) + (" …" if len(report.others) > 3 else "")
+        lines.append(
+            Text(f"note: {len(report.others)} files were not written with it, not looked at: {some}", "yellow")
+        )
+    if report.same:
+        verdict = f"as written: {report.files:,} files, {report.bytes:,} bytes, by CRC-32C ({report.made})"
+        return Group(*lines, Text(verdict, "bold green"))
+    return Group(*lines, Text(f"{len(report.wrong)} of {report.files} files are not as written", "bold red"))
 
 
 def inspect_table(report: InspectReport) -> Group:

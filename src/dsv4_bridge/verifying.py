@@ -289,7 +289,7 @@ class _CompareStream:
             if self._at == info.nbytes:
                 self._tensor, self._at = self._tensor + 1, 0
 
-    def patch(self, offset: int, data: bytes) -> None:
+    def patch(self, offset: int, old: bytes, new: bytes) -> None:
         raise AssertionError("a weight comes before its scale here")
 
     def close(self) -> None:

@@ -140,8 +140,8 @@ class _Memory:
         self.data[self._at : self._at + flat.size] = flat.tobytes()
         self._at += flat.size
 
-    def patch(self, offset: int, data: bytes) -> None:
-        self.data[offset : offset + len(data)] = data
+    def patch(self, offset: int, old: bytes, new: bytes) -> None:
+        self.data[offset : offset + len(new)] = new
 
     def close(self) -> None:
         pass

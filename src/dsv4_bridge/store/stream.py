@@ -16,11 +16,11 @@ from typing import Protocol
 
 import numpy as np
 
+from .checksum import Bytes, Checksum, as_bytes
+
 _ALIGN = 4096
 _BUFFER = 8 << 20
 _LOOK = 5.0  # seconds between two looks at whether the thread that writes still lives
-
-Bytes = bytes | memoryview | np.ndarray
 
 
 class Stream(Protocol):
@@ -30,8 +30,8 @@ class Stream(Protocol):
         """Append bytes."""
         ...
 
-    def patch(self, offset: int, data: bytes) -> None:
-        """Replace bytes already written, `offset` from the start of the file."""
+    def patch(self, offset: int, old: bytes, new: bytes) -> None:
+        """Replace `old`, written `offset` from the start of the file, by `new`, as many bytes, once."""
         ...
 
     def close(self) -> None:
@@ -69,6 +69,7 @@ class FileStream:
         self._flushed = 0  # bytes handed to the kernel
         self._size = 0  # bytes accepted
         self._patches: list[tuple[int, bytes]] = []
+        self._checksum = Checksum()
         self._buffer, self._used = buffers.free.get(), 0
         self._thread = threading.Thread(target=self._run, daemon=True, name=f"write {path.name}")
         try:
@@ -89,10 +90,16 @@ class FileStream:
             if self._used == self._buffers.size:
                 self._hand_over()
 
-    def patch(self, offset: int, data: bytes) -> None:
-        self._patches.append((offset, data))
+    def patch(self, offset: int, old: bytes, new: bytes) -> None:
+        self._checksum.replace(offset, old, new)
+        self._patches.append((offset, new))
         if len(self._patches) >= 64:
             self._apply_patches(self._flushed // _ALIGN * _ALIGN)
+
+    @property
+    def crc32c(self) -> int:
+        """Of the whole file, once it is closed."""
+        return self._checksum.value()
 
     def close(self) -> None:
         self._hand_over()
@@ -123,6 +130,7 @@ class FileStream:
 
     def _hand_over(self) -> None:
         self._raise()
+        self._checksum.add(self._buffer[: self._used])
         self._full.put((self._buffer, self._used))
         while True:
             try:
@@ -179,7 +187,7 @@ class CountingStream:
         self.size += size
         self._progress(size)
 
-    def patch(self, offset: int, data: bytes) -> None:
+    def patch(self, offset: int, old: bytes, new: bytes) -> None:
         pass
 
     def close(self) -> None:
@@ -187,11 +195,6 @@ class CountingStream:
 
     def abort(self) -> None:
         pass
-
-
-def as_bytes(data: Bytes) -> np.ndarray:
-    """A flat uint8 view of contiguous data."""
-    return data.reshape(-1).view(np.uint8) if isinstance(data, np.ndarray) else np.frombuffer(data, np.uint8)
 
 
 def _open_direct(path: Path) -> int:

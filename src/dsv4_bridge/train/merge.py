@@ -265,8 +265,8 @@ class _Kept:
         self._at += flat.size
         self._stream.write(data)
 
-    def patch(self, offset: int, data: bytes) -> None:
-        self._stream.patch(offset, data)
+    def patch(self, offset: int, old: bytes, new: bytes) -> None:
+        self._stream.patch(offset, old, new)
 
     def close(self) -> None:
         self._stream.close()
