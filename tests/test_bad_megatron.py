@@ -166,7 +166,7 @@ MEGATRON: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"__0_3\.distcp: \d+ bytes, but .* ends at byte \d+; the file is truncated",
     ),
     "no run_config.yaml": (
-        lambda f: (f / ITERATION / "run_config.yaml").unlink(), r"no run_config\.yaml of this tool; .*--like",
+        lambda f: (f / ITERATION / "run_config.yaml").unlink(), r"no run_config\.yaml of this tool.*--like",
     ),
     "run_config.yaml of another format": (
         lambda f: put(f / ITERATION / "run_config.yaml", "dsv4_bridge: {format: 99}\n"), r"is not format 1",

@@ -10,6 +10,7 @@ from .config import released_config, spec_from_config
 from .errors import BridgeError
 from .spec import ModelSpec, short
 from .strict_json import too_deep
+from .variants import VARIANTS
 
 FILE = "run_config.yaml"
 _FORMAT = 1
@@ -110,6 +111,85 @@ def megatron_model(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
+# Key of the `model:` section -> field of config.json, where the value is the same.
+_SAME = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "v_head_dim": "head_dim",
+    "qk_pos_emb_head_dim": "qk_rope_head_dim",
+    "q_lora_rank": "q_lora_rank",
+    "o_groups": "o_groups",
+    "o_lora_rank": "o_lora_rank",
+    "rotary_base": "rope_theta",
+    "csa_compress_rotary_base": "compress_rope_theta",
+    "csa_window_size": "sliding_window",
+    "csa_compress_ratios": "compress_ratios",
+    "dsa_indexer_n_heads": "index_n_heads",
+    "dsa_indexer_head_dim": "index_head_dim",
+    "dsa_indexer_topk": "index_topk",
+    "num_residual_streams": "hc_mult",
+    "mhc_sinkhorn_iterations": "hc_sinkhorn_iters",
+    "num_moe_experts": "n_routed_experts",
+    "moe_router_topk": "num_experts_per_tok",
+    "moe_ffn_hidden_size": "moe_intermediate_size",
+    "moe_router_score_function": "scoring_func",
+    "moe_router_topk_scaling_factor": "routed_scaling_factor",
+    "moe_n_hash_layers": "num_hash_layers",
+    "activation_func_clamp_value": "swiglu_limit",
+    "layernorm_epsilon": "rms_norm_eps",
+}
+_SCALING = {
+    "rotary_scaling_factor": "factor",
+    "original_max_position_embeddings": "original_max_position_embeddings",
+    "beta_fast": "beta_fast",
+    "beta_slow": "beta_slow",
+}
+
+
+def read_model_section(path: Path) -> tuple[ModelSpec, str] | None:
+    """The model of a run_config.yaml that Megatron-Bridge wrote: its numbers, and its `hf_model_id` or "".
+
+    What no tensor follows from and the section does not say (token ids, `hc_eps`) is as in the releases.
+
+    Returns:
+        None where there is no such file, or it is of another kind of model.
+
+    Raises:
+        BridgeError: a number is missing or makes no DeepSeek-V4 model.
+    """
+    body = _body(path)
+    model = body.get("model") if body else None
+    if not isinstance(model, dict) or model.get("experimental_attention_variant") != "dsv4_hybrid":
+        return None
+    if too_deep(model, 32, 1 << 16):
+        raise BridgeError(f"reading {path}: its `model:` section is nested too deep, or far too large")
+    where = f"{path}, section `model:`"
+    vocabulary = model.get("actual_vocab_size") or model.get("vocab_size")
+    shared, width = model.get("moe_shared_expert_intermediate_size"), model.get("moe_ffn_hidden_size")
+    lacking = [k for k in (*_SAME, *_SCALING, "moe_shared_expert_intermediate_size") if model.get(k) is None]
+    if lacking or not vocabulary:
+        raise BridgeError(f"{where}: {', '.join(lacking or ['vocab_size'])} is missing; name the release with --like")
+    if type(shared) is not int or type(width) is not int or width < 1 or shared % width:
+        raise BridgeError(
+            f"{where}: moe_shared_expert_intermediate_size {short(shared)} is no multiple of moe_ffn_hidden_size "
+            f"{short(width)}"
+        )
+    config = released_config(VARIANTS["Flash"].spec, None, False)
+    config |= {theirs: model[ours] for ours, theirs in _SAME.items()}
+    config |= {
+        "vocab_size": vocabulary,
+        "n_shared_experts": shared // width,
+        "num_nextn_predict_layers": model.get("mtp_num_layers") or 0,
+        "rope_scaling": {"type": "yarn"} | {theirs: model[ours] for ours, theirs in _SCALING.items()},
+        "tie_word_embeddings": model.get("share_embeddings_and_output_weights", False),
+        "norm_topk_prob": model.get("norm_topk_prob", True),
+        "initializer_range": model.get("init_method_std") or config["initializer_range"],
+    }
+    known = model.get("hf_model_id")
+    return spec_from_config(config, where), known if isinstance(known, str) else ""
+
+
 def _stated(spec: ModelSpec) -> dict[str, Any]:
     return megatron_model(spec) | {"vocab_size": spec.vocab_size}
 
@@ -118,11 +198,11 @@ def contradictions(path: Path, spec: ModelSpec) -> tuple[str, ...]:
     """Where the `model:` section, which Megatron's users read, says otherwise than the numbers of `spec`.
 
     Returns:
-        `key: value against value`, in the order of the section; empty where there is no such file.
+        `key: value against value`, in the order of the section; empty where this tool wrote no such file.
     """
     body = _body(path)
     stated = body.get("model") if body else None
-    if not isinstance(stated, dict):
+    if not isinstance(stated, dict) or "dsv4_bridge" not in (body or {}):
         return ()
     wanted = _stated(spec)
     layout = {"pipeline_model_parallel_layout"}

@@ -9,7 +9,7 @@ from ..encodings import ALLOWED, ENCODINGS
 from ..errors import BridgeError
 from ..items import Plan, expand, regions
 from ..lora import ALPHA
-from ..run_config import FILE, contradictions, read_run_config
+from ..run_config import FILE, contradictions, read_model_section, read_run_config
 from ..spec import ASIDE, ModelSpec, differing, replace_spec
 from .hf import Finding, HFCheckpoint, finding_lines, open_hf
 from .torch_dist import TorchDistReader, find_iteration, open_torch_dist
@@ -86,11 +86,11 @@ def open_megatron(path: Path, like: HFCheckpoint | None = None, strict: bool = T
                 f"opening {path}: it holds adapters and not the model they adapt; `dsv4 lora {path} OUT` writes them "
                 f"for peft, `dsv4 merge HF {path} OUT` merges them into a released folder"
             )
-        known = read_run_config(_config_file(folder))
+        known = read_run_config(_config_file(folder)) or _of_megatron_bridge(path, _config_file(folder), like)
         if known is None and like is None:
             raise BridgeError(
-                f"opening {path}: it has no {FILE} of this tool; name the released checkpoint with --like, "
-                "its config.json gives the model's numbers"
+                f"opening {path}: it has no {FILE} of this tool, nor one of Megatron-Bridge for such a model; "
+                "`dsv4 export --like HF` takes the model's numbers from the config.json of the release it came from"
             )
         spec, source = known or (like.spec, {})  # type: ignore[union-attr]
         if like is not None and known is not None:
@@ -116,6 +116,15 @@ def open_megatron(path: Path, like: HFCheckpoint | None = None, strict: bool = T
     return found
 
 
+def _of_megatron_bridge(path: Path, file: Path, like: HFCheckpoint | None) -> tuple[ModelSpec, dict[str, Any]] | None:
+    """What a run_config.yaml of Megatron-Bridge says; with a release to be like, that one says it, and more."""
+    found = read_model_section(file)
+    if found is None or like is None:
+        return found and (found[0], {"variant": found[1] or "unknown"})
+    _check_like(path, found[0], like)
+    return None
+
+
 def _check_like(path: Path, spec: ModelSpec, like: HFCheckpoint) -> None:
     """What no computation follows from may differ; it is then that of `like`."""
     if others := differing(spec.without_draft(), like.spec.without_draft()):
@@ -127,7 +136,8 @@ def _check_like(path: Path, spec: ModelSpec, like: HFCheckpoint) -> None:
 
 def has_config(path: Path) -> bool:
     """Whether a checkpoint, root or iteration folder, says its model's numbers itself."""
-    return read_run_config(_config_file(find_iteration(path)[0])) is not None
+    file = _config_file(find_iteration(path)[0])
+    return read_run_config(file) is not None or read_model_section(file) is not None
 
 
 def _config_file(folder: Path) -> Path:
