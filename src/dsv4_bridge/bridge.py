@@ -10,7 +10,7 @@ from .config import QUANTIZATION_CONFIG, dialect_of, released_config
 from .convert import Job, Options, run
 from .emit import Emitter, Report
 from .encodings import QUANTISED
-from .errors import BridgeError
+from .errors import BridgeError, files_named
 from .items import Item, Plan, expand
 from .layout import HFLayout, hf_layout, hf_layout_like, megatron_layout, passengers_file
 from .run_config import FILE as RUN_CONFIG
@@ -27,6 +27,7 @@ ITERATION = "iter_0000000"
 ENCODINGS = ("source", "fp8", "bf16")
 
 
+@files_named("importing")
 def import_hf(
     source: Path,
     out: Path,
@@ -90,6 +91,7 @@ def _kept(spec: ModelSpec, drop: bool) -> ModelSpec:
     return spec.without_draft() if drop and spec.dspark else spec
 
 
+@files_named("exporting")
 def export_hf(
     source: Path,
     out: Path,
@@ -202,6 +204,7 @@ def _export_plan(
     return plan, frozenset()
 
 
+@files_named("repacking")
 def repack(
     source: Path, out: Path, encoding: str, options: Options | None = None, *, allow_lossy: bool = False
 ) -> Report:

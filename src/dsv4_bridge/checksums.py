@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .durable import put, sync
-from .errors import BridgeError
+from .errors import BridgeError, files_named
 from .job import Progress, Silent
 from .progress import in_background
 from .store.checksum import Checksum
@@ -94,6 +94,7 @@ def remove_checksums(folder: Path) -> None:
         sync(path.parent)
 
 
+@files_named("verifying files")
 def verify_files(
     folder: str | os.PathLike[str],
     checksums: str | os.PathLike[str] | None = None,

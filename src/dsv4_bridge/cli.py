@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .errors import BridgeError
+from .errors import BridgeError, os_error
 
 app = typer.Typer(
     name="dsv4",
@@ -321,6 +321,9 @@ def main() -> None:
     except BrokenPipeError:  # stdout's reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = 0
+    except OSError as error:
+        _say(f"{_verb()}: {os_error(error)}")
+        code = 2
     if code in (130, 143):  # typer turns Ctrl-C into its code
         _say(f"interrupted; {_GO_ON.get(_verb(), 'nothing is left half written')}")
     with contextlib.suppress(OSError, ValueError):

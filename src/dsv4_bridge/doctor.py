@@ -8,7 +8,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import BridgeError
+from .errors import BridgeError, files_named
 
 _NEEDED = ("torch", "numpy", "numba", "safetensors", "huggingface_hub", "typer", "rich", "pyyaml")
 _OPTIONAL = {
@@ -35,6 +35,7 @@ class Check:
     hint: str = ""
 
 
+@files_named("examining")
 def doctor(folder: Path | None = None) -> list[Check]:
     """Check this machine; `folder` is where outputs would go (default: the current one)."""
     checks = [Check("python", platform.python_version(), "ok")]

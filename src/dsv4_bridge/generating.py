@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import BridgeError
+from .errors import BridgeError, files_named
 from .items import expand
 from .pieces import make_topology
 from .ranks import Ranks
@@ -98,6 +98,7 @@ class GenerateReport:
 Heard = Callable[[int, str, bool], object]
 
 
+@files_named("generating")
 def generate(
     checkpoint: Path | str,
     ask: Ask,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import read_config, refuse_other_models
-from .errors import BridgeError
+from .errors import BridgeError, files_named
 from .small_files import FOLDERS, NAMES, STARTS, WEIGHTS
 from .store.safetensors import INDEX, SINGLE, Shard, header_end, parse_header, read_index
 from .variants import VARIANTS
@@ -26,6 +26,7 @@ _FIRST_READ = 1 << 18  # longer than most headers
 _CONNECTIONS = 8
 
 
+@files_named("opening")
 def resolve(source: str, revision: str | None = None) -> Path:
     """A local folder for `source`.
 
@@ -48,6 +49,7 @@ def resolve(source: str, revision: str | None = None) -> Path:
     return _fetch(source, _pinned(folder, revision), [_CONFIG, INDEX, *_SMALL, *map(glob.escape, _shards(folder))])
 
 
+@files_named("opening")
 def describe(source: str, revision: str | None = None) -> tuple[Path, Mapping[str, Shard] | None]:
     """A local folder for `source` that may lack the shards themselves, and then their headers.
 
@@ -76,6 +78,7 @@ def describe(source: str, revision: str | None = None) -> tuple[Path, Mapping[st
         raise _explained(error, source, revision) from None
 
 
+@files_named("opening")
 def fetch_small(source: str, revision: str | None = None) -> Path:
     """A local folder for `source` with its config.json and small files, the tokenizer's among them; no weights.
 

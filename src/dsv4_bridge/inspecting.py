@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import BridgeError
+from .errors import BridgeError, files_named
 from .items import regions, stored
 from .store.hf import Finding, HFCheckpoint, mixed_encodings, open_hf
 from .store.megatron import MegatronCheckpoint, looks_megatron, open_along, open_megatron
@@ -66,6 +66,7 @@ class InspectReport:
         return asdict(self) | {"sound": self.sound}
 
 
+@files_named("inspecting")
 def inspect(path: Path, headers: Mapping[str, Shard] | None = None) -> InspectReport:
     """Describe a Hugging Face folder or Megatron checkpoint by its headers alone.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from .config import read_config, spec_from_config
 from .dtypes import DTYPES
-from .errors import BridgeError
+from .errors import BridgeError, files_named
 from .items import Plan, expand, megatron_dtype, megatron_prefix, shard_name, shard_of, stored
 from .spec import ModelSpec
 from .store.hf import Finding, open_hf
@@ -73,6 +73,7 @@ class PlanReport:
         return asdict(self)
 
 
+@files_named("planning")
 def plan(what: str | Path, headers: Mapping[str, Shard] | None = None) -> PlanReport:
     """Plan a checkpoint: a folder with config.json (and shards, then compared), or a variant's name.
 

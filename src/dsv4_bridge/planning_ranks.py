@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import read_config, spec_from_config
-from .errors import BridgeError
+from .errors import BridgeError, files_named
 from .fitting import USABLE, Ranked, Search, micro_batches, ranked, search
 from .memory_plan import Run, make_run_topology, plan_memory
 from .planning import known_variant
@@ -90,6 +90,7 @@ class RanksReport:
         }
 
 
+@files_named("planning")
 def spec_of(what: str | Path) -> ModelSpec:
     """The numbers of a variant or of a folder with config.json; no tensor is read.
 

@@ -17,7 +17,7 @@ from .codec import fp8, mxfp4
 from .config import released_config
 from .dtypes import DTYPES
 from .encodings import ENCODINGS, QUANTISED, Stored
-from .errors import BridgeError
+from .errors import BridgeError, files_named
 from .items import Item, Plan, expand, shard_name, shard_of, stored
 from .spec import ModelSpec
 from .store.safetensors import INDEX, make_header, make_index
@@ -42,6 +42,7 @@ def variant_named(name: str) -> Variant:
     raise BridgeError(f"no variant {name!r}; known are {', '.join(VARIANTS)}")
 
 
+@files_named("making a toy")
 def make_toy(
     out: Path,
     variant: str = "Flash",

@@ -15,7 +15,7 @@ import numpy as np
 
 from .convert import Progress, Silent
 from .emit import Emitter, Scale, Weight
-from .errors import BridgeError
+from .errors import BridgeError, files_named
 from .items import Item, stored
 from .progress import in_background
 from .small_files import small_files
@@ -126,6 +126,7 @@ class Side:
                 opened.close()
 
 
+@files_named("verifying")
 def verify(a: Path, b: Path, level: str = "values", progress: Progress | None = None) -> VerifyReport:
     """Compare two checkpoints, each a Hugging Face folder or a Megatron checkpoint.
 

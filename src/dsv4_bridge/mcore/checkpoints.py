@@ -22,7 +22,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ..durable import put, sync
-from ..errors import BridgeError
+from ..errors import BridgeError, files_named
 from ..run_config import FILE as RUN_CONFIG
 from ..run_config import run_config
 from ..store.megatron import TRACKER
@@ -38,6 +38,7 @@ _ADAPTERS = "adapters"
 Chunks = DeepSeekV4Model | Sequence[DeepSeekV4Model]
 
 
+@files_named("saving")
 def save_checkpoint(
     model: Chunks,
     root: Path | str,
@@ -112,6 +113,7 @@ def save_checkpoint(
     return final
 
 
+@files_named("loading")
 def load_checkpoint(model: Chunks, checkpoint: Path | str, optimizer: Any = None, *, adapters: bool = False) -> int:
     """Load a torch_dist checkpoint through `megatron.core.dist_checkpointing`, strictly; every rank calls it.
 

@@ -11,7 +11,7 @@ from ..bridge import target_encoding
 from ..dtypes import DTYPES
 from ..emit import Emitter, Scale, Weight
 from ..encodings import TILE
-from ..errors import BridgeError
+from ..errors import BridgeError, files_named
 from ..items import Item, stored
 from ..spec import ModelSpec
 from ..store.hf import HFCheckpoint, open_hf
@@ -26,6 +26,7 @@ from .places import Place, places
 STREAM_ENCODINGS = ("bf16", "fp8", "source")
 
 
+@files_named("loading weights")
 def load_weights(model: DeepSeekV4Model, checkpoint: Path | str, *, allow_lossy: bool = False) -> None:
     """Fill a model from a Hugging Face folder (any encoding and naming) or a torch_dist checkpoint.
 

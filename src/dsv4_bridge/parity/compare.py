@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import BridgeError
+from ..errors import BridgeError, files_named
 from ..items import Plan, expand
 from ..spec import ModelSpec
 from .inputs import Inputs, token_ids
@@ -24,6 +24,7 @@ DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 _PACKAGES = ("dsv4-bridge", "torch", "transformers", "megatron-core")
 
 
+@files_named("comparing")
 def parity(
     checkpoint: Path | str,
     *,

@@ -6,7 +6,7 @@ from html import escape
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..errors import BridgeError
+from ..errors import BridgeError, files_named
 from .metrics import Choice, Difference
 from .render import about
 from .result import ParityReport, Run, SiteResult
@@ -46,6 +46,7 @@ def can_report(folder: Path) -> None:
         raise BridgeError(f"writing a report: {folder} is not a folder")
 
 
+@files_named("writing the report")
 def write_report(report: ParityReport, folder: Path) -> Path:
     """Write index.html, its plots and parity.json.
 

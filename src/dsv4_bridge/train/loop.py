@@ -19,7 +19,7 @@ from megatron.core.num_microbatches_calculator import (
     update_num_microbatches,
 )
 
-from ..errors import BridgeError
+from ..errors import BridgeError, files_named
 from ..mcore.checkpoints import Saver, load_checkpoint
 from ..mcore.gathering import gather_all
 from ..mcore.metrics import collect
@@ -60,6 +60,7 @@ class Outcome:
     checkpoint: Path | None = None
 
 
+@files_named("training")
 def train(recipe: Recipe, spec: ModelSpec, world: int, say: Callable[[str], None] = print) -> Outcome:
     """Run a recipe; every rank calls it. Where the output folder has a checkpoint, it goes on from there.
 

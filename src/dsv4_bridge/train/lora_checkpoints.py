@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..adapter_tensors import Adapter, Adapters
-from ..errors import BridgeError
+from ..errors import BridgeError, files_named
 from ..items import Item
 from ..lora import ADAPTERS, ALPHA, CARRIERS, PARTS, Lora, Target, checkpoint_name, targets
 from ..run_config import FILE, read_run_config
@@ -24,6 +24,7 @@ def holds_adapters(path: Path) -> bool:
         return ALPHA in reader.tensors
 
 
+@files_named("reading adapters")
 def read_adapters(path: Path, spec: ModelSpec | None = None) -> tuple[Adapters, ModelSpec]:
     """Whole adapters of a checkpoint that any layout saved, and the model's numbers.
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..adapter_tensors import Adapter, Adapters, check_shapes
 from ..durable import sync
-from ..errors import BridgeError
+from ..errors import BridgeError, files_named
 from ..lock import hold
 from ..lora import CARRIERS, Lora, Target, targets
 from ..spec import ModelSpec, short
@@ -100,6 +100,7 @@ def entries(found: Iterable[Target]) -> tuple[Entry, ...]:
 # ---------------------------------------------------------------- out
 
 
+@files_named("writing adapters")
 def export_peft(
     adapters: Adapters, spec: ModelSpec, folder: Path | str, base: str = "", names: str = "transformers"
 ) -> Path:
@@ -226,6 +227,7 @@ def _write(folder: Path, state: dict[str, Tensor], config: bytes) -> None:
 # ---------------------------------------------------------------- in
 
 
+@files_named("reading adapters")
 def open_adapters(path: Path, spec: ModelSpec) -> Adapters:
     """Adapters of a folder that peft saved, or of a training checkpoint.
 
@@ -235,6 +237,7 @@ def open_adapters(path: Path, spec: ModelSpec) -> Adapters:
     return read_adapters(path, spec)[0] if holds_adapters(path) else import_peft(path, spec)
 
 
+@files_named("reading adapters")
 def import_peft(folder: Path | str, spec: ModelSpec) -> Adapters:
     """Read adapters that `export_peft` or peft itself saved for transformers' DeepSeek-V4.
 

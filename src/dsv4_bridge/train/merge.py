@@ -26,7 +26,7 @@ from ..bridge import apart, repack_job
 from ..convert import Options, run
 from ..emit import Emitter
 from ..encodings import ENCODINGS, QUANTISED
-from ..errors import BridgeError
+from ..errors import BridgeError, files_named
 from ..items import Item
 from ..job import Job
 from ..layout import hf_layout_like
@@ -142,6 +142,7 @@ class MergeReport:
         return asdict(self) | shown | {"warnings": list(self.warnings)}
 
 
+@files_named("merging")
 def merge(
     source: Path, adapter: Path, out: Path, encoding: str = "source", options: Options | None = None
 ) -> MergeReport:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from ..durable import move, sync
-from ..errors import BridgeError
+from ..errors import BridgeError, files_named
 from ..lock import hold
 from ..spec import ModelSpec
 from ..text import TOKENIZER, Tokenizer, open_tokenizer
@@ -81,6 +81,7 @@ class DataReport:
         ]
 
 
+@files_named("preparing text")
 def prepare_pretraining(
     named: Sequence[Path],
     out: Path,

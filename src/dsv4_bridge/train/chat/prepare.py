@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import BridgeError
+from ...errors import BridgeError, files_named
 from ...lock import hold
 from ..kinds import gunzipped, is_array, is_gzip, look, refuse_others, unpacked
 from .encode import effort_text
@@ -73,6 +73,7 @@ class ChatReport:
         return found
 
 
+@files_named("preparing conversations")
 def prepare_chat(
     src: Path,
     out: Path,
