@@ -184,6 +184,11 @@ def test_ids_outside_of_the_vocabulary_are_refused() -> None:
         ids[0, 3] = wrong
         with pytest.raises(BridgeError, match=rf"token ids from .*expected 0 to {SPEC.vocab_size - 1}"):
             model(ids)
+        good = some_ids(SPEC, 1, 8)
+        with pytest.raises(BridgeError, match=rf"token ids from .*expected 0 to {SPEC.vocab_size - 1}"):
+            model.mtp_logits(ids)
+        with pytest.raises(BridgeError, match=rf"labels from .*expected 0 to {SPEC.vocab_size - 1}"):
+            model(good, labels=ids)
 
 
 @pytest.mark.parametrize("temperature", [1e-40, 1e-300, 1e-10, 1e-3])

@@ -109,8 +109,8 @@ class DeepSeekV4Model(GPTModel):
             position_ids: not read.
             attention_mask: not read.
             decoder_input: [s, b, h], embeddings in place of the ids' (hash layers read the ids still).
-            labels: [b, s], the token after each; then the result is the loss, and MTP depths add theirs
-                to the gradients (`mtp_loss_scaling_factor`).
+            labels: [b, s], the token after each, a token of the vocabulary also where its weight is 0; then the
+                result is the loss, and MTP depths add theirs to the gradients (`mtp_loss_scaling_factor`).
             loss_mask: [b, s], weights of the MTP losses.
             padding_mask: [b, s], True for tokens that expert balance and the indexer's loss do not count.
             packed_seq_params: refused; see `cu_seqlens`.
@@ -143,6 +143,8 @@ class DeepSeekV4Model(GPTModel):
                 raise BridgeError("decoding: a cache holds one sequence a row; cu_seqlens is for training")
             _check_cache(cache, batch, length)
         _check_ids(input_ids, self.config.actual_vocab_size)
+        if labels is not None:
+            _check_ids(labels, self.config.actual_vocab_size, "labels")
         if self.pre_process and decoder_input is None:
             decoder_input = self.embedding(input_ids=input_ids, position_ids=position_ids)
         rotary = make_rotary(self.config, cache.lengths) if stepping and cache else self._rotary(input_ids, cu_seqlens)
@@ -200,6 +202,7 @@ class DeepSeekV4Model(GPTModel):
 
     def mtp_logits(self, input_ids: Tensor, cu_seqlens: Tensor | None = None) -> list[Tensor]:
         """Logits of every MTP depth, [b, s, vocabulary] each: depth k at position t predicts token t + k + 2."""
+        _check_ids(input_ids, self.config.actual_vocab_size)
         rotary = self._rotary(input_ids, cu_seqlens)
         _, streams = self.decoder(self.embedding(input_ids=input_ids, position_ids=None), rotary, input_ids)
         depths = self.mtp_hidden(streams, input_ids, None, rotary, None)
@@ -236,16 +239,14 @@ class DeepSeekV4Model(GPTModel):
         return hidden
 
 
-def _check_ids(input_ids: Tensor, vocab_size: int) -> None:
+def _check_ids(ids: Tensor, vocab_size: int, what: str = "token ids") -> None:
     """Refuse tokens that the model does not have: ranks that share the vocabulary would leave them out, all of them."""
-    if input_ids.device.type != "cpu":  # without waiting for the device; it stops with the message
-        known = ((input_ids >= 0) & (input_ids < vocab_size)).all()
-        torch._assert_async(known, "a token id is outside of the vocabulary")  # type: ignore[reportPrivateUsage]
-    elif input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < vocab_size:
-        raise BridgeError(
-            f"running the model: token ids from {int(input_ids.min())} to {int(input_ids.max())}, expected 0 to "
-            f"{vocab_size - 1}"
-        )
+    if ids.device.type != "cpu":  # without waiting for the device; it stops with the message
+        known = ((ids >= 0) & (ids < vocab_size)).all()
+        torch._assert_async(known, f"{what} outside of the vocabulary")  # type: ignore[reportPrivateUsage]
+    elif ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+        least, most = int(ids.min()), int(ids.max())
+        raise BridgeError(f"running the model: {what} from {least} to {most}, expected 0 to {vocab_size - 1}")
 
 
 def _check_cache(cache: Cache, batch: int, length: int) -> None:
