@@ -307,8 +307,9 @@ def by_parity(good: Path, bad: Path, dtype: str) -> str:
     if report.passed:
         return "passes"
     verdict = report.verdict
-    place = "" if verdict.layer is None else f"layer {verdict.layer}, "
-    return f"SEEN ({place}{verdict.site})"
+    draft = "MTP block, " if verdict.text.startswith("MTP") else ""
+    place = draft if verdict.layer is None else f"layer {verdict.layer}, "
+    return f"SEEN ({place}{verdict.site or 'logits'})"
 
 
 @contextmanager

@@ -237,7 +237,9 @@ class DeepSeekV4Model(GPTModel):
         packed = roll_boundaries(rotary.documents)
 
         def move(x: Tensor) -> Tensor:
-            return roll_tensor(x, shifts=-1, dims=-1, cp_group=self.pg_collection.cp, packed_seq_params=packed)[0]
+            moved = roll_tensor(x, shifts=-1, dims=-1, cp_group=self.pg_collection.cp, packed_seq_params=packed)[0]
+            assert moved is not None
+            return moved
 
         def loss_of(ahead: Tensor, wanted: Tensor) -> Tensor:
             return self.compute_language_model_loss(wanted, self.output_layer(ahead, runtime_gather_output=gather)[0])

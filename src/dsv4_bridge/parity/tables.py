@@ -1,7 +1,8 @@
 """Tables that the tokens of a sample see a few rows of, compared as both models hold them: all rows.
 
 Embedding and tables of expert ids are looked up by token: a sample of some hundred tokens says nothing of the others.
-The experts' biases act on close choices alone. The reference leaves a digest of every row behind, 16 bytes.
+The experts' biases act on close choices alone. Of the embedding the reference leaves a digest of every row behind, 16
+bytes, and all of the others.
 """
 
 import hashlib
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..spec import ModelSpec
@@ -58,22 +60,23 @@ def our_tables(model: Any, spec: ModelSpec) -> Iterator[tuple[str, Tensor]]:
 
 
 def kept(tables: Iterator[tuple[str, Tensor]]) -> dict[str, np.ndarray]:
-    """What is remembered of tables: [rows] digests, or the biases themselves, float64 [experts]."""
-    return {
-        name: tensor.detach().cpu().double().numpy() if tensor.ndim == 1 else digests(tensor) for name, tensor in tables
-    }
+    """What is remembered of tables: [rows] digests of values, [rows, k] sorted expert ids, [experts] float64 biases."""
+    return {name: _kept(tensor.detach()) for name, tensor in tables}
+
+
+def _kept(tensor: Tensor) -> np.ndarray:
+    if not tensor.is_floating_point():  # a token's experts are a set
+        return tensor.sort(-1).values.to("cpu", torch.int32).numpy()
+    return tensor.cpu().double().numpy() if tensor.ndim == 1 else digests(tensor)
 
 
 def digests(table: Tensor) -> np.ndarray:
-    """[rows, width] -> [rows] of 16 bytes. -0 is 0, and expert ids are a set: neither changes what is computed."""
+    """[rows, width] -> [rows] of 16 bytes; -0 is 0."""
     found = np.empty(len(table), "S16")
     for start in range(0, len(table), _ROWS):
-        part = table[start : start + _ROWS].detach().cpu()
+        raw = (table[start : start + _ROWS].detach().float() + 0.0).cpu().numpy()
         # A letter behind each keeps numpy from cutting zeros off the ends of bytes.
-        raw = (part.float() + 0.0 if part.is_floating_point() else part.long().sort(-1).values).numpy()
-        found[start : start + len(raw)] = [
-            hashlib.blake2b(row.tobytes(), digest_size=15).digest() + b"." for row in np.ascontiguousarray(raw)
-        ]
+        found[start : start + len(raw)] = [hashlib.blake2b(row, digest_size=15).digest() + b"." for row in raw]
     return found
 
 
@@ -85,7 +88,7 @@ def compare_tables(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarr
         if other.dtype.kind == "f":
             differ = ~(np.abs(mine - other) <= _BIAS * np.abs(other).max(initial=0.0))
         else:
-            differ = mine != other
+            differ = mine != other if other.ndim == 1 else (mine != other).any(-1)
         at = np.flatnonzero(differ)
         layer = int(name.split(".")[1]) if name.startswith("layers.") else 0
         site = "ffn.router" if name.startswith("layers.") else "attn.mix"
