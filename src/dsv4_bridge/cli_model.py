@@ -43,7 +43,9 @@ def parity(
     dtype: Annotated[Dtype, typer.Option("--dtype")] = Dtype.float32,
     prompt_ids: Annotated[str | None, typer.Option("--prompt-ids", help="Token ids, as 1,2,3.")] = None,
     text: Annotated[str | None, typer.Option("--text", help="Text for the checkpoint's tokenizer.json.")] = None,
-    seq_length: Annotated[int, typer.Option("--seq-length", min=1, help="Random tokens a row.")] = 301,
+    seq_length: Annotated[
+        int | None, typer.Option("--seq-length", min=1, help="Random tokens a row, by default 301.")
+    ] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Rows of random tokens.")] = 2,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of random tokens.")] = 0,
     report: Annotated[Path | None, typer.Option("--report", help="Folder for an HTML page with plots.")] = None,

@@ -19,6 +19,8 @@ def packed_batches(told: dict[str, Any], vocabulary: int) -> list[Any]:
         padding = torch.zeros_like(ids).bool()
         padding[:, ends[-2] :] = True  # the last document is what fills the row
         mask = (torch.rand(ids.shape, generator=random) < 0.8) & ~padding
+        if told.get("fractions"):  # and one that learns nothing
+            mask = mask * torch.rand(ids.shape, generator=random) * 0.3 * (number != 1)
         found.append(Batch(ids, labels, mask.float(), padding, torch.tensor(ends, dtype=torch.int32)))
     return found
 

@@ -60,6 +60,44 @@ def test_of_equal_scores_those_in_front_are_taken() -> None:
             assert torch.equal(found.sort(-1).values, best_blocks(wide, visible, k).sort(-1).values)
 
 
+SPECIAL = (0.0, -0.0, torch.inf, -torch.inf, torch.nan, -torch.nan, 1.0, -1.0, 1e-45, -1e-45, 3.4e38, -3.4e38)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["special", "few values", "all differ"])
+def test_choices_are_those_of_a_stable_sort(dtype: torch.dtype, kind: str) -> None:
+    """Zeros of both signs are equal, and NaN of both counts as +inf; queries see any number of blocks, or none."""
+    source = torch.Generator().manual_seed(6)
+    for n, k in ((1, 1), (5, 5), (9, 4), (33, 8), (300, 64), (2100, 512)):
+        scores = torch.randn((2, 30, n), generator=source)
+        if kind == "special":
+            scores = torch.tensor(SPECIAL)[torch.randint(0, len(SPECIAL), (2, 30, n), generator=source)]
+        elif kind == "few values":
+            scores = (scores * 2).round() / 2
+        scores = scores.to(dtype)
+        before = scores.clone()
+        visible = torch.randint(0, n + 1, (2, 30), generator=source)
+        found = best_blocks(scores, visible, k)
+        assert found.shape == (2, 30, k) and found.dtype == torch.int64
+        assert torch.equal(scores.isnan(), before.isnan()) and torch.equal(scores.nan_to_num(), before.nan_to_num())
+        for row, seen, mine in zip(scores.flatten(0, 1), visible.flatten().tolist(), found.flatten(0, 1), strict=True):
+            plain = torch.where(row[:seen].isnan(), torch.inf, row[:seen].float())
+            best = plain.sort(descending=True, stable=True).indices[:k].tolist()
+            assert sorted(mine.tolist()) == sorted([*best, *[-1] * (k - len(best))])
+
+
+def test_choosing_reads_nothing_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU a look at a value on the host waits for all that was asked of it: once a chunk of queries."""
+
+    def waits(*_: Any) -> Any:
+        raise AssertionError("a value was read back")
+
+    for name in ("__bool__", "item", "tolist", "nonzero", "__int__", "__float__", "__index__"):
+        monkeypatch.setattr(torch.Tensor, name, waits)
+    scores, visible = torch.zeros(1, 40, 20), torch.arange(40).unsqueeze(0) // 2
+    best_blocks(scores, visible, 8)
+
+
 def test_prefill_and_steps_choose_alike_among_equals() -> None:
     spec = replace_spec(SPEC, index_n_heads=4)
     model = randomise(build_model(spec), 3).eval()
@@ -184,6 +222,11 @@ def test_ids_outside_of_the_vocabulary_are_refused() -> None:
         ids[0, 3] = wrong
         with pytest.raises(BridgeError, match=rf"token ids from .*expected 0 to {SPEC.vocab_size - 1}"):
             model(ids)
+        good = some_ids(SPEC, 1, 8)
+        with pytest.raises(BridgeError, match=rf"token ids from .*expected 0 to {SPEC.vocab_size - 1}"):
+            model.mtp_logits(ids)
+        with pytest.raises(BridgeError, match=rf"labels from .*expected 0 to {SPEC.vocab_size - 1}"):
+            model(good, labels=ids)
 
 
 @pytest.mark.parametrize("temperature", [1e-40, 1e-300, 1e-10, 1e-3])

@@ -27,6 +27,17 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "ep2": {"parallel": {"ep": 2}},
     "pp2vp2-recompute": {"parallel": {"pp": 2}, "vp": 2, "settings": SETTINGS | FULL},
 }
+# Weights that are no whole numbers and a micro-batch that learns nothing, over labels and over micro-batches.
+DRAFT: dict[str, Any] = {"mtp_loss_scaling_factor": 0.3}
+FRACTIONS: dict[str, dict[str, Any]] = {
+    "per-token": {"fractions": True, "settings": DRAFT | {"calculate_per_token_loss": True}},
+    "per-micro-batch": {"fractions": True, "settings": DRAFT},
+}
+CUTS: dict[str, dict[str, Any]] = {
+    "dp2": {"parallel": {}},
+    "tp2": {"parallel": {"tp": 2}},
+    "pp2vp2": {"parallel": {"pp": 2}, "vp": 2},
+}
 RUN: dict[str, Any] = {
     "settings": SETTINGS,
     "boundaries": [[0, 5, 133, 136], [0, 1, 70, 136], [0, 129, 130, 136], [0, 60, 131, 136]],
@@ -41,6 +52,30 @@ def stepped(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     found = {"one": run_ranks(toy.parent, "one", 1, [action], weights=toy, **RUN)[0]}
     cases = [action | layout for layout in LAYOUTS.values()]
     return found | dict(zip(LAYOUTS, run_ranks(toy.parent, "two", 2, cases, weights=toy, **RUN), strict=True))
+
+
+@pytest.fixture(scope="module")
+def weighted(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], list[Any]]:
+    toy: Path = make_toy(tmp_path_factory.mktemp("weighted") / "toy", "Flash", 4, spec=draft_spec(2), payload="natural")
+    action = {"action": "objectives"}
+    names = [(cut, kind) for cut in CUTS for kind in FRACTIONS]
+    alone = run_ranks(toy.parent, "one", 1, [action | how for how in FRACTIONS.values()], weights=toy, **RUN)
+    cases = [action | CUTS[cut] | FRACTIONS[kind] for cut, kind in names]
+    found = {("one", kind): results for kind, results in zip(FRACTIONS, alone, strict=True)}
+    return found | dict(zip(names, run_ranks(toy.parent, "two", 2, cases, weights=toy, **RUN), strict=True))
+
+
+@pytest.mark.parametrize("kind", FRACTIONS)
+@pytest.mark.parametrize("cut", CUTS)
+def test_weighted_draft_losses_equal_one_rank(weighted: dict[tuple[str, str], list[Any]], cut: str, kind: str) -> None:
+    one, several = weighted["one", kind], weighted[cut, kind]
+    theirs, ours = whole(one, "gradients"), whole(several, "gradients")
+    assert set(ours) == set(theirs)
+    wrong = {n: float((ours[n] - g).norm() / g.norm()) for n, g in theirs.items() if g.norm() > 1e-7}
+    assert sum(n.startswith("mtp.1.") for n in wrong) > 30
+    assert {n: e for n, e in wrong.items() if e > 1e-4} == {}
+    for rank in several:
+        assert rank["metrics"]["mtp_loss"] == pytest.approx(one[0]["metrics"]["mtp_loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

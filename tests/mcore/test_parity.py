@@ -311,8 +311,8 @@ def run(monkeypatch: pytest.MonkeyPatch, *args: Any) -> int:
 
 
 SCHEMA = {
-    "": "against bytes checkpoint device dtype free inputs layers passed reference replayed seconds tolerance verdict "
-    "versions",
+    "": "against bytes checkpoint device drafts dtype free inputs layers left_out narrow passed reference replayed "
+    "seconds tables tolerance verdict versions",
     "verdict": "layer passed site tensors text",
     "tolerance": "far last_cosine least_cosine logits site tie top1",
     "logits": "cosine_mean cosine_min error kl_max kl_mean kl_p95 last_cosine not_finite positions relative top1",

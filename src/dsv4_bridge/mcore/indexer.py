@@ -137,25 +137,28 @@ def index_scores(q: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
 
 
 def best_blocks(scores: Tensor, visible: Tensor, topk: int) -> Tensor:
-    """Indices of the best visible blocks: [b, s, n], [1 or b, s] -> [b, s, topk], -1 where there are fewer.
+    """Indices of the best visible blocks, in any order.
 
     Of blocks with equal scores those in front are taken. `torch.topk` takes any, other ones for another number of
     columns: then a choice would depend on how queries are cut into chunks, on the device, and on whether a
-    sequence is decoded step by step.
+    sequence is decoded step by step. So a block's score and its place make one integer, and no two are equal: what
+    is chosen is what a stable sort has in front, without waiting for the device.
+
+    Args:
+        scores: [b, s, n], float32 or narrower; -0 equals 0, and NaN counts as +inf.
+        visible: [1 or b, s], how many blocks a query sees.
+        topk: of n blocks.
+
+    Returns:
+        [b, s, topk] int64, -1 where there are fewer.
     """
-    hidden = torch.arange(scores.shape[-1], device=scores.device) >= visible.unsqueeze(-1)
-    seen = scores.masked_fill(hidden, -math.inf)
-    values, best = seen.topk(topk, dim=-1)
-    least = values[..., -1:]
-    split = ((seen == least).sum(-1) > (values == least).sum(-1)) & (least > -math.inf).squeeze(-1)
-    if bool(split.any()):  # equal scores on both sides of the border
-        best[split] = _in_front(seen[split], least[split], topk)
-    return torch.where(best >= visible.unsqueeze(-1), -1, best)
-
-
-def _in_front(scores: Tensor, least: Tensor, topk: int) -> Tensor:
-    """The columns above `least` and the first that equal it: [rows, n], [rows, 1] -> [rows, topk], in their order."""
-    above, equal = scores > least, scores == least
-    left = topk - above.sum(-1, keepdim=True)
-    taken = above | (equal & (equal.cumsum(-1) <= left))
-    return taken.nonzero()[:, 1].view(-1, topk)
+    column = torch.arange(scores.shape[-1], device=scores.device)
+    seen = torch.nan_to_num(scores.float(), nan=math.inf, posinf=math.inf, neginf=-math.inf)
+    seen = seen.add_(0.0).masked_fill_(column >= visible.unsqueeze(-1), -math.inf)  # -0 + 0 is 0
+    # The bits of positive floats order them as integers do; those of negative ones the other way round.
+    bits = seen.view(torch.int32)
+    bits ^= (bits >> 31).bitwise_and_(0x7FFFFFFF)
+    last = scores.shape[-1] - 1
+    keys = bits.long().bitwise_left_shift_(32).bitwise_or_(last - column)
+    best = last - keys.topk(topk, dim=-1, sorted=False).values.bitwise_and_(0xFFFFFFFF)
+    return best.masked_fill_(best >= visible.unsqueeze(-1), -1)

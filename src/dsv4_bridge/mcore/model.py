@@ -7,7 +7,7 @@ from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper, process_mtp_loss, roll_tensor
+from megatron.core.transformer.multi_token_prediction import roll_tensor
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
 
@@ -21,6 +21,7 @@ from .config import DeepSeekV4Config, model_config
 from .documents import documents_of, restarting_positions, roll_boundaries
 from .metrics import Tally
 from .mtp import MTPBlock
+from .mtp_loss import draft_losses, tally_drafts, with_draft_losses
 from .rope import Rotary, make_rotary
 from .runtime import initialize
 
@@ -95,6 +96,7 @@ class DeepSeekV4Model(GPTModel):
         cache: Cache | None = None,
         last_only: bool = False,
         cu_seqlens: Tensor | None = None,
+        mtp_share: tuple[float, ...] | None = None,
         **unknown: Any,
     ) -> Tensor:
         """Logits, or the loss of every token.
@@ -109,8 +111,8 @@ class DeepSeekV4Model(GPTModel):
             position_ids: not read.
             attention_mask: not read.
             decoder_input: [s, b, h], embeddings in place of the ids' (hash layers read the ids still).
-            labels: [b, s], the token after each; then the result is the loss, and MTP depths add theirs
-                to the gradients (`mtp_loss_scaling_factor`).
+            labels: [b, s], the token after each, a token of the vocabulary also where its weight is 0; then the
+                result is the loss, and MTP depths add theirs to the gradients (`mtp_loss_scaling_factor`).
             loss_mask: [b, s], weights of the MTP losses.
             padding_mask: [b, s], True for tokens that expert balance and the indexer's loss do not count.
             packed_seq_params: refused; see `cu_seqlens`.
@@ -121,6 +123,8 @@ class DeepSeekV4Model(GPTModel):
             cu_seqlens: [documents + 1] int32, boundaries of documents packed into the one row (b is 1), on every
                 stage. The row computes what its documents compute one by one; their last tokens have no MTP
                 target. None: every row is one document.
+            mtp_share: how this micro-batch counts in the loss of every MTP depth, see `mtp_loss`; the schedule
+                says it. None: it is the whole step.
 
         Returns:
             [b, s, vocabulary], or [b, s] losses with labels; streams [s, b, n*h] on a stage that is not the last.
@@ -143,6 +147,8 @@ class DeepSeekV4Model(GPTModel):
                 raise BridgeError("decoding: a cache holds one sequence a row; cu_seqlens is for training")
             _check_cache(cache, batch, length)
         _check_ids(input_ids, self.config.actual_vocab_size)
+        if labels is not None:
+            _check_ids(labels, self.config.actual_vocab_size, "labels")
         if self.pre_process and decoder_input is None:
             decoder_input = self.embedding(input_ids=input_ids, position_ids=position_ids)
         rotary = make_rotary(self.config, cache.lengths) if stepping and cache else self._rotary(input_ids, cu_seqlens)
@@ -151,7 +157,7 @@ class DeepSeekV4Model(GPTModel):
             return streams
         if labels is not None and self.mtp_process:
             depths = self.mtp_hidden(streams, input_ids, position_ids, rotary, padding_mask)
-            hidden = self._with_mtp_loss(hidden, depths, labels, loss_mask, runtime_gather_output, rotary)
+            hidden = self._with_mtp_loss(hidden, depths, labels, loss_mask, runtime_gather_output, rotary, mtp_share)
         if cache is not None:
             if last_only and not stepping:
                 hidden = hidden[cache.lengths - 1, torch.arange(batch, device=hidden.device)].unsqueeze(0)
@@ -198,11 +204,22 @@ class DeepSeekV4Model(GPTModel):
             found.append(hidden)
         return found
 
-    def mtp_logits(self, input_ids: Tensor, cu_seqlens: Tensor | None = None) -> list[Tensor]:
-        """Logits of every MTP depth, [b, s, vocabulary] each: depth k at position t predicts token t + k + 2."""
+    def mtp_logits(
+        self, input_ids: Tensor, cu_seqlens: Tensor | None = None, streams: Tensor | None = None
+    ) -> list[Tensor]:
+        """Logits of every MTP depth, [b, s, vocabulary] each: depth k at position t predicts token t + k + 2.
+
+        Args:
+            input_ids: [b, s].
+            cu_seqlens: see `forward`.
+            streams: [s, b, n*h] behind the last decoder layer; None: they are computed.
+        """
+        _check_ids(input_ids, self.config.actual_vocab_size)
         rotary = self._rotary(input_ids, cu_seqlens)
-        _, streams = self.decoder(self.embedding(input_ids=input_ids, position_ids=None), rotary, input_ids)
-        depths = self.mtp_hidden(streams, input_ids, None, rotary, None)
+        given = streams
+        if given is None:
+            _, given = self.decoder(self.embedding(input_ids=input_ids, position_ids=None), rotary, input_ids)
+        depths = self.mtp_hidden(given, input_ids, None, rotary, None)
         return [self.output_layer(hidden)[0].transpose(0, 1).contiguous() for hidden in depths]
 
     def _with_mtp_loss(
@@ -213,39 +230,35 @@ class DeepSeekV4Model(GPTModel):
         loss_mask: Tensor | None,
         gather: bool | None,
         rotary: Rotary,
+        share: tuple[float, ...] | None,
     ) -> Tensor:
-        logged = MTPLossLoggingHelper.tracker
-        logged.clear()  # megatron keeps one table a process, as long as the first model is deep, and adds to it
-        hidden = process_mtp_loss(
-            hidden_states=torch.cat([hidden, *depths]),
-            labels=labels,
-            loss_mask=loss_mask,
-            output_layer=self.output_layer,
-            output_weight=None,
-            runtime_gather_output=gather,
-            is_training=self.training,
-            compute_language_model_loss=self.compute_language_model_loss,
-            config=self.config,
-            cp_group=self.pg_collection.cp,
-            tp_group=self.pg_collection.tp,
-            packed_seq_params=roll_boundaries(rotary.documents),
-        )
-        if self.training and torch.is_grad_enabled():
-            learned = logged["total_values"]
-            self.tally[1].add((logged["loss_values"] * learned).sum(), learned.sum())
-        return hidden
+        if not torch.is_grad_enabled():  # nobody would see it
+            return hidden
+        packed = roll_boundaries(rotary.documents)
+
+        def move(x: Tensor) -> Tensor:
+            moved = roll_tensor(x, shifts=-1, dims=-1, cp_group=self.pg_collection.cp, packed_seq_params=packed)[0]
+            assert moved is not None
+            return moved
+
+        def loss_of(ahead: Tensor, wanted: Tensor) -> Tensor:
+            return self.compute_language_model_loss(wanted, self.output_layer(ahead, runtime_gather_output=gather)[0])
+
+        losses = draft_losses(depths, labels, loss_mask, move, loss_of)
+        if self.training:
+            tally_drafts(self.tally[1], losses)
+        learned = torch.full_like(losses[0][1], labels.numel()) if loss_mask is None else loss_mask.sum()
+        return with_draft_losses(hidden, losses, self.config, learned, share)
 
 
-def _check_ids(input_ids: Tensor, vocab_size: int) -> None:
+def _check_ids(ids: Tensor, vocab_size: int, what: str = "token ids") -> None:
     """Refuse tokens that the model does not have: ranks that share the vocabulary would leave them out, all of them."""
-    if input_ids.device.type != "cpu":  # without waiting for the device; it stops with the message
-        known = ((input_ids >= 0) & (input_ids < vocab_size)).all()
-        torch._assert_async(known, "a token id is outside of the vocabulary")  # type: ignore[reportPrivateUsage]
-    elif input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < vocab_size:
-        raise BridgeError(
-            f"running the model: token ids from {int(input_ids.min())} to {int(input_ids.max())}, expected 0 to "
-            f"{vocab_size - 1}"
-        )
+    if ids.device.type != "cpu":  # without waiting for the device; it stops with the message
+        known = ((ids >= 0) & (ids < vocab_size)).all()
+        torch._assert_async(known, f"{what} outside of the vocabulary")  # type: ignore[reportPrivateUsage]
+    elif ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+        least, most = int(ids.min()), int(ids.max())
+        raise BridgeError(f"running the model: {what} from {least} to {most}, expected 0 to {vocab_size - 1}")
 
 
 def _check_cache(cache: Cache, batch: int, length: int) -> None:

@@ -17,6 +17,8 @@ from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
+from .mtp_loss import ahead, draft_shares
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -53,8 +55,8 @@ def forward_backward(
 ) -> list[Tensor]:
     """Run micro-batches forward and backward; gradients add up, averaged over the micro-batches.
 
-    Micro-batches without a learned token do not count. With `calculate_per_token_loss` gradients are averaged over the
-    weights of all labels of all ranks instead.
+    Micro-batches without a learned token do not count, of the main loss or of a draft depth. With
+    `calculate_per_token_loss` gradients are averaged over the weights of all labels of all ranks instead.
 
     Args:
         chunks: this rank's chunks, as `build_chunks` made them, wrapped or not.
@@ -67,7 +69,8 @@ def forward_backward(
     config = get_model_config(chunks[0])
     stages, virtual = config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size
     size, length = batches[0].input_ids.shape
-    share = _Share() if forward_only else _Share.of(batches, bool(config.calculate_per_token_loss))
+    depths = getattr(config, "mtp_num_layers", None) or 0
+    share = _Share() if forward_only else _Share.of(batches, bool(config.calculate_per_token_loss), depths)
     batches = share.applied(batches)
     options: dict[str, Any] = {}
     if stages > 1:
@@ -116,36 +119,65 @@ class _Share:
         factor: of a micro-batch's mean loss, so that those without a learned token do not count.
         weight: of the labels' weights, so that they sum up to the number of labels that have any. None: they are
             whole numbers, and are counted themselves.
+        drafts: the same of every depth of multi-token prediction, see `mtp_loss.draft_shares`; None: there is none,
+            or micro-batches are alike.
     """
 
     factor: float = 1.0
     weight: float | None = None
+    drafts: tuple[float, ...] | None = None
 
     @classmethod
-    def of(cls, batches: Sequence[Batch], per_token: bool) -> "_Share":
-        """Of these micro-batches and those of the other data-parallel ranks; every rank calls it."""
-        masks = [b.loss_mask for b in batches if b.loss_mask is not None]
-        if not masks:  # the same on all ranks
+    def of(cls, batches: Sequence[Batch], per_token: bool, depths: int = 0) -> "_Share":
+        """Of these micro-batches and those of the other data-parallel ranks; every rank calls it.
+
+        Args:
+            batches: this rank's.
+            per_token: whether the mean is over labels, not over micro-batches.
+            depths: of multi-token prediction.
+        """
+        masked = any(b.loss_mask is not None for b in batches)
+        if not masked and not (depths and any(b.cu_seqlens is not None for b in batches)):  # the same on all ranks
             return cls()
-        broken = any(bool((m != m.round()).any()) for m in masks) if per_token else False
-        learned = [int((m != 0).sum()) for m in masks]
-        learning = len(batches) - learned.count(0)
-        weight = sum(float(m.sum(dtype=torch.float64)) for m in masks)
-        facts = [len(batches), learning, weight, sum(learned), broken]
-        found = torch.tensor(facts, dtype=torch.float64, device=masks[0].device)
+        facts = torch.stack([_facts(b, depths) for b in batches])
+        found = torch.cat([facts.new_tensor([len(batches)]), facts.sum(0)])
         group: Any = parallel_state.get_data_parallel_group()
         if group.size() > 1:
             torch.distributed.all_reduce(found, group=group)
-        count, learning, weight, labels, broken = found.tolist()
+        count, broken, labels, *sums = found.tolist()  # the one look at the device a step
+        (learning, *learning_ahead), (weight, *weight_ahead) = sums[: depths + 1], sums[depths + 1 :]
+        drafts = draft_shares(per_token, count, weight, learning_ahead, weight_ahead) if depths else None
         if per_token:
-            return cls(weight=labels / weight) if broken and weight else cls()
-        return cls(count / learning if learning else 1.0)
+            return cls(1.0, labels / weight if broken and weight else None, drafts)
+        return cls(count / learning if learning else 1.0, None, drafts)
 
     def applied(self, batches: Sequence[Batch]) -> list[Batch]:
         """The micro-batches with the weights that are learned by."""
         if self.weight is None:
             return list(batches)
-        return [replace(b, loss_mask=None if b.loss_mask is None else b.loss_mask * self.weight) for b in batches]
+        return [replace(b, loss_mask=_weights(b) * self.weight) for b in batches]
+
+
+def _weights(batch: Batch) -> Tensor:
+    """[b, s] float32 or the mask's own type."""
+    mask = batch.loss_mask
+    return torch.ones_like(batch.labels, dtype=torch.float32) if mask is None else mask
+
+
+def _facts(batch: Batch, depths: int) -> Tensor:
+    """What a micro-batch adds to a step, float64, on its device.
+
+    Weights that are no whole numbers; labels that have any; then, of the main loss and of every depth, whether it
+    learns anything; and, of the same, the sum of the weights: [4 + 2 * depths].
+    """
+    weights = _weights(batch).double()
+    sums, broken, labels = [weights.sum()], (weights != weights.round()).sum(), (weights != 0).sum()
+    learning = [labels > 0]
+    for _ in range(depths):
+        weights = ahead(weights, batch.cu_seqlens)
+        sums.append(weights.sum())
+        learning.append((weights != 0).any())
+    return torch.stack([x.double() for x in (broken, labels, *learning, *sums)])
 
 
 def _step(share: _Share, batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Any]:
@@ -156,6 +188,7 @@ def _step(share: _Share, batches: Iterator[Batch], model: torch.nn.Module) -> tu
         loss_mask=batch.loss_mask,
         padding_mask=batch.padding_mask,
         cu_seqlens=batch.cu_seqlens,
+        mtp_share=share.drafts,
     )
 
     def mean_loss(losses: Tensor) -> Any:

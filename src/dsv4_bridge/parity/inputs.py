@@ -13,24 +13,32 @@ from ..store.megatron import ALONG, looks_megatron
 from ..store.torch_dist import find_iteration
 from ..text import open_tokenizer
 
+LENGTH = 301
+
 
 @dataclass(frozen=True)
 class Inputs:
     """Where tokens come from: `text`, else `prompt_ids`, else seeded random ids.
 
     Attributes:
-        seq_length: of random ids. The default leaves blocks of both compressors unfinished.
+        seq_length: of random ids. None: 301, which leaves blocks of both compressors unfinished; where they are too
+            few for an indexer to choose from, the comparison has another pass, with a smaller choice.
         batch: rows of random ids; two rows show a mixed-up batch dimension.
         seed: of random ids.
         prompt_ids: one row of ids.
         text: one row, by the checkpoint's tokenizer.json.
     """
 
-    seq_length: int = 301
+    seq_length: int | None = None
     batch: int = 2
     seed: int = 0
     prompt_ids: tuple[int, ...] | None = None
     text: str | None = None
+
+    @property
+    def own(self) -> bool:
+        """Whether nothing was said about the tokens but how many rows."""
+        return self.seq_length is None and self.prompt_ids is None and self.text is None
 
 
 def token_ids(inputs: Inputs, spec: ModelSpec, folders: tuple[Path, ...]) -> tuple[Tensor, dict[str, Any]]:
@@ -50,10 +58,11 @@ def token_ids(inputs: Inputs, spec: ModelSpec, folders: tuple[Path, ...]) -> tup
     if inputs.text is not None and inputs.prompt_ids is not None:
         raise BridgeError("choosing tokens: both a text and prompt ids are given, expected one of them")
     if inputs.text is None and inputs.prompt_ids is None:
-        if inputs.seq_length < 1 or inputs.batch < 1:
-            raise BridgeError(f"choosing tokens: {inputs.batch} rows of {inputs.seq_length}, expected at least 1 each")
+        length = LENGTH if inputs.seq_length is None else inputs.seq_length
+        if length < 1 or inputs.batch < 1:
+            raise BridgeError(f"choosing tokens: {inputs.batch} rows of {length}, expected at least 1 each")
         generator = torch.Generator().manual_seed(inputs.seed)
-        ids = torch.randint(0, spec.vocab_size, (inputs.batch, inputs.seq_length), generator=generator)
+        ids = torch.randint(0, spec.vocab_size, (inputs.batch, length), generator=generator)
         return ids, _facts(ids, "random", inputs.seed)
     source = "text" if inputs.text is not None else "prompt ids"
     row = _tokenised(inputs.text, spec, folders) if inputs.text is not None else inputs.prompt_ids or ()

@@ -7,7 +7,7 @@ from ..items import Plan
 from ..spec import ModelSpec
 
 
-def needed(plan: Plan, batch: int, length: int, dtype: torch.dtype) -> int:
+def needed(plan: Plan, batch: int, length: int, dtype: torch.dtype, records: int = 1) -> int:
     """Bytes at the peak: one model (they are loaded one after the other), the record, the largest sub-layer.
 
     Args:
@@ -15,6 +15,7 @@ def needed(plan: Plan, batch: int, length: int, dtype: torch.dtype) -> int:
         batch: rows.
         length: tokens a row.
         dtype: of parameters and activations.
+        records: of the reference.
     """
     spec, size, tokens = plan.spec, dtype.itemsize, batch * length
     model = sum(item.numel for item in plan.items) * size
@@ -23,7 +24,7 @@ def needed(plan: Plan, batch: int, length: int, dtype: torch.dtype) -> int:
     least = min((r for r in spec.compress_ratios if r), default=length)
     scores = 4 * batch * spec.num_attention_heads * length * (length + length // least) * 4
     logits = 2 * tokens * spec.vocab_size * size
-    return model + record + scores + logits
+    return model + records * record + scores + records * logits
 
 
 def _recorded(spec: ModelSpec, ratio: int, tokens: int, length: int, size: int) -> int:

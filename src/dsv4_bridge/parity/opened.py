@@ -12,8 +12,8 @@ from ..values import HFValues, MegatronValues, Values
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[tuple[ModelSpec, Values]]:
-    """The numbers (without draft blocks, which are no part of a comparison) and values of a checkpoint.
+def opened_whole(path: Path) -> Iterator[tuple[ModelSpec, Values]]:
+    """The numbers and values of a checkpoint, draft blocks among them.
 
     Raises:
         BridgeError: it cannot be read, or its tensors are not those of its model.
@@ -23,18 +23,30 @@ def opened(path: Path) -> Iterator[tuple[ModelSpec, Values]]:
     if looks_megatron(path):
         megatron = open_megatron(path)
         try:
-            yield megatron.spec.without_draft(), MegatronValues(megatron.reader, megatron.spec)
+            yield megatron.spec, MegatronValues(megatron.reader, megatron.spec)
         finally:
             megatron.close()
         return
     released = open_hf(path)
     try:
-        yield released.spec.without_draft(), HFValues(released)
+        yield released.spec, HFValues(released)
     finally:
         released.close()
 
 
+@contextmanager
+def opened(path: Path) -> Iterator[tuple[ModelSpec, Values]]:
+    """The same with the numbers of the trunk alone."""
+    with opened_whole(path) as (spec, values):
+        yield spec.without_draft(), values
+
+
+def whole_spec_of(path: Path) -> ModelSpec:
+    """The numbers of a checkpoint, with draft blocks."""
+    with opened_whole(path) as (spec, _):
+        return spec
+
+
 def spec_of(path: Path) -> ModelSpec:
     """The numbers of a checkpoint, without draft blocks."""
-    with opened(path) as (spec, _):
-        return spec
+    return whole_spec_of(path).without_draft()

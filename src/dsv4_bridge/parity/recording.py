@@ -20,18 +20,20 @@ from .sites import SITES
 _BATCH_FIRST = {"attn.compressor", "attn.index"}
 
 
-class _Watcher:
+class Watcher:
     """Compares what passes; gives the reference's choices back where `replay` says so."""
 
     def __init__(self, record: Record, shape: tuple[int, int], replay: bool, tolerance: Tolerance, hashed: int):
         self.record, self.shape, self.replay, self.tolerance, self.hashed = record, shape, replay, tolerance, hashed
         self.found: list[SiteResult] = []
+        self.blocks: list[str] = []
 
     def __call__(self, site: str, block: str, value: Tensor) -> Tensor | None:
         theirs = self.record.values.get((block, site))
         if theirs is None:
             raise BridgeError(f"comparing {block} {site}: the reference has nothing there, a mistake in this package")
-        layer = int(block.removeprefix("layers.")) if block != "model" else None
+        layer = int(block.removeprefix("layers.")) if block.startswith("layers.") else None
+        self.blocks.append(block)
         ours = self._turned(site, value.detach()).cpu()
         if SITES[site].choices:
             found = compare_choices(
@@ -70,11 +72,10 @@ def compare_run(model: Any, ids: Tensor, record: Record, replay: bool, tolerance
         tolerance: for near-ties.
     """
     batch, length = ids.shape
-    watcher = _Watcher(record, (batch, length), replay, tolerance, model.spec.num_hash_layers)
+    watcher = Watcher(record, (batch, length), replay, tolerance, model.spec.num_hash_layers)
     with torch.no_grad(), watching(watcher):
         logits = model(ids).cpu()
-    if missed := set(record.values) - {
-        ("model" if s.layer is None else f"layers.{s.layer}", s.site) for s in watcher.found
-    }:
+    seen = {(block, s.site) for block, s in zip(watcher.blocks, watcher.found, strict=True)}
+    if missed := set(record.values) - seen:
         raise BridgeError(f"comparing: our model never came by {sorted(missed)[0]}, a mistake in this package")
     return Run(tuple(watcher.found), compare_logits(logits, record.logits))

@@ -85,16 +85,24 @@ def _fill(model: Any, spec: ModelSpec, values: Values) -> None:
             target = target[item.expert, first : first + item.shape[0]]
         at = 0
         for stripe in values.stripes(item, 0, item.shape[0], scratch):
-            target[at : at + len(stripe)].copy_(_as_tensor(stripe))
+            target[at : at + len(stripe)].copy_(as_tensor(stripe))
             at += len(stripe)
         awaited.discard(name)
     if awaited:
         raise BridgeError(f"filling transformers' model: no tensor of a checkpoint is its {', '.join(sorted(awaited))}")
 
 
-def _as_tensor(stripe: np.ndarray) -> Tensor:
+def as_tensor(stripe: np.ndarray) -> Tensor:
+    """A stripe of values as a tensor over the same memory."""
     tensor = torch.from_numpy(stripe)
     return tensor.view(torch.bfloat16) if stripe.dtype == np.uint16 else tensor
+
+
+def set_index_topk(model: Any, topk: int) -> None:
+    """Let every indexer of the reference choose so many blocks."""
+    for module in model.modules():
+        if hasattr(module, "index_topk"):
+            module.index_topk = topk
 
 
 def record_reference(model: Any, ids: Tensor) -> Record:

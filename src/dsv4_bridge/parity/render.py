@@ -8,7 +8,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from .metrics import Choice, Difference
+from .metrics import Choice, Difference, LogitsDifference
 from .result import ParityReport, Run, SiteResult, Tolerance
 
 _LEGEND = (
@@ -31,16 +31,33 @@ def about(report: ParityReport) -> list[str]:
     same = report.reference == report.checkpoint
     tokens = report.inputs
     seed = f", seed {tokens['seed']}" if tokens["seed"] is not None else ""
-    return [
+    lines = [
         f"checkpoint  {report.checkpoint}",
         f"reference   {'the same' if same else report.reference}, in {report.against}' DeepseekV4ForCausalLM (eager)",
         f"tokens      {tokens['batch']} x {tokens['seq_length']}, {tokens['source']}{seed}",
         f"exercised   {tokens['ids']:,} of {tokens['vocab_size']:,} token ids; in a CSA layer the indexer chose for "
         f"{tokens['chosen']:,} queries",
+        f"tables      {_tables(report)}",
         f"computed    in {report.dtype} on {report.device}: "
         + ", ".join(f"{name} {number}" for name, number in report.versions.items()),
-        "left out    MTP and DSpark blocks, which the reference lacks",
     ]
+    if report.narrow is not None:
+        lines.insert(
+            3,
+            f"again       1 row with index_topk {report.narrow.index_topk} in both models, for the indexers to choose: "
+            f"for {report.narrow.chosen:,} queries a layer",
+        )
+    if report.drafts:
+        lines.append(
+            f"MTP         {len(report.drafts)} block(s) against a formula in float64, which transformers lacks"
+        )
+    return [*lines, f"left out    {report.left_out}"] if report.left_out else lines
+
+
+def _tables(report: ParityReport) -> str:
+    wrong = sum(table.differing for table in report.tables)
+    rows = f"{sum(t.rows for t in report.tables):,} rows of {len(report.tables)}: embedding, experts by token, biases"
+    return f"{rows}; {f'{wrong:,} differ' if wrong else 'all the same'}"
 
 
 def layers_table(report: ParityReport) -> Table:
@@ -84,8 +101,7 @@ def logits_table(report: ParityReport) -> Table:
     table = _table("logits")
     for column in (">error", ">cosine, last", ">cosine, least", ">top-1", ">KL mean", ">p95", ">max"):
         _column(table, column)
-    for title, run in _runs(report):
-        found = run.logits
+    for title, found in logits_of(report):
         table.add_row(
             title,
             f"{found.error:.1e}",
@@ -95,6 +111,17 @@ def logits_table(report: ParityReport) -> Table:
             *(f"{x:.1e}" for x in (found.kl_mean, found.kl_p95, found.kl_max)),
         )
     return table
+
+
+def logits_of(report: ParityReport) -> list[tuple[str, LogitsDifference]]:
+    """Everything that has logits, by what it is called."""
+    found = [(title, run.logits) for title, run in _runs(report)]
+    if report.narrow is not None:
+        runs = [("", report.narrow.free)]
+        if report.narrow.replayed is not None:
+            runs.append((", replayed", report.narrow.replayed))
+        found += [(f"index_topk {report.narrow.index_topk}{how}", run.logits) for how, run in runs]
+    return found + [(f"MTP block {draft.depth}", draft.logits) for draft in report.drafts]
 
 
 def _runs(report: ParityReport) -> list[tuple[str, Run]]:

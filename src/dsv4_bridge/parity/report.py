@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..errors import BridgeError, files_named
 from .metrics import Choice, Difference
-from .render import about
+from .render import about, logits_of
 from .result import ParityReport, Run, SiteResult
 from .sites import SITES
 
@@ -109,8 +109,7 @@ blocks of a query), and the widest gap between the scores of what was swapped, o
 def _logits(report: ParityReport) -> str:
     head = ("error", "cosine, last", "cosine, least", "top-1 equal", "KL mean (nats)", "KL p95", "KL max")
     rows = []
-    for title, run in _runs(report):
-        f = run.logits
+    for title, f in logits_of(report):
         cells = [f"{f.error:.2e}", f"{f.last_cosine:.8f}", f"{f.cosine_min:.8f}", f"{100 * f.top1:.3f} %"]
         cells += [f"{x:.2e}" for x in (f.kl_mean, f.kl_p95, f.kl_max)]
         rows.append(f'<tr><td class="l">{title}</td>{_cells(cells)}</tr>')

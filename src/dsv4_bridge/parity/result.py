@@ -1,10 +1,11 @@
 """What a comparison found; plain data."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from .metrics import Choice, Difference, LogitsDifference
+from .tables import Table
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,53 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Narrow:
+    """Another pass in which both models choose fewer blocks, where the sample is too short for `index_topk`.
+
+    Attributes:
+        index_topk: blocks a query in both models.
+        batch: rows.
+        chosen: queries of one layer that had more blocks than that.
+        free: our model's own choices.
+        replayed: with the reference's, or None.
+    """
+
+    index_topk: int
+    batch: int
+    chosen: int
+    free: Run
+    replayed: Run | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain types."""
+        runs = {"free": self.free.to_json(), "replayed": self.replayed.to_json() if self.replayed else None}
+        return {"index_topk": self.index_topk, "batch": self.batch, "chosen": self.chosen} | runs
+
+
+@dataclass(frozen=True)
+class Draft:
+    """An MTP block against the formula in float64; our model takes the formula's experts.
+
+    Attributes:
+        depth: its number, from 0.
+        sites: in the order of the computation.
+        logits: of all positions that were looked at.
+    """
+
+    depth: int
+    sites: tuple[SiteResult, ...]
+    logits: LogitsDifference
+
+    def within(self, tolerance: Tolerance) -> bool:
+        """Whether logits agree and no choice of experts differs by more than a near-tie."""
+        return Run(self.sites, self.logits).within(replace(tolerance, last_cosine=None))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain types."""
+        return {"depth": self.depth} | Run(self.sites, self.logits).to_json()
+
+
+@dataclass(frozen=True)
 class Verdict:
     """The outcome.
 
@@ -158,6 +206,10 @@ class ParityReport:
         free: our model making its own choices.
         replayed: our model made to take the reference's choices, or None; choices in it are what it
             would have taken by itself, on the reference's way.
+        tables: what is looked up by token, and the experts' biases: all rows of both models.
+        narrow: another pass with fewer blocks a query; None where the sample was long enough, or was given.
+        drafts: the MTP blocks.
+        left_out: what was not compared, in words, or None.
         verdict: the outcome.
         bytes: memory stated before the start.
         seconds: wall time.
@@ -174,6 +226,10 @@ class ParityReport:
     tolerance: Tolerance
     free: Run
     replayed: Run | None
+    tables: tuple[Table, ...]
+    narrow: Narrow | None
+    drafts: tuple[Draft, ...]
+    left_out: str | None
     verdict: Verdict
     bytes: int
     seconds: float
@@ -196,6 +252,10 @@ class ParityReport:
             "verdict": asdict(self.verdict),
             "free": self.free.to_json(),
             "replayed": self.replayed.to_json() if self.replayed else None,
+            "tables": [vars(table) for table in self.tables],
+            "narrow": self.narrow.to_json() if self.narrow else None,
+            "drafts": [draft.to_json() for draft in self.drafts],
+            "left_out": self.left_out,
         }
 
 

@@ -66,5 +66,15 @@ def suspects(plan: Plan, layer: int | None, site: str) -> tuple[str, ...]:
     return tuple(names)
 
 
+def draft_suspects(plan: Plan, depth: int, site: str) -> tuple[str, ...]:
+    """The same in an MTP block: its own projections act in front of its first sub-layer, its head behind the last."""
+    rows = {
+        "attn.mix": ("mtp.enorm", "mtp.hnorm", "mtp.e_proj", "mtp.h_proj", "hc_attn_"),
+        "logits": ("mtp.norm", "mtp.hc_head_"),
+    }.get(site, SITES[site].rows)
+    here = (item for item in plan.items if item.block.kind == "mtp" and item.block.index == depth)
+    return tuple(dict.fromkeys(_shown(item) for item in here if item.row.key.startswith(rows)))
+
+
 def _shown(item: Item) -> str:
     return item.name if item.expert is None else item.block.prefix + item.row.released.replace("{expert}", "*")

@@ -1,46 +1,78 @@
 """From numbers to a sentence that a person can act on."""
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..items import Plan
 from ..spec import ModelSpec
 from .metrics import Choice
-from .result import Run, SiteResult, Tolerance, Verdict
-from .sites import SITES, suspects
+from .result import Draft, Narrow, Run, SiteResult, Tolerance, Verdict
+from .sites import SITES, draft_suspects, suspects
+from .tables import Table
 
 _JUMP = 4.0
 
 
-def judge(free: Run, replayed: Run | None, tolerance: Tolerance, plan: Plan, unlooked: tuple[str, ...] = ()) -> Verdict:
-    """The verdict of one comparison.
+@dataclass(frozen=True)
+class Found:
+    """All that is judged; see `ParityReport`."""
 
-    Both models agree if the free run is within tolerance, or the replayed one is: what is left of the
-    free run's difference then comes from near-ties, which rounding decides.
+    free: Run
+    replayed: Run | None
+    tables: tuple[Table, ...] = ()
+    narrow: Narrow | None = None
+    drafts: tuple[Draft, ...] = ()
+
+
+def judge(found: Found, tolerance: Tolerance, plan: Plan, unlooked: tuple[str, ...] = ()) -> Verdict:
+    """The verdict of one comparison: the first of its parts that differs.
+
+    A run agrees if the free one is within tolerance, or the replayed one is: what is left of the free run's
+    difference then comes from near-ties, which rounding decides.
 
     Args:
-        free: our model's own choices.
-        replayed: with the reference's choices, or None.
+        found: what was computed.
         tolerance: what counts as the same.
-        plan: of the model, for names.
+        plan: of the model, draft blocks among them, for names.
         unlooked: what the tokens did not exercise, in words.
     """
-    verdict = _judged(free, replayed, tolerance, plan)
-    if not verdict.passed or not unlooked:
-        return verdict
-    return replace(verdict, text=f"{verdict.text}. Not looked at: {'; '.join(unlooked)}")
+    verdict = _judged(found.free, found.replayed, tolerance, plan)
+    wrong = [table for table in found.tables if table.differing]
+    if not verdict.passed:
+        return replace(verdict, text=f"{verdict.text}. {_rows(wrong)}") if wrong else verdict
+    if wrong:
+        text = f"the models differ in tables that the sample saw little of: {_rows(wrong)}"
+        return Verdict(False, text, wrong[0].layer, wrong[0].site, tuple(table.name for table in wrong))
+    said = [verdict.text]
+    if found.narrow is not None:
+        part = _judged(found.narrow.free, found.narrow.replayed, tolerance, plan)
+        how = f"with index_topk {found.narrow.index_topk} in both models instead of {plan.spec.index_topk}"
+        if not part.passed:
+            return replace(part, text=f"{how}, so that the indexers choose, {part.text}")
+        said.append(f"{how} too: {part.text.removeprefix('the models agree').removeprefix(': ').strip()}")
+    for draft in found.drafts:
+        if not draft.within(tolerance):
+            return _blame_draft(draft, tolerance, plan)
+    if found.drafts:
+        said.append(_drafts(found.drafts, tolerance))
+    if found.tables:
+        said.append(f"all {max(t.rows for t in found.tables):,} rows of embedding and tables are the same")
+    if unlooked:
+        said.append(f"Not looked at: {'; '.join(unlooked)}")
+    return replace(verdict, text=". ".join(part[:1].upper() + part[1:] if n else part for n, part in enumerate(said)))
 
 
-def unlooked_at(facts: Mapping[str, Any], spec: ModelSpec) -> tuple[str, ...]:
+def unlooked_at(facts: Mapping[str, Any], spec: ModelSpec, narrow: Narrow | None = None) -> tuple[str, ...]:
     """What the tokens of a comparison did not exercise.
 
     Args:
         facts: `ids` and `chosen` of `ParityReport.inputs`.
         spec: the model's numbers.
+        narrow: the other pass.
     """
     found = []
-    if 4 in spec.compress_ratios[: spec.num_hidden_layers] and not facts["chosen"]:
+    if 4 in spec.compress_ratios[: spec.num_hidden_layers] and not facts["chosen"] and narrow is None:
         least = 4 * (spec.index_topk + 1)
         found.append(
             f"the indexers' choice, for no query had more than index_topk {spec.index_topk} blocks "
@@ -49,9 +81,39 @@ def unlooked_at(facts: Mapping[str, Any], spec: ModelSpec) -> tuple[str, ...]:
     if facts["ids"] < spec.vocab_size:
         what = "rows of the embedding" + (" and of the hash tables" if spec.num_hash_layers else "")
         found.append(
-            f"{spec.vocab_size - facts['ids']:,} of {spec.vocab_size:,} {what} (`dsv4 verify` compares them all)"
+            f"{spec.vocab_size - facts['ids']:,} of {spec.vocab_size:,} {what} at work (both models hold the same)"
         )
     return tuple(found)
+
+
+def _rows(wrong: Sequence[Table]) -> str:
+    """Which rows are not the same."""
+    parts = [
+        f"{t.name}: {t.differing:,} of {t.rows:,} {'experts' if t.name.endswith('bias') else 'rows'} differ, the first "
+        f"is {t.first:,}"
+        for t in wrong[:4]
+    ]
+    return "; ".join(parts) + (f"; and {len(wrong) - 4} more tables" if len(wrong) > 4 else "")
+
+
+def _drafts(drafts: Sequence[Draft], tolerance: Tolerance) -> str:
+    worst = max(drafts, key=lambda draft: (draft.logits.error, -draft.logits.cosine_min))
+    blocks = "the MTP block" if len(drafts) == 1 else f"{len(drafts)} MTP blocks"
+    if tolerance.logits is None:
+        return f"{blocks} by the formula: cosine {worst.logits.cosine_min:.6f} at the worst position"
+    return f"{blocks} by the formula: logits within {worst.logits.error:.2g} of the largest"
+
+
+def _blame_draft(draft: Draft, tolerance: Tolerance, plan: Plan) -> Verdict:
+    run = Run(draft.sites, draft.logits)
+    head = f"MTP block {draft.depth} is not what the formula gives: {_logits(run, tolerance)}. "
+    index = _first(run, True, tolerance)
+    site = "logits" if index is None else draft.sites[index].site
+    names = draft_suspects(plan, draft.depth, site)
+    if index is None:
+        return Verdict(False, f"{head}Its sub-layers are within tolerance. {_look(names)}", None, site, names)
+    what = f"First beyond tolerance: {SITES[site].words} ({site}): {_what(draft.sites[index], tolerance)}. "
+    return Verdict(False, head + what + _look(names), None, site, names)
 
 
 def _judged(free: Run, replayed: Run | None, tolerance: Tolerance, plan: Plan) -> Verdict:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -18,6 +19,7 @@ from torch.utils.data import Dataset
 from ..errors import BridgeError
 from ..spec import short
 from ..strict_json import parse_json
+from .token_ids import check_token_ids
 
 _EDGE = 32 << 20  # bytes of an index's ends that its fingerprint takes in
 SPLITS = ("train", "valid", "test")
@@ -136,7 +138,8 @@ def build_pretraining_datasets(
         For each, None where no samples are asked for.
 
     Raises:
-        BridgeError: data that is not there, damaged, or another model's; a split that leaves nothing.
+        BridgeError: data that is not there, damaged, or another model's (an id beyond the vocabulary, where it is
+            read: see `token_ids`); a split that leaves nothing.
     """
     blend = data if isinstance(data, Blend) else parse_blend(data)
     if seq_length < 1 or min(samples) < 0:
@@ -266,7 +269,21 @@ def _look(prefix: str, eos_token_id: int, vocab_size: int, tokenizer_sha256: str
                 f"{doing}: its {name} is {short(facts[name])}, the model's is {short(value)}; "
                 "make it with the model's tokenizer"
             )
+    _check_ids(tokens, lengths, opened.index.dtype, vocab_size, doing)
     return _Held(prefix, len(lengths), count, _fingerprint(index))
+
+
+def _check_ids(path: Path, lengths: np.ndarray, dtype: Any, vocab_size: int, doing: str) -> None:
+    """The ids of a `.bin`; an empty file cannot be mapped."""
+    if not path.stat().st_size:
+        return
+
+    def place(token: int) -> str:
+        ends = lengths.cumsum(dtype=np.int64)
+        document = int(np.searchsorted(ends, token, "right"))
+        return f"token {token - int(ends[document] - lengths[document])} of document {document}"
+
+    check_token_ids(np.memmap(path, dtype, "r"), vocab_size, doing, place)
 
 
 def _fingerprint(index: Path) -> str:

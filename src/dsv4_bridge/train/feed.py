@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,10 @@ from ..text import TOKENIZER
 from .datasets import PretrainingDataset, build_pretraining_datasets, checked_split
 from .planning import small_folder
 from .recipe import Recipe
+from .token_ids import check_token_ids, unknown
+
+if TYPE_CHECKING:
+    from .chat.store import ChatData
 
 
 class Row(NamedTuple):
@@ -77,11 +81,9 @@ class Feed:
         row = self.row(number)
         for tokens in (row.tokens, row.labels):
             if int(tokens.min()) < 0 or int(tokens.max()) >= self.vocab_size:
-                wrong = int(tokens.max()) if int(tokens.max()) >= self.vocab_size else int(tokens.min())
-                raise BridgeError(
-                    f"reading row {number} of {self.source}: token {wrong}, the model has 0 to {self.vocab_size - 1}; "
-                    "the data was made with another tokenizer: make it with the model's"
-                )
+                at = int(((tokens < 0) | (tokens >= self.vocab_size)).nonzero()[0])
+                said = unknown(int(tokens[at]), self.vocab_size, f"position {at}")
+                raise BridgeError(f"reading row {number} of {self.source}: {said}")
         return row
 
     def numbers(self, consumed: int, size: int) -> list[int]:
@@ -219,6 +221,7 @@ def _chats(recipe: Recipe, spec: ModelSpec, where: Sequence[str]) -> Feed:
             f"reading chats {where[0]}: packs of up to {packs.seq_length} tokens, data.seq_length is {length}; "
             "prepare the data for that length, or train with the longer one"
         )
+    _check_chat_ids(packs, spec.vocab_size, where[0])
     if not recipe.data.documents_apart and bool((np.diff(packs.packs) > 1).any()):
         raise BridgeError(
             f"reading chats {where[0]}: several conversations share a row, and with data.documents_apart=false "
@@ -231,3 +234,11 @@ def _chats(recipe: Recipe, spec: ModelSpec, where: Sequence[str]) -> Feed:
 
     apart = recipe.data.documents_apart
     return Feed(len(packs), row, True, recipe.data.seed, apart, spec.vocab_size, where[0])
+
+
+def _check_chat_ids(chats: "ChatData", vocab_size: int, where: str) -> None:
+    def place(token: int) -> str:
+        document = int(np.searchsorted(chats.offsets, token, "right")) - 1
+        return f"token {token - int(chats.offsets[document])} of the conversation of line {int(chats.lines[document])}"
+
+    check_token_ids(chats.tokens, vocab_size, f"reading chats {where}", place)
