@@ -193,7 +193,7 @@ class Fuzzer:
         if self._call(f"{where}: merging", lambda: open_adapters(here, SPEC, merging=True)) and rng.random() < 0.3:
             dry = Options(dry_run=True)
             self.outcome.merged += self._call(
-                f"{where}: merge", lambda: merge(self.toy, here, here / "out", options=dry)
+                f"{where}: merge", lambda: merge(self.toy, here, self.folder / "out", options=dry)
             )
 
     def _call(self, where: str, call: Callable[[], Any]) -> bool:
