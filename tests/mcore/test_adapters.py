@@ -196,9 +196,7 @@ def test_adapters_of_some_layers_go_into_our_model(tmp_path: Path) -> None:
     settings |= {"rank_pattern": {"q_b_proj": 2}, "layers_to_transform": None}
     get_peft_model(reference, LoraConfig(**settings)).save_pretrained(tmp_path / "ranks")
     ranks = import_peft(tmp_path / "ranks", SPEC)
-    with pytest.raises(
-        BridgeError, match=r"2 have a rank or alpha of their own \(layers.0.attn.wq_b: rank 2.*dsv4 merge"
-    ):
+    with pytest.raises(BridgeError, match=r"2 have a rank or alpha of their own .layers.0.attn.wq_b: rank 2.*merge"):
         load_adapters(model, ranks)
     again = our_model(reference_model(SPEC, folder / "dora"), SPEC, folder / "dora")
     add_adapters(again, Lora(4, 6, targets=("attn.wq_b", "attn.wo_b"), dora=True))
