@@ -2,14 +2,14 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .errors import BridgeError
-from .lora import CARRIERS, Lora, Target, targets
+from .lora import MERGEABLE, Lora, Target, targets
 from .spec import ModelSpec
 
 
@@ -28,10 +28,26 @@ class Adapters:
     Attributes:
         lora: their settings.
         values: name of the target -> adapter.
+        own: name -> rank and alpha of those that have others than `lora`.
+        whole: name of a weight -> [out, in], what stands in its place altogether (peft's modules_to_save).
     """
 
     lora: Lora
     values: Mapping[str, Adapter]
+    own: Mapping[str, tuple[int, float]] = field(default_factory=dict)
+    whole: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def rank(self, name: str) -> int:
+        """Inner width of one adapter."""
+        return self.own[name][0] if name in self.own else self.lora.rank
+
+    def alpha(self, name: str) -> float:
+        """Of one adapter; rsLoRA's is alpha * sqrt(rank)."""
+        return self.own[name][1] if name in self.own else self.lora.alpha
+
+    def scale(self, name: str) -> float:
+        """The factor s of one adapter."""
+        return self.alpha(name) / self.rank(name)
 
 
 def initial_a(name: str, rank: int, columns: int, seed: int) -> Tensor:
@@ -72,12 +88,11 @@ def check_shapes(adapters: Adapters, spec: ModelSpec, what: str) -> dict[str, Ta
     Raises:
         BridgeError: an adapter of no target, or of another shape.
     """
-    known = {t.name: t for t in targets(spec, CARRIERS)}
+    known = {t.name: t for t in targets(spec, MERGEABLE)}
     if unknown := [name for name in adapters.values if name not in known]:
         raise BridgeError(f"{what}: {len(unknown)} adapters are of no tensor of this model ({unknown[0]} …)")
-    rank = adapters.lora.rank
     for name, adapter in adapters.values.items():
-        out, into = known[name].shape
+        rank, (out, into) = adapters.rank(name), known[name].shape
         wanted: Sequence[tuple[str, Tensor | None, tuple[int, ...] | None]] = (
             ("A", adapter.a, (rank, into)),
             ("B", adapter.b, (out, rank)),
@@ -93,22 +108,37 @@ def check_shapes(adapters: Adapters, spec: ModelSpec, what: str) -> dict[str, Ta
 def check_fit(adapters: Adapters, lora: Lora, spec: ModelSpec, what: str) -> None:
     """Refuse adapters that a model with the adapters `lora` could not take.
 
+    They may be of some layers only; the model's others then begin as new ones, which add nothing.
+
     Raises:
-        BridgeError: other targets, rank or shapes.
+        BridgeError: other targets, rank or shapes, ranks of their own, whole weights.
     """
-    check_shapes(adapters, spec, what)
+    known = check_shapes(adapters, spec, what)
+    if adapters.whole:
+        raise BridgeError(f"{what}: {min(adapters.whole)} is a whole weight (modules_to_save); {_MERGE}")
+    if adapters.own:
+        name = min(adapters.own)
+        rank, alpha = adapters.own[name]
+        raise BridgeError(
+            f"{what}: {len(adapters.own)} have a rank or alpha of their own ({name}: rank {rank}, alpha {alpha:g}; the "
+            f"others {adapters.lora.rank} and {adapters.lora.alpha:g}), and training has one of each; {_MERGE}"
+        )
     for name in ("rank", "alpha", "dora"):
         if getattr(lora, name) != getattr(adapters.lora, name):
             raise BridgeError(
                 f"{what}: theirs have {name} {getattr(adapters.lora, name)}, the model's {getattr(lora, name)}"
             )
-    wanted = {target.name for target in targets(spec, lora.keys)}
+    wanted = {target.name: target for target in targets(spec, lora.keys)}
+    rows = {target.items[0].row.key for target in known.values()}
     for which, names in (
-        ("the model has, and they lack", wanted - set(adapters.values)),
-        ("they have, and the model lacks", set(adapters.values) - wanted),
+        ("the model has, and they lack", {n for n, t in wanted.items() if t.items[0].row.key not in rows}),
+        ("they have, and the model lacks", set(known) - set(wanted)),
     ):
         if names:
             raise BridgeError(f"{what}: {len(names)} that {which} ({min(names)} …)")
+
+
+_MERGE = "`dsv4 merge` puts them into the base, and training may start from that"
 
 
 def _shown(shape: tuple[int, ...] | None) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .cli import ExportEncoding, Json, Overwrite, Revision, Workers, app, put
+from .cli import DryRun, ExportEncoding, Json, Lossy, Overwrite, Revision, Workers, app, put
 
 
 class Names(StrEnum):
@@ -25,6 +25,7 @@ def lora(
     names: Annotated[Names, typer.Option("--names", help="Of modules: for peft, or released ones for vLLM.")] = (
         Names.transformers
     ),
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Adapters of a training checkpoint -> folder that peft loads onto transformers' model."""
@@ -32,7 +33,7 @@ def lora(
     from .train.lora_files import export_peft
 
     adapters, spec = read_adapters(megatron)
-    export_peft(adapters, spec, out, base, names.value)
+    export_peft(adapters, spec, out, base, names.value, overwrite=overwrite)
     values = sum(t.numel() for adapter in adapters.values.values() for t in adapter if t is not None)
     how = adapters.lora
     facts = {"out": str(out), "rank": how.rank, "alpha": how.alpha, "dora": how.dora, "targets": list(how.targets)}
@@ -50,7 +51,9 @@ def merge(
     encoding: Annotated[ExportEncoding, typer.Option("--encoding")] = ExportEncoding.source,
     workers: Workers = 1,
     overwrite: Overwrite = False,
+    dry_run: DryRun = False,
     revision: Revision = None,
+    allow_lossy: Lossy = False,
     as_json: Json = False,
 ) -> None:
     """HF folder or hub id + adapters -> HF folder; the report says how much of each delta rounding removed.
@@ -63,8 +66,8 @@ def merge(
     from .render_merge import merge_table
     from .train.merge import merge as run_merge
 
-    options = Options(workers, overwrite=overwrite, progress=TerminalProgress())
-    report = run_merge(resolve(hf, revision), adapter, out, encoding.value, options)
+    options = Options(workers, overwrite=overwrite, progress=TerminalProgress(), dry_run=dry_run)
+    report = run_merge(resolve(hf, revision), adapter, out, encoding.value, options, allow_lossy=allow_lossy)
     put(report.to_json() if as_json else {}, as_json, "" if as_json else merge_table(report))
     for line in report.warnings:
         sys.stderr.write(f"dsv4: warning: {line}\n")

@@ -38,6 +38,10 @@ def is_parameter(row: Row) -> bool:
 
 
 CARRIERS: tuple[str, ...] = tuple(r.key for r in ROWS if r.lora)
+# What a merge takes besides: linear maps that peft reaches, and that training has no place for adapters on.
+_ALSO = ("head", *(f"attn.compressor.{w}" for w in ("wkv", "wgate")), "attn.indexer.wq_b", "attn.indexer.weights_proj")
+_ALSO += tuple(f"attn.indexer.compressor.{w}" for w in ("wkv", "wgate"))
+MERGEABLE: tuple[str, ...] = tuple(r.key for r in ROWS if r.lora or r.key in _ALSO)
 DEFAULT_TARGETS: tuple[str, ...] = tuple(r.key for r in ROWS if r.lora == "attention" and not is_parameter(r))
 
 
@@ -131,20 +135,21 @@ class Target(NamedTuple):
 
 
 def targets(spec: ModelSpec, keys: Iterable[str]) -> tuple[Target, ...]:
-    """The targets of the rows `keys`, in the order of the plan: decoder layers, no draft block."""
+    """The targets of the rows `keys`, in the order of the plan: decoder layers and the head, no draft block."""
     return targets_of(expand(spec.without_draft()).items, keys)
 
 
 def targets_of(items: Iterable[Item], keys: Iterable[str]) -> tuple[Target, ...]:
     """The targets among items of a plan."""
     chosen = set(keys)
-    wanted = [i for i in items if i.row.key in chosen and i.block.kind == "layer"]
+    wanted = [i for i in items if i.row.key in chosen and i.block.kind in ("model", "layer")]
     found = []
-    for place, group in groupby(wanted, key=lambda i: (i.block.index, i.expert, i.row.transformers)):
+    for (_, _, _, name), group in groupby(
+        wanted, key=lambda i: (i.block.kind, i.block.index, i.expert, i.row.transformers)
+    ):
         held = tuple(group)
-        layer, _, name = place
         parameter = is_parameter(held[0].row)
-        module = f"model.layers.{layer}.{name}"
+        module = str(name) if held[0].block.kind == "model" else f"model.{held[0].block.prefix}{name}"
         if not held[0].row.per_expert:
             module = module if parameter else module.removesuffix(".weight")
         found.append(Target(held[0].name.removesuffix(".weight"), held, module, parameter))

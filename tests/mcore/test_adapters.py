@@ -169,6 +169,45 @@ def test_what_peft_began_goes_into_our_model(rslora: bool, tmp_path: Path) -> No
         assert distance(model(ids), expected) <= 1e-5
 
 
+def test_adapters_of_some_layers_go_into_our_model(tmp_path: Path) -> None:
+    """The other layers' add nothing, whatever they were before; ranks of their own are for merges."""
+    folder = new_folder()
+    reference = reference_model(SPEC, folder)
+    model = our_model(reference, SPEC, folder)
+    settings: dict[str, Any] = {"r": 4, "lora_alpha": 6, "init_lora_weights": False}
+    settings |= {"target_modules": ["self_attn.q_b_proj", "self_attn.o_b_proj"], "layers_to_transform": [1]}
+    for dora in (True, False):
+        theirs = get_peft_model(reference, LoraConfig(use_dora=dora, **settings)).eval()
+        theirs.save_pretrained(tmp_path / str(dora))
+        reference = theirs.unload()
+    found = import_peft(tmp_path / "False", SPEC)
+    assert {name.partition(".attn")[0] for name in found.values} == {"layers.1"}
+    lora = Lora(4, 6, targets=("attn.wq_b", "attn.wo_b"))
+    add_adapters(model, lora)
+    load_adapters(model, some_adapters(lora))
+    load_adapters(model, found)
+    theirs = PeftModel.from_pretrained(reference, tmp_path / "False").eval()
+    ids = some_ids(SPEC, 1, 40)
+    with torch.no_grad(), recording_choices(reference, 1) as choices:
+        expected = theirs(ids).logits
+    with torch.no_grad(), replaying(choices):
+        assert distance(model(ids), expected) <= 1e-5
+    reference = theirs.unload()
+    settings |= {"rank_pattern": {"q_b_proj": 2}, "layers_to_transform": None}
+    get_peft_model(reference, LoraConfig(**settings)).save_pretrained(tmp_path / "ranks")
+    ranks = import_peft(tmp_path / "ranks", SPEC)
+    with pytest.raises(BridgeError, match=r"2 have a rank or alpha of their own .layers.0.attn.wq_b: rank 2.*merge"):
+        load_adapters(model, ranks)
+    again = our_model(reference_model(SPEC, folder / "dora"), SPEC, folder / "dora")
+    add_adapters(again, Lora(4, 6, targets=("attn.wq_b", "attn.wo_b"), dora=True))
+    load_adapters(again, import_peft(tmp_path / "True", SPEC))
+    theirs = PeftModel.from_pretrained(reference_model(SPEC, folder / "dora"), tmp_path / "True").eval()
+    with torch.no_grad(), recording_choices(theirs.get_base_model(), 1) as choices:
+        expected = theirs(ids).logits
+    with torch.no_grad(), replaying(choices):
+        assert distance(again(ids), expected) <= 1e-5
+
+
 def test_the_base_does_not_see_its_adapters() -> None:
     """Names, states, places, loading and streaming are those of the model without."""
     folder = new_folder()

@@ -7,15 +7,20 @@ import pytest
 import torch
 from safetensors import safe_open
 from training import make_start, make_text, run, small_spec, small_variant
+from typer.testing import CliRunner
 
-from dsv4_bridge import export_hf, make_toy
+from dsv4_bridge import cli_lora, export_hf, make_toy
+from dsv4_bridge.adapter_tensors import Adapters
+from dsv4_bridge.cli import app
 from dsv4_bridge.errors import BridgeError
 from dsv4_bridge.generating import Ask, generate
 from dsv4_bridge.mcore import build_model, load_weights
 from dsv4_bridge.small_files import small_files
 from dsv4_bridge.train.lora_checkpoints import read_adapters
 from dsv4_bridge.train.lora_files import export_peft
+from dsv4_bridge.train.merge import merge
 
+assert cli_lora  # its verbs are registered
 pytestmark = [pytest.mark.megatron, pytest.mark.hf]
 
 
@@ -164,6 +169,22 @@ def test_adapters_go_on_from_adapters(start: Path, trained: Path, tmp_path: Path
         assert found.keys() == adapters.values.keys()
         assert all(raw(a) == raw(b) for name, one in found.items() for a, b in zip(one[:2], adapters.values[name][:2]))
         assert all(bool(one.b.any()) for one in found.values())
+    one = {name: adapter for name, adapter in adapters.values.items() if name.startswith("layers.1.")}
+    export_peft(Adapters(adapters.lora, one), spec, tmp_path / "one layer")
+    out = tmp_path / "from one layer"
+    again = run("flash-lora", *same, *still, f"lora.start={tmp_path / 'one layer'}", f"out={out}").checkpoint
+    assert again is not None
+    for name, adapter in read_adapters(again)[0].values.items():
+        assert raw(adapter.b) == raw(adapters.values[name].b) if name in one else float(adapter.b.abs().max()) < 1e-30
+    for full in (
+        lambda: run("flash-lora", *same, f"lora.start={trained}", f"out={tmp_path / 'full'}"),
+        lambda: merge(start, trained, tmp_path / "full"),
+    ):
+        with pytest.raises(BridgeError, match=r"run of full training.* use dsv4 export: `dsv4 export"):
+            full()
+    refused = CliRunner().invoke(app, ["lora", str(first), str(tmp_path / "peft")])
+    assert isinstance(refused.exception, BridgeError) and "--overwrite replaces adapters" in str(refused.exception)
+    assert CliRunner().invoke(app, ["lora", str(first), str(tmp_path / "peft"), "--overwrite"]).exit_code == 0
     with pytest.raises(BridgeError, match=r"theirs have rank 3, the model's 5"):
         run("flash-lora", *same, "lora.rank=5", f"lora.start={first}", f"out={tmp_path / 'other'}")
     with pytest.raises(BridgeError, match=r"without lora\.rank"):

@@ -244,15 +244,25 @@ def _assembled(lora: Lora, whole: dict[_Box, Tensor], order: Iterable[Target]) -
 def load_adapters(model: Chunks, adapters: Adapters) -> None:
     """Fill the adapters of a model from whole ones; each rank takes its parts.
 
+    Of layers that they leave out the model's adapters add nothing: B is zero, magnitudes are the norms.
+
     Raises:
-        BridgeError: other targets, rank or shapes than the model's adapters have; nothing is changed then.
+        BridgeError: other targets, rank or shapes than the model's adapters have, or a rank of their own; nothing is
+            changed then.
     """
     chunks = chunks_of(model)
     what = "loading adapters"
     lora = _bank(chunks[0], what).lora
     check_fit(adapters, lora, chunks[0].spec, what)
     with torch.no_grad():
+        for chunk in chunks:
+            for left_out in (a for a in _bank(chunk, what) if a.target.name not in adapters.values):
+                for part in left_out.lora_B:
+                    part.zero_()
+                left_out.reset_magnitude()
         for box, held in _boxes(chunks, what):
+            if box.name not in adapters.values:
+                continue
             adapter = adapters.values[box.name]
             if box.part == "lora_B":  # the items' parts stand one above the other
                 whole = adapter.b.unflatten(0, (-1, box.shape[0]))[box.number - 1]

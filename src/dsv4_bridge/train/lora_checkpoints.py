@@ -11,17 +11,8 @@ from ..items import Item
 from ..lora import ADAPTERS, ALPHA, CARRIERS, PARTS, Lora, Target, checkpoint_name, targets
 from ..run_config import FILE, read_run_config
 from ..spec import ModelSpec
-from ..store.megatron import looks_megatron
 from ..store.safetensors import some
 from ..store.torch_dist import TorchDistReader, open_torch_dist
-
-
-def holds_adapters(path: Path) -> bool:
-    """Whether a path is a Megatron checkpoint with adapters."""
-    if not looks_megatron(path):
-        return False
-    with open_torch_dist(path) as reader:
-        return ALPHA in reader.tensors
 
 
 @files_named("reading adapters")
@@ -37,7 +28,10 @@ def read_adapters(path: Path, spec: ModelSpec | None = None) -> tuple[Adapters, 
     """
     with open_torch_dist(path) as reader:
         if ALPHA not in reader.tensors:
-            raise BridgeError(f"reading adapters of {path}: it has none ({ALPHA} is not in it); was it a LoRA run?")
+            raise BridgeError(
+                f"reading adapters of {path}: it has none ({ALPHA} is not in it): this is a run of full training, or "
+                f"an import; use dsv4 export: `dsv4 export {path} OUT` writes its weights as a folder"
+            )
         known = read_run_config(reader.path / FILE)
         if known is None and spec is None:
             raise BridgeError(f"reading adapters of {path}: it has no {FILE} of this tool, which tells the model")

@@ -24,7 +24,8 @@ from torch import Tensor
 from ..adapter_tensors import Adapter, Adapters, check_shapes, updated
 from ..bridge import apart, repack_job
 from ..convert import Options, run
-from ..emit import Emitter
+from ..dtypes import DTYPES
+from ..emit import Emitter, Report
 from ..encodings import ENCODINGS, QUANTISED
 from ..errors import BridgeError, files_named
 from ..items import Item
@@ -34,7 +35,7 @@ from ..store.hf import HFCheckpoint, open_hf
 from ..store.safetensors import INDEX
 from ..store.stream import Bytes, Stream, as_bytes
 from ..values import HFValues, Scratch, Values, decode, scale_rows
-from .lora_files import open_adapters
+from .lora_reading import open_adapters
 
 ENCODINGS_OUT = ("source", "fp8", "bf16")
 MOST = 0.5  # of a delta; more lost than this is warned of
@@ -53,6 +54,8 @@ class Merged:
         kept: inner product of the two, over the delta's square: 1 if all is there.
         unchanged: values that are stored as before.
         values: all of them.
+        rank: of its adapter; 0: a whole weight took its place.
+        scale: of its adapter, alpha / rank.
     """
 
     name: str
@@ -63,6 +66,8 @@ class Merged:
     kept: float
     unchanged: int
     values: int
+    rank: int = 0
+    scale: float = 1.0
 
     @property
     def lost(self) -> float:
@@ -101,7 +106,9 @@ class MergeReport:
         encoding: that was asked for.
         tensors: with an adapter, in the plan's order.
         copied: weights without one.
-        bytes_written: size of the output.
+        bytes_written: size of the output; in a dry run, of what it would be.
+        dry_run: whether nothing was written.
+        rounded: row -> values of weights without an adapter that `allow_lossy` let the encoding round.
     """
 
     out: str
@@ -109,6 +116,8 @@ class MergeReport:
     tensors: tuple[Merged, ...]
     copied: int
     bytes_written: int
+    dry_run: bool = False
+    rounded: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def total(self) -> Merged:
@@ -125,6 +134,8 @@ class MergeReport:
     def warnings(self) -> tuple[str, ...]:
         """What a reader should know before serving the result."""
         said = []
+        if not self.total.delta:
+            said.append("the adapters change nothing: B is zero, as before any training")
         if self.total.lost > MOST:
             said.append(
                 f"{self.total.lost:.0%} of the adapters is lost to rounding: what this folder computes is nearer the "
@@ -134,6 +145,10 @@ class MergeReport:
         worst = [t for t in self.tensors if t.lost > MOST]
         if worst and len(worst) < len(self.tensors):
             said.append(f"{len(worst)} of {len(self.tensors)} tensors lost most of their delta ({worst[0].name} …)")
+        if self.rounded:
+            said.append(
+                f"values rounded where no adapter is: {', '.join(f'{k} {n:,}' for k, n in self.rounded.items())}"
+            )
         return tuple(said)
 
     def to_json(self) -> dict[str, Any]:
@@ -144,7 +159,13 @@ class MergeReport:
 
 @files_named("merging")
 def merge(
-    source: Path, adapter: Path, out: Path, encoding: str = "source", options: Options | None = None
+    source: Path,
+    adapter: Path,
+    out: Path,
+    encoding: str = "source",
+    options: Options | None = None,
+    *,
+    allow_lossy: bool = False,
 ) -> MergeReport:
     """Merge adapters into a Hugging Face folder.
 
@@ -154,7 +175,8 @@ def merge(
         out: the new folder; in released names. With `source` and a source in those names its files, index and
             config are kept, byte for byte where no adapter is.
         encoding: `source`, as the source stores each tensor; `fp8` or `bf16` throughout.
-        options: workers, overwrite, progress.
+        options: workers, overwrite, progress, dry_run (all is read, merged and encoded, and nothing written).
+        allow_lossy: permit the encoding to round tensors that have no adapter.
 
     Raises:
         BridgeError: unreadable input, an adapter of another model, a tensor without an adapter that the encoding
@@ -167,28 +189,45 @@ def merge(
         raise BridgeError(f"merging {adapter}: a merge is not resumed, for its report would lack what was done before")
     checkpoint = open_hf(source)
     try:
-        spec = checkpoint.spec
-        adapters = open_adapters(adapter, spec)
+        adapters = open_adapters(adapter, checkpoint.spec, merging=True)
         for one in (source, adapter):
             apart(one, out)
         tally = _Tally(_updates(adapters, checkpoint))
-        report = run(_job(checkpoint, tally, encoding, adapter), out, options)
+        report = run(_job(checkpoint, tally, encoding, adapter, allow_lossy), out, options)
         found = tuple(tally.found[name] for name in tally.updates)
-        return MergeReport(str(out), encoding, found, report.tensors - len(found), report.bytes_written)
+        copied = report.tensors - len(found)
+        return MergeReport(str(out), encoding, found, copied, report.bytes_written, options.dry_run, _rounded(report))
     finally:
         checkpoint.close()
 
 
+def _rounded(report: Report) -> dict[str, int]:
+    """Row -> values that were rounded although nothing was merged into them."""
+    found = dict(report.rounded)
+    for key, done in (*report.encoded.items(), *report.recoded.items()):
+        if done.rounded_values:
+            found[key] = found.get(key, 0) + done.rounded_values
+    return found
+
+
 @dataclass(frozen=True)
 class _Update:
-    """The part of an adapter that belongs to one item: its rows of B and magnitude."""
+    """What becomes of one item: the rows of an adapter's B and magnitude that are its, or a whole weight, or both."""
 
-    adapter: Adapter
-    scale: float
+    adapter: Adapter | None
+    scale: float = 1.0
+    whole: Tensor | None = None
 
     def __call__(self, weight: Tensor, first: int) -> Tensor:
         """New rows from `first` on: float32 [rows, in] -> the same."""
-        return updated(weight, self.adapter, slice(first, first + len(weight)), self.scale)
+        rows = slice(first, first + len(weight))
+        base = weight if self.whole is None else self.whole[rows].float()
+        return base if self.adapter is None else updated(base, self.adapter, rows, self.scale)
+
+    @property
+    def rank(self) -> int:
+        """Of the adapter, if there is one."""
+        return 0 if self.adapter is None else len(self.adapter.a)
 
 
 @dataclass
@@ -201,18 +240,19 @@ class _Tally:
 
 
 def _updates(adapters: Adapters, checkpoint: HFCheckpoint) -> dict[str, _Update]:
-    updates: dict[str, _Update] = {}
+    updates = {name: _Update(None, whole=whole) for name, whole in adapters.whole.items()}
     for name, target in check_shapes(adapters, checkpoint.spec, "merging adapters").items():
-        whole, at = adapters.values[name], 0
+        of, at = adapters.values[name], 0
         for item in target.items:
             rows = slice(at, at + item.shape[0])
-            magnitude = None if whole.magnitude is None else whole.magnitude[rows]
-            updates[item.name] = _Update(Adapter(whole.a, whole.b[rows], magnitude), adapters.lora.scale)
+            magnitude = None if of.magnitude is None else of.magnitude[rows]
+            part = Adapter(of.a, of.b[rows], magnitude)
+            updates[item.name] = _Update(part, adapters.scale(name), adapters.whole.get(item.name))
             at = rows.stop
     return {item.name: updates[item.name] for item in checkpoint.plan.items if item.name in updates}
 
 
-def _job(checkpoint: HFCheckpoint, tally: _Tally, encoding: str, adapter: Path) -> Job:
+def _job(checkpoint: HFCheckpoint, tally: _Tally, encoding: str, adapter: Path, allow_lossy: bool) -> Job:
     job = repack_job(checkpoint, encoding)
     if encoding == "source" and checkpoint.scheme == "released":
         folder = checkpoint.folder
@@ -223,8 +263,8 @@ def _job(checkpoint: HFCheckpoint, tally: _Tally, encoding: str, adapter: Path) 
     return replace(
         job,
         label=f"merge {adapter.name} into {checkpoint.folder.path.name}",
-        emitter=lambda: _Merger(HFValues(checkpoint), like=checkpoint, tally=tally),
-        identity=dict(job.identity) | {"kind": "merge", "adapter": str(adapter)},
+        emitter=lambda: _Merger(HFValues(checkpoint), like=checkpoint, allow_lossy=allow_lossy, tally=tally),
+        identity=dict(job.identity) | {"kind": "merge", "adapter": str(adapter), "lossy": allow_lossy},
         resumable=False,
     )
 
@@ -240,7 +280,13 @@ class _MergedValues:
 
     def stripes(self, item: Item, start: int, stop: int, scratch: Scratch) -> Iterator[np.ndarray]:
         for stripe in self._source.stripes(item, start, stop, scratch):
-            yield self._updates[item.name](wide(stripe), start).numpy()
+            new = self._updates[item.name](wide(stripe), start)
+            if not bool(torch.isfinite(new).all()):
+                raise BridgeError(
+                    f"merging into {item.name}: the sum is not finite in rows {start} to {start + len(new)}; the "
+                    f"adapter is not of this model, or its scale {self._updates[item.name].scale:g} is not meant"
+                )
+            yield new.numpy()
             start += len(stripe)
 
     def extents(self, item: Item, start: int, stop: int) -> Any:
@@ -292,12 +338,12 @@ class _Merger(Emitter):
         if item.name not in self.tally.updates:
             return super()._weight(item, encoding, stream, report)
         how = ENCODINGS[encoding]
-        kept = _Kept(stream, math.prod(how.weight_shape(item.shape)) * (2 if how.name == "bf16" else 1))
-        self.allow_lossy = True  # rounding is what a merge is about
+        kept = _Kept(stream, math.prod(how.weight_shape(item.shape)) * DTYPES[how.dtype].itemsize)
+        allowed, self.allow_lossy = self.allow_lossy, True  # rounding is what a merge is about
         try:
-            scale = super()._weight(item, encoding, kept, report)
+            scale = super()._weight(item, encoding, kept, Report())
         finally:
-            self.allow_lossy = False
+            self.allow_lossy = allowed
         found = self._compare(item, encoding, kept.data, scale)
         with self.tally.lock:
             self.tally.found[item.name] = found
@@ -317,16 +363,17 @@ class _Merger(Emitter):
             unchanged += int((new == old).sum())
             first = last
         kept = sums[2] / sums[0] if sums[0] else 1.0
-        return Merged(
-            item.name, item.row.key, encoding, math.sqrt(sums[0]), math.sqrt(sums[1]), kept, unchanged, item.numel
-        )
+        norms = math.sqrt(sums[0]), math.sqrt(sums[1])
+        counts = unchanged, item.numel, update.rank, update.scale
+        return Merged(item.name, item.row.key, encoding, *norms, kept, *counts)
 
     def _decoded(self, item: Item, encoding: str, written: np.ndarray, scale: bytes, first: int, last: int) -> Tensor:
         """Rows of the written weight as float32."""
         width = written.size // item.shape[0]
         raw = written[first * width : last * width]
         if encoding not in QUANTISED:
-            return wide(raw.view(np.uint16).reshape(last - first, item.shape[1]))
+            plain = raw.view(np.float32 if encoding == "f32" else np.uint16)
+            return wide(plain.reshape(last - first, item.shape[1]))
         how = ENCODINGS[encoding]
         low, high = scale_rows(encoding, first, last)
         of = np.frombuffer(scale, np.float32 if how.scale_dtype == "F32" else np.uint8)
