@@ -7,7 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from fuzz import TARGETS, Fuzzer, Outcome
+from fuzz_checkpoints import TARGETS, Fuzzer, Outcome
 
 
 @pytest.fixture(scope="module")

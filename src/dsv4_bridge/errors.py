@@ -7,3 +7,10 @@ class BridgeError(Exception):
     The message says what was being done, to which tensor or file, what came, what was
     expected, and what to do.
     """
+
+
+def printable(text: str) -> str:
+    """Text in which no name from a file can move the cursor, set colours or reorder what is read; lines stay."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
