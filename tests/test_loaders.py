@@ -4,6 +4,7 @@ import io
 import json
 import resource
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dsv4_bridge import BridgeError, inspect
+from dsv4_bridge import BridgeError, inspect, ranks
 from dsv4_bridge.conversion_report import Report
 from dsv4_bridge.errors import printable
 from dsv4_bridge.free_memory import free_memory
@@ -20,6 +21,7 @@ from dsv4_bridge.safe_patterns import why_unsafe
 from dsv4_bridge.strict_json import read_json
 from dsv4_bridge.tokenizer_files import guarded, read_tokenizer
 from dsv4_bridge.toy_tokenizer import toy_tokenizer
+from dsv4_bridge.train.choosing import load
 from dsv4_bridge.train.indexed import check_indexed
 from dsv4_bridge.train.npy import read_npy
 from dsv4_bridge.variants import VARIANTS, tiny
@@ -130,7 +132,7 @@ RELEASED = (
 )
 OTHERS = (
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+",
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}]*[\p{Ll}\p{Lm}]+(?i:'s|'t)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s+(?!\S)|\s+",
     r"(?=(\d{3})+(?!\d))",
 )
@@ -143,9 +145,12 @@ def test_patterns_that_split_words_are_let_through(pattern: str) -> None:
 
 @pytest.mark.parametrize(
     "pattern",
-    ["(a+)+$", "(a|aa)+$", "(a|ab){9}c", "(?:a?){30}", "(a{30}){30}", "a*a*a*a*b", r"(.)\1", r"(?<n>a)\g<n>", "a**", "a{999}"]
-    + ["(" * 3000, "[" * 3000, "(a", "a)", "[a", "\\", "*a", "(?~a)", "(?(1)a)", "x" * 3000, r"\K", "[[:alpha:]", "(?#a)"],
-)  # fmt: skip
+    [
+        *("(a+)+$", "(a|aa)+$", "(a|ab){9}c", "(?:a?){30}", "(a{30}){30}", "a*a*a*a*b", r"(.)\1", r"(?<n>a)\g<n>"),
+        *("a**", "a{999}", "(" * 3000, "[" * 3000, "(a", "a)", "[a", "\\", "*a", "(?~a)", "(?(1)a)", "x" * 3000),
+        *(r"\K", "[[:alpha:]", "(?#a)"),
+    ],
+)
 def test_patterns_that_may_not_end_are_not(pattern: str) -> None:
     assert why_unsafe(pattern)
 
@@ -176,9 +181,18 @@ def test_a_tokenizer_built_as_the_released_ones_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda b: b.update(pre_tokenizer=split("(a+)+$")), r"the pattern '\(a\+\)\+\$' repeats what has several lengths"),
-        (lambda b: b.update(pre_tokenizer={"type": "Nope"}), "pre_tokenizer is 'Nope', expected one of Sequence, Split"),
-        (lambda b: b.update(normalizer={"type": "Precompiled", "precompiled_charsmap": "AA"}), "normalizer is 'Precompiled'"),
+        (
+            lambda b: b.update(pre_tokenizer=split("(a+)+$")),
+            r"the pattern '\(a\+\)\+\$' repeats what has several lengths",
+        ),
+        (
+            lambda b: b.update(pre_tokenizer={"type": "Nope"}),
+            "pre_tokenizer is 'Nope', expected one of Sequence, Split",
+        ),
+        (
+            lambda b: b.update(normalizer={"type": "Precompiled", "precompiled_charsmap": "AA"}),
+            "normalizer is 'Precompiled'",
+        ),
         (lambda b: b["decoder"].update(use_regex=3), "decoder.use_regex is 3"),
         (lambda b: b["decoder"].update(x=3), "ByteLevel has 'x', expected add_prefix_space"),
         (lambda b: b["model"].update(type="Unigram"), "model.type is 'Unigram', expected 'BPE'"),
@@ -192,7 +206,7 @@ def test_a_tokenizer_built_as_the_released_ones_is_read(tmp_path: Path) -> None:
         (lambda b: b.update(extra=1), "it has 'extra', expected"),
         (lambda b: b.update(model=None), "model is None, expected a byte-pair model"),
     ],
-)  # fmt: skip
+)
 def test_other_tokenizers_are_refused_before_they_are_built(
     change: Callable[[dict[str, Any]], Any], said: str, tmp_path: Path
 ) -> None:
@@ -254,6 +268,60 @@ def test_a_report_from_a_file_is_whole_or_none(change: dict[str, Any]) -> None:
     assert Report.from_json(sound) == Report(1, 2)
     with pytest.raises(BridgeError, match="no report"):
         Report.from_json(sound | change)
+
+
+def test_what_another_process_says_of_itself_is_whole_or_nothing(tmp_path: Path) -> None:
+    path, sound = tmp_path / "1.json", ranks.introduction(1, "done", {"a": "b"}) | {"result": {}}
+
+    def said(change: dict[str, Any]) -> Any:
+        path.write_text(json.dumps({k: v for k, v in (sound | change).items() if v is not None}))
+        return ranks.read(path)
+
+    assert said({}) == sound
+    for change in (
+        {"result": None},  # which one that is done has
+        {"state": "failed"},  # and one that failed, an error
+        {"state": "asleep"},
+        {"facts": {"a": 1}},
+        {"rank": True},
+        {"beat": -1},
+        {"nbytes": 1 << 63},
+        {"shares": ["a"]},
+        {"members": {"1": 2}},
+    ):
+        assert said(change) is None, change
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("a: &a [1]\nb: *a\n", "<<: {a: 1}\n", "a: 1\na: 2\n", "!!int ''", "2020-13-45", '"\\U00110000"', "1" * 5000),
+        *(
+            "[" * 50_000,
+            "? {a: b}\n: c\n",
+            "- " * 20_000,
+            "\ta: b",
+            "!!python/name:os.system",
+            "\x00",
+            "%YAML 9.9\n---\n",
+        ),
+    ],
+)
+def test_yaml_that_could_grow_or_is_none_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    began = time.process_time()
+    with pytest.raises(BridgeError, match=r"a.yaml: "):
+        load(tmp_path / "a.yaml")
+    assert time.process_time() - began < 2
+
+
+@pytest.mark.parametrize(
+    "text", ["? 0x" + "f" * 9000 + "\n: 1", "name: 0x" + "f" * 9000, "x" * 900 + ": 1", "data: {1: 2}"]
+)
+def test_keys_and_values_of_a_recipe_that_are_none(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(BridgeError, match=r"the key .* is no name|name is a huge integer|there is no 'xxx"):
+        load(tmp_path / "a.yaml")
 
 
 def test_names_from_files_cannot_steer_a_terminal(toy_flash: Path, tmp_path: Path) -> None:

@@ -137,12 +137,11 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], int
     dtype, shape, offsets = fields.get("dtype"), _sizes(fields.get("shape")), _sizes(fields.get("data_offsets"))
     if shape is None or offsets is None or len(offsets) != 2:
         raise BridgeError(f"reading {path}: tensor {short(name)} has no usable dtype, shape and data_offsets")
-    bits = _BITS.get(dtype) if isinstance(dtype, str) else None
-    if bits is None:
+    if not isinstance(dtype, str) or dtype not in _BITS:
         raise BridgeError(
             f"reading {path}: tensor {short(name)} has dtype {short(dtype)}; known are {', '.join(_BITS)}"
         )
-    size = math.prod(shape) * bits
+    size = math.prod(shape) * _BITS[dtype]
     if size != 8 * (offsets[1] - offsets[0]):
         raise BridgeError(
             f"reading {path}: tensor {short(name)}, {dtype} {short(list(shape))}, spans "
