@@ -1,324 +1,206 @@
-"""Fuzz the readers: mutated checkpoints may be refused, and nothing else may go wrong.
+"""Fuzz every loader: a damaged or hostile file may be refused in words, and nothing else may go wrong.
 
-    python benchmarks/fuzz.py --count 10000 --seed 1
+    python benchmarks/fuzz.py --count 1000 --seed 1                  # of each loader
+    python benchmarks/fuzz.py --loader tokenizer --count 1200
+    python benchmarks/fuzz.py --loader tokenizer --seed 1 --only 77  # one input again, here, with its traceback
 
-Every input is a small sound checkpoint with one file changed: bytes flipped, cut or inserted, or the
-structure of the format changed (JSON, YAML, pickle, zip). `inspect` reads it, and for a share of the
-inputs `import_hf` or `export_hf` converts it. Allowed: success, or one BridgeError whose message can be
-printed. Anything else is a failure: another exception, more than the time or memory limit, a file
-written although the call failed, an input changed. A failing input is kept, and its number with the seed
-makes it again: --only NUMBER.
+Inputs are sound files with their structure or their bytes changed. They are read in child processes, many in each,
+under a limit of time an input and of memory; a child that hangs, dies or has grown is replaced. Counted are inputs
+that are taken, refused in one BridgeError, end in another exception, hang, take more than 512 MB, or end the process.
 """
 
 import argparse
-import faulthandler
-import io
 import json
 import os
-import random
+import queue
 import resource
-import shutil
-import signal
+import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from rich.console import Console
-
-from dsv4_bridge import BridgeError, export_hf, import_hf, inspect, make_toy
-from dsv4_bridge.render import inspect_table
-from dsv4_bridge.spec import DSparkSpec, ModelSpec, replace_spec
-from dsv4_bridge.store.safetensors import INDEX
-from dsv4_bridge.variants import VARIANTS, tiny
-from mutations import (
-    mutate_items,
-    mutate_json,
-    mutate_pickle,
-    mutate_shard,
-    mutate_tracker,
-    mutate_yaml,
-)
-
-SECONDS = 5.0  # an input
-MEGABYTES = 1024  # by which one input may raise the peak
+SECONDS = 10.0  # an input; a machine that is busy may double that
+START = 300.0  # a child's imports and sound files
+MEGABYTES = 512  # by which one input may raise the peak
 MESSAGE = 40_000  # characters of an error
-
-
-class TooSlow(BaseException):
-    """The watchdog; no handler of the package catches it."""
-
-
-# ---------------------------------------------------------------- the sound checkpoints
-
-
-def small(variant: str) -> ModelSpec:
-    """As few tensors as hold every kind of layer."""
-    spec = tiny(VARIANTS[variant])
-    widths = {"hidden_size": 128, "q_lora_rank": 32, "moe_intermediate_size": 64, "vocab_size": 64}
-    layers = {"num_hidden_layers": 3, "num_hash_layers": 1, "n_routed_experts": 4}
-    drafts = spec.draft_blocks
-    return replace_spec(
-        spec,
-        **widths,
-        **layers,
-        dspark=DSparkSpec(5, 63, (0, 1, 2), 16) if spec.dspark else None,
-        compress_ratios=(0, 4, 128, *(0,) * drafts),
-    )
-
-
-def transformers_dialect(config: dict[str, Any]) -> dict[str, Any]:
-    """A released config as transformers writes it."""
-    config = dict(config)
-    names = {0: "sliding_attention", 4: "compressed_sparse_attention", 128: "heavily_compressed_attention"}
-    layers, hashed = config["num_hidden_layers"], config.pop("num_hash_layers")
-    config["layer_types"] = [names[r] for r in config.pop("compress_ratios")[:layers]]
-    config["compress_rates"] = {"compressed_sparse_attention": 4, "heavily_compressed_attention": 128}
-    config["mlp_layer_types"] = ["hash_moe"] * hashed + ["moe"] * (layers - hashed)
-    yarn = {k: v for k, v in config.pop("rope_scaling").items() if k != "type"}
-    part = config.pop("qk_rope_head_dim") / config["head_dim"]
-    config["partial_rotary_factor"] = part
-    config["rope_parameters"] = {
-        "main": {"rope_type": "default", "rope_theta": config.pop("rope_theta"), "partial_rotary_factor": part},
-        "compress": yarn | {"rope_type": "yarn", "rope_theta": config.pop("compress_rope_theta")},
-    }
-    return config
-
-
-@dataclass(frozen=True)
-class Bases:
-    """The sound checkpoints that inputs are made from."""
-
-    folder: Path
-    hf: dict[str, Path]
-    megatron: dict[str, Path]
-
-    @classmethod
-    def make(cls, folder: Path) -> "Bases":
-        """Write them into `folder`."""
-        hf, megatron = {}, {}
-        for name in ("Flash", "Flash-Base", "Flash-0731"):
-            hf[name] = make_toy(folder / name, name, 1, spec=small(name))
-        other = hf["Flash-Base/transformers"] = folder / "dialect"
-        shutil.copytree(hf["Flash-Base"], other)
-        config = json.loads((other / "config.json").read_bytes())
-        (other / "config.json").write_text(json.dumps(transformers_dialect(config)))
-        for name in ("Flash", "Flash-0731"):
-            import_hf(hf[name], folder / f"{name}-megatron")
-            megatron[name] = folder / f"{name}-megatron"
-            # Everything that is compiled on first use is compiled now.
-            for encoding in ("source", "bf16"):
-                export_hf(megatron[name], folder / "warm", hf[name], encoding)
-                inspect(folder / "warm")
-                shutil.rmtree(folder / "warm")
-        import_hf(hf["Flash-Base"], folder / "warm")
-        shutil.rmtree(folder / "warm")
-        return cls(folder, hf, megatron)
-
-
-# ---------------------------------------------------------------- one input
-
-
-@dataclass(frozen=True)
-class Target:
-    """One kind of file to change, how, and how often it is then converted too."""
-
-    name: str
-    kind: str  # hf | megatron
-    pattern: str
-    mutate: Callable[[bytes, random.Random], bytes]
-    weight: int
-    convert: float
-
-
-TARGETS = (
-    Target("header", "hf", "*.safetensors", mutate_shard, 24, 0.15),
-    Target("index", "hf", INDEX, mutate_json, 14, 0.15),
-    Target("config", "hf", "config.json", mutate_json, 20, 0.3),
-    Target(".metadata", "megatron", "iter_0000000/.metadata", mutate_pickle, 20, 0.15),
-    Target(".distcp", "megatron", "iter_0000000/*.distcp", mutate_items, 8, 1.0),
-    Target("run_config", "megatron", "iter_0000000/run_config.yaml", mutate_yaml, 10, 0.15),
-    Target("tracker", "megatron", "latest_checkpointed_iteration.txt", mutate_tracker, 1, 0.2),
-    Target("along config", "megatron", "iter_0000000/hf/config.json", mutate_json, 2, 0.5),
-    Target("along header", "megatron", "iter_0000000/hf/passengers.safetensors", mutate_shard, 2, 0.5),
-)
-
-
-@dataclass
-class Outcome:
-    """The figures of a run."""
-
-    inputs: int = 0
-    calls: int = 0
-    refused: int = 0
-    slowest: float = 0.0
-    seconds: float = 0.0
-    targets: Counter[str] = field(default_factory=Counter)
-    failures: list[str] = field(default_factory=list)
-
-
-class Fuzzer:
-    """Makes inputs and runs them, in this process."""
-
-    def __init__(self, folder: Path, seed: int):
-        folder.mkdir(parents=True, exist_ok=True)
-        self.seed, self.folder = seed, folder
-        self.bases = Bases.make(folder / "bases")
-        self.outcome = Outcome()
-        self._linked: dict[tuple[str, str], Path] = {}
-
-    def run(self, numbers: range, note: Callable[[str], None] = lambda text: None) -> Outcome:
-        """Run the inputs with these numbers."""
-        previous = signal.signal(signal.SIGALRM, _too_slow)
-        began = time.monotonic()
-        try:
-            for number in numbers:
-                self._one(number)
-                if self.outcome.inputs % 1000 == 0:
-                    note(f"{self.outcome.inputs} inputs, {time.monotonic() - began:.0f} s")
-        finally:
-            signal.signal(signal.SIGALRM, previous)
-            faulthandler.cancel_dump_traceback_later()
-        self.outcome.seconds += time.monotonic() - began
-        return self.outcome
-
-    def _one(self, number: int) -> None:
-        rng = random.Random(f"{self.seed} {number}")
-        target = rng.choices(TARGETS, [t.weight for t in TARGETS])[0]
-        name, source = rng.choice(sorted(getattr(self.bases, target.kind).items()))
-        if target.name.startswith("along"):
-            name, source = "Flash-0731", self.bases.megatron["Flash-0731"]
-        checkpoint = self._links(target.kind, name, source)
-        file = rng.choice(sorted(checkpoint.glob(target.pattern)))
-        original = source / file.relative_to(checkpoint)
-        file.unlink()
-        file.write_bytes(target.mutate(original.read_bytes(), rng))
-        where = f"input {number} ({target.name}, {name})"
-        self.outcome.inputs += 1
-        self.outcome.targets[target.name] += 1
-        before, failed = _listing(checkpoint), len(self.outcome.failures)
-        try:
-            self._call(f"{where}: inspect", lambda: self._look(checkpoint, rng))
-            if rng.random() < target.convert:
-                self._convert(where, checkpoint, target, name, rng)
-            if _listing(checkpoint) != before:
-                self._fail(where, "the input was changed")
-        finally:
-            if len(self.outcome.failures) > failed:
-                shutil.copyfile(file, self.folder / f"failed-{self.seed}-{number}-{file.name}")
-            file.unlink(missing_ok=True)
-            os.link(original, file)
-
-    def _convert(self, where: str, checkpoint: Path, target: Target, name: str, rng: random.Random) -> None:
-        parent = self.folder / "new"
-        out = parent / "folder" / "out"
-        base = name.partition("/")[0]
-        if target.kind == "hf":
-            if base in self.bases.megatron and rng.random() < 0.3:
-                made = self.bases.megatron[base]
-                good = self._call(f"{where}: export --like", lambda: export_hf(made, out, checkpoint))
-            else:
-                good = self._call(f"{where}: import", lambda: import_hf(checkpoint, out))
-        elif rng.random() < 0.5:
-            good = self._call(f"{where}: export", lambda: export_hf(checkpoint, out, self.bases.hf[base]))
-        else:
-            good = self._call(f"{where}: export bf16", lambda: export_hf(checkpoint, out, None, "bf16"))
-        if not good and parent.exists():
-            left = ", ".join(str(p.relative_to(parent)) for p in parent.rglob("*"))
-            self._fail(where, f"it failed and left {left}")
-        if good and not (out / "config.json").exists() and not (out / "latest_checkpointed_iteration.txt").exists():
-            self._fail(where, "it succeeded and wrote no checkpoint")
-        shutil.rmtree(parent, ignore_errors=True)
-
-    def _look(self, checkpoint: Path, rng: random.Random) -> None:
-        report = inspect(checkpoint)
-        if rng.random() < 0.15:  # what the command would print
-            json.dumps(report.to_json())
-            console = Console(file=io.StringIO(), width=140)
-            console.print(inspect_table(report))
-            console.file.getvalue().encode()  # type: ignore[attr-defined]
-
-    def _call(self, where: str, call: Callable[[], Any]) -> bool:
-        """Run one call under the watchdog; whether it succeeded."""
-        self.outcome.calls += 1
-        peak, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
-        faulthandler.dump_traceback_later(20 * SECONDS, exit=True)
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)
-        try:
-            call()
-            good = True
-        except BridgeError as error:
-            good = False
-            self.outcome.refused += 1
-            message = str(error)
-            if not message.strip() or len(message) > MESSAGE or "Traceback" in message:
-                self._fail(where, f"a message of {len(message)} characters: {message[:200]!r}")
-            try:
-                message.encode()
-            except UnicodeEncodeError:
-                self._fail(where, f"a message that cannot be printed: {message[:200]!r}")
-        except TooSlow:
-            good = False
-            self._fail(where, f"more than {SECONDS} s\n{traceback.format_exc(limit=-6)}")
-        except BaseException as error:
-            if isinstance(error, KeyboardInterrupt):
-                raise
-            good = False
-            self._fail(where, f"{type(error).__name__}\n{traceback.format_exc(limit=-6)}")
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-        self.outcome.slowest = max(self.outcome.slowest, time.monotonic() - began)
-        rise = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) >> 10
-        if rise > MEGABYTES:
-            self._fail(where, f"{rise} MB of memory")
-        return good
-
-    def _fail(self, where: str, what: str) -> None:
-        self.outcome.failures.append(f"{where}: {what}")
-
-    def _links(self, kind: str, name: str, source: Path) -> Path:
-        """A copy of a base by hard links, of which one file at a time is replaced."""
-        if (kind, name) not in self._linked:
-            copy = self.folder / "inputs" / kind / name.replace("/", "-")
-            shutil.copytree(source, copy, copy_function=os.link)
-            self._linked[kind, name] = copy
-        return self._linked[kind, name]
-
-
-def _listing(folder: Path) -> dict[str, tuple[int, int]]:
-    return {str(p.relative_to(folder)): (p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*")}
-
-
-def _too_slow(*_: Any) -> None:
-    raise TooSlow
+_ADDRESSES = 8 << 30  # of a child, over what its start took
+KINDS = ("ok", "refused", "traceback", "hang", "memory", "abort")
 
 
 def main() -> int:
+    """Run as the text above says; 1 where anything went wrong."""
+    from fuzz_loaders import LOADERS
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=10_000)
+    parser.add_argument("--loader", choices=[*LOADERS, "all"], default="all")
+    parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", type=int, help="run this one input")
-    parser.add_argument("--folder", type=Path, help="where inputs are made (a temporary folder)")
-    parser.add_argument("--show", type=int, default=20, help="failures shown")
+    parser.add_argument("--first", type=int, default=0, help="number of the first input")
+    parser.add_argument("--only", type=int, help="run this one input in this process")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="dsv4-fuzz-") as temporary:
-        fuzzer = Fuzzer(args.folder or Path(temporary), args.seed)
-        numbers = range(args.count) if args.only is None else range(args.only, args.only + 1)
-        outcome = fuzzer.run(numbers, lambda text: print(text, file=sys.stderr, flush=True))
-    for failure in outcome.failures[: args.show]:
-        print(failure, end="\n\n")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-    print(
-        f"{outcome.inputs} inputs, {outcome.calls} calls, {outcome.refused} refused, {len(outcome.failures)} failures, "
-        f"{outcome.seconds:.0f} s, slowest call {outcome.slowest:.2f} s, peak memory {peak} MB"
-    )
-    print(", ".join(f"{name} {count}" for name, count in outcome.targets.most_common()))
-    return 1 if outcome.failures else 0
+    if args.child:
+        read_here(args.loader, args.seed, range(args.first, args.first + args.count))
+        return 0
+    if args.only is not None:
+        with tempfile.TemporaryDirectory(prefix="dsv4-fuzz-") as folder:
+            LOADERS[args.loader](Path(folder), args.seed).run(args.only)
+        return 0
+    names = [name for name in LOADERS if name != "broken"] if args.loader == "all" else [args.loader]
+    print("| loader | inputs | " + " | ".join(KINDS) + " | slowest s | peak MB above |")
+    print("|---|" + "---|" * (len(KINDS) + 3))
+    failures: list[str] = []
+    for name in names:
+        counts, slowest, peak, found = fuzz(name, args.seed, range(args.first, args.first + args.count))
+        figures = " | ".join(str(counts[kind]) for kind in KINDS)
+        print(f"| {name} | {sum(counts.values())} | {figures} | {slowest:.1f} | {peak} |", flush=True)
+        failures += found
+    for failure in failures[:40]:
+        print(failure, file=sys.stderr, end="\n\n")
+    return 1 if failures else 0
+
+
+# ---------------------------------------------------------------- the child
+
+
+def read_here(name: str, seed: int, numbers: range) -> None:
+    """Read inputs in this process, and say on stdout what becomes of each."""
+    from dsv4_bridge import BridgeError
+    from fuzz_loaders import LOADERS
+
+    say = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what libraries print is not ours
+    with tempfile.TemporaryDirectory(prefix="dsv4-fuzz-") as folder:
+        loader = LOADERS[name](Path(folder), seed)
+        pages = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (pages + _ADDRESSES, resource.RLIM_INFINITY))
+        for number in numbers:
+            say.write(json.dumps({"began": number}) + "\n")
+            peak, began, kind, what = _peak(), time.monotonic(), "ok", ""
+            try:
+                loader.run(number)
+            except BridgeError as error:
+                kind, what = "refused", wrong_message(str(error))
+                kind = "traceback" if what else kind
+            except MemoryError:
+                kind, what = "memory", traceback.format_exc(limit=-6)
+            except KeyboardInterrupt:
+                raise
+            except BaseException:
+                kind, what = "traceback", traceback.format_exc(limit=-6)
+            grown = _peak() - peak
+            kind = "memory" if grown > MEGABYTES else kind
+            seconds = time.monotonic() - began
+            say.write(json.dumps({"kind": kind, "what": what, "grown": grown, "seconds": seconds}) + "\n")
+
+
+def _peak() -> int:
+    """Megabytes; getrusage would begin with the peak of the process that started this one."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) >> 10
+
+
+def wrong_message(text: str) -> str:
+    """What is wrong with an error's text."""
+    if not text.strip() or len(text) > MESSAGE or "Traceback" in text:
+        return f"a message of {len(text)} characters: {text[:200]!r}"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return f"a message that cannot be printed: {text[:200]!r}"
+    return ""
+
+
+# ---------------------------------------------------------------- the parent
+
+
+def fuzz(name: str, seed: int, numbers: range) -> tuple[Counter[str], float, int, list[str]]:
+    """Read inputs in children.
+
+    Returns:
+        inputs of each kind, seconds of the slowest, most megabytes that one took, and failures in words.
+    """
+    counts: Counter[str] = Counter()
+    slowest, peak, failures = 0.0, 0, []
+    at = numbers.start
+    while at < numbers.stop:
+        child = _Child(name, seed, range(at, numbers.stop))
+        try:
+            done = child.read(at)
+        finally:
+            child.end()
+        if not done:
+            raise RuntimeError(f"the loader {name} does not begin:\n{child.errors()}")
+        for number, told in enumerate(done, at):
+            counts[told["kind"]] += 1
+            slowest, peak = max(slowest, told["seconds"]), max(peak, told["grown"])
+            if told["kind"] not in ("ok", "refused"):
+                failures.append(f"--loader {name} --seed {seed} --only {number}: {told['kind']}\n{told['what']}")
+        at += len(done)
+    return counts, slowest, peak, failures
+
+
+class _Child:
+    """A process that reads inputs, and what it says."""
+
+    def __init__(self, name: str, seed: int, numbers: range):
+        here = Path(__file__).resolve()
+        command = [sys.executable, str(here), "--child", "--loader", name, "--seed", str(seed)]
+        command += ["--first", str(numbers.start), "--count", str(len(numbers))]
+        self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed in `end`
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self._stderr)
+        self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        threading.Thread(target=self._listen, daemon=True).start()
+        self._said = ""
+
+    def _listen(self) -> None:
+        assert self._process.stdout
+        for line in self._process.stdout:
+            self._lines.put(line)
+        self._lines.put(b"")
+
+    def read(self, first: int) -> list[dict[str, Any]]:
+        """What became of the inputs until the child ended, hung or grew."""
+        done: list[dict[str, Any]] = []
+        reading, limit = False, START
+        while True:
+            try:
+                line = self._lines.get(timeout=limit)
+            except queue.Empty:
+                return [*done, _ended("hang", limit, "")] if reading else done
+            if not line:
+                self._process.wait()
+                told = _ended("abort", 0.0, f"exit code {self._process.returncode}\n{self.errors()}")
+                return [*done, told] if reading else done
+            told = json.loads(line)
+            reading = "began" in told
+            limit = 2 * SECONDS if reading else START
+            if not reading:
+                done.append(told)
+                if told["kind"] == "memory":
+                    return done  # the peak of a process never falls
+
+    def errors(self) -> str:
+        """The end of what the child wrote to stderr."""
+        if not self._stderr.closed:
+            self._stderr.seek(0)
+            self._said = self._stderr.read().decode(errors="replace")[-3000:]
+        return self._said
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self.errors()
+        self._stderr.close()
+
+
+def _ended(kind: str, seconds: float, what: str) -> dict[str, Any]:
+    return {"kind": kind, "seconds": seconds, "grown": 0, "what": what}
 
 
 if __name__ == "__main__":

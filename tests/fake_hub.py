@@ -5,6 +5,7 @@ import json
 import re
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -37,6 +38,27 @@ UNWANTED = {
 }
 
 
+@dataclass
+class Answer:
+    """What is sent, before it is: `tamper` changes it.
+
+    Attributes:
+        path: that was asked for.
+        status: of the answer.
+        headers: its headers; a body of another length than they say stays so.
+        body: its bytes.
+        pause: seconds between two bytes of the head, where it is slow.
+        slowly: seconds between two bytes of the body.
+    """
+
+    path: str
+    status: int
+    headers: dict[str, str]
+    body: bytes
+    pause: float = 0.0
+    slowly: float = 0.0
+
+
 FILE = re.compile(r"/[^/]+/[^/]+/resolve/[^/]+/(.+)|/cdn/[^/]+/[^/]+/[^/]+/(.+)")
 
 
@@ -58,11 +80,13 @@ class FakeHub:
         repos: repository -> revision -> folder.
         gated: repositories whose files nobody may read.
         ranges: whether the content server honours Range.
+        tamper: changes answers.
     """
 
     repos: dict[str, dict[str, Path]] = field(default_factory=dict)
     gated: set[str] = field(default_factory=set)
     ranges: bool = True
+    tamper: Callable[[Answer], None] = lambda answer: None
     log: list[Request] = field(default_factory=list)
     url: str = ""
     server: Any = None
@@ -195,16 +219,25 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer(status, (headers or {}) | ({"X-Error-Code": code} if code else {}), b"")
 
     def answer(self, status: int, headers: dict[str, str], body: bytes) -> None:
-        self.send_response(status)
-        for name, value in (headers | {"Content-Length": str(len(body))}).items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.request_log.sent = len(body)
-            try:
-                self.wfile.write(body)
-            except OSError:  # the client has read enough
-                self.close_connection = True
+        said = Answer(self.path, status, headers | {"Content-Length": str(len(body))}, body)
+        self.state.tamper(said)
+        head = [f"{name}: {value}\r\n" for name, value in said.headers.items()]
+        raw = f"HTTP/1.1 {said.status} Answer\r\n{''.join(head)}\r\n".encode("latin-1", "replace")
+        try:
+            self.send(raw, said.pause)
+            if self.command != "HEAD":
+                self.request_log.sent = len(said.body)
+                self.send(said.body, said.slowly)
+        except OSError:  # the client has read enough
+            self.close_connection = True
+        if said.headers.get("Content-Length") != str(len(said.body)):
+            self.close_connection = True
+
+    def send(self, data: bytes, pause: float) -> None:
+        for piece in (data[i : i + 1] for i in range(len(data))) if pause else (data,):
+            self.wfile.write(piece)
+            if pause:
+                time.sleep(pause)
 
 
 def is_large(name: str) -> bool:

@@ -1,11 +1,12 @@
 """Repositories on the Hugging Face Hub, from a server on this machine that answers as the Hub does."""
 
+import gzip
 import hashlib
 import json
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from conftest import dsv4, same_files
 from dsv4_bridge import BridgeError, export_hf, hub, import_hf, inspect, make_toy, plan
 from dsv4_bridge.small_files import small_files
 from dsv4_bridge.store.safetensors import read_header
-from fake_hub import REPO, SMALL, UNWANTED, FakeHub, commit_of
+from fake_hub import REPO, SMALL, UNWANTED, Answer, FakeHub, commit_of
 
 
 @pytest.fixture(scope="module")
@@ -293,3 +294,84 @@ def test_a_remote_shard_that_is_none_is_refused(
     in_this_process.repos[REPO]["main"] = tmp_path
     with pytest.raises(BridgeError, match=rf"{REPO}/model.safetensors: .*{said}"):
         hub._remote_header(REPO, None, "model.safetensors")
+
+
+# ---------------------------------------------------------------- a server that is slow, endless or another
+
+
+def _slow_head(answer: Answer) -> None:
+    answer.pause = 0.2
+
+
+def _slow_body(answer: Answer) -> None:
+    answer.slowly = 0.2
+
+
+def _bomb(answer: Answer) -> None:
+    answer.body = gzip.compress(bytes(1 << 20)) * 64
+    answer.headers |= {"Content-Encoding": "gzip", "Content-Length": str(len(answer.body))}
+
+
+def _endless_list(answer: Answer) -> None:
+    if "/tree/" in answer.path:
+        again = f"http://{answer.headers.get('Host', '')}{answer.path.partition('?')[0]}?page=2"
+        answer.headers["Link"] = f'<{again}>; rel="next"'
+
+
+def _circle(answer: Answer) -> None:
+    answer.status, answer.body = 307, b""
+    answer.headers |= {"Location": answer.path, "Content-Length": "0"}
+
+
+def _large(answer: Answer) -> None:
+    answer.body = b'{"id": "' + b"x" * (40 << 20) + b'"}'
+    answer.headers["Content-Length"] = str(len(answer.body))
+
+
+def _other_form(answer: Answer) -> None:
+    answer.body = b'["a page of another kind"]'
+    answer.headers["Content-Length"] = str(len(answer.body))
+
+
+def _much_later(answer: Answer) -> None:
+    answer.status, answer.body = 503, b""
+    answer.headers |= {"Retry-After": "86400", "Content-Length": "0"}
+
+
+@pytest.mark.parametrize(
+    ("tamper", "said"),
+    [
+        (_slow_head, r"the server sent [\d,]+ bytes in \d s; try again later"),
+        (_slow_body, r"the server sent [\d,]+ bytes in \d s; try again later|one answer takes more than"),
+        (_bomb, "the server packs its answer"),
+        (_endless_list, "the list of its files has no end after 100 pages"),
+        (_circle, "the server redirects more than 8 times"),
+        (_large, "an answer of more than 33,554,432 bytes"),
+        (_other_form, r"the server's answers are not the Hub's .*HF_ENDPOINT"),
+        (_much_later, "the server asks to wait for 86400 s"),
+    ],
+    ids=lambda value: value.__name__[1:] if callable(value) else "",
+)
+def test_a_server_cannot_hold_up_or_fill_the_client(
+    tamper: Callable[[Answer], None], said: str, server: FakeHub, client: Client, tmp_path: Path
+) -> None:
+    def tampered(answer: Answer) -> None:
+        answer.headers.setdefault("Host", server.url.partition("//")[2])
+        tamper(answer)
+
+    server.tamper = tampered
+    if tamper in (_slow_head, _slow_body):
+        client.env["DSV4_HUB_TIMEOUT"] = "2"
+    done = client("inspect", REPO)
+    assert done.returncode == 2, done.stderr
+    *notes, message = done.stderr.splitlines()
+    assert re.search(said, message), done.stderr
+    assert all("has sent next to nothing" in note for note in notes)
+    assert len(server.log) < 110
+
+
+def test_a_limit_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for wrong in ("", "0", "-1", "1.5", "soon", "9" * 9):
+        monkeypatch.setenv("DSV4_HUB_TIMEOUT", wrong)
+        with pytest.raises(BridgeError, match="expected a number of seconds"):
+            hub.describe("some-org/none")

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .errors import BridgeError, os_error
+from .errors import BridgeError, os_error, printable
 
 app = typer.Typer(
     name="dsv4",
@@ -261,9 +261,11 @@ def put(data: dict[str, Any], as_json: bool, shown: Any) -> None:
         if as_json:
             sys.stdout.write(json.dumps(data, default=str) + "\n")
         else:
+            from rich.text import Text
+
             from .render import show
 
-            show(shown)
+            show(Text(shown) if isinstance(shown, str) else shown)  # no markup: paths may have brackets
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has seen enough; what was found still decides the exit code
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -362,10 +364,9 @@ def _verb() -> str:
 
 
 def _say(message: str) -> None:
-    """A message on stderr, in which no name can move the cursor or set colours; gone if nobody listens."""
-    plain = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in message)
+    """A message on stderr; gone if nobody listens."""
     with contextlib.suppress(OSError, ValueError):
-        sys.stderr.write(f"dsv4: {plain}\n")
+        sys.stderr.write(f"dsv4: {printable(message)}\n")
         sys.stderr.flush()
 
 

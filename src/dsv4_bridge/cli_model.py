@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from .cli import Json, Revision, app, finish, put
+from .errors import printable
 
 
 class Against(StrEnum):
@@ -70,7 +71,7 @@ def parity(
         inputs=inputs,
         dtype=dtype.value,
         replay=replay,
-        say=lambda line: print(line, file=sys.stderr),
+        say=lambda line: print(printable(line), file=sys.stderr),
     )
     if report:
         print(f"written {write_report(found, report)}", file=sys.stderr)

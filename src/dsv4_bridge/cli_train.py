@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from .cli import Json, app, finish, put
-from .errors import BridgeError
+from .errors import BridgeError, printable
 
 
 @app.command()
@@ -69,7 +69,7 @@ def train(
         finish(report.fits)
         return
     ranks = Ranks.from_environment()
-    say: Any = (lambda _: None) if as_json else typer.echo
+    say: Any = (lambda _: None) if as_json else lambda line: typer.echo(printable(line))
     from . import mcore  # noqa: F401 - prepares torch for megatron-core
     from .train.loop import train as run_train
 

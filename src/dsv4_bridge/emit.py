@@ -7,12 +7,13 @@ quantised encodings, the scales of a checkpoint to be like.
 import contextlib
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from .codec import Certificate, CodecError, EncodeStats, fp8, mxfp4, mxfp4_to_fp8
+from .conversion_report import Report
 from .encodings import ENCODINGS, QUANTISED
 from .errors import BridgeError
 from .items import Item
@@ -83,57 +84,6 @@ class Copy(NamedTuple):
 
 
 Segment = Literal | Frame | Rows | Weight | Scale | Copy
-
-
-@dataclass
-class Report:
-    """What a conversion did; reports of files add up.
-
-    Attributes:
-        tensors: weights written (scales not counted).
-        bytes_written: size of the output.
-        encoded: row key -> what encoding its tensors did to scales and values.
-        recoded: row key -> certificate of its MXFP4 tensors recoded to FP8.
-        rounded: row key -> float32 values rounded to bf16.
-        lacking: weights of a draft that the checkpoint lacks and `like` gave.
-    """
-
-    tensors: int = 0
-    bytes_written: int = 0
-    encoded: dict[str, EncodeStats] = field(default_factory=dict)
-    recoded: dict[str, Certificate] = field(default_factory=dict)
-    rounded: dict[str, int] = field(default_factory=dict)
-    lacking: int = 0
-
-    def merge(self, other: "Report") -> None:
-        """Add another report."""
-        self.tensors += other.tensors
-        self.bytes_written += other.bytes_written
-        self.lacking += other.lacking
-        for name in ("encoded", "recoded", "rounded"):
-            mine, theirs = getattr(self, name), getattr(other, name)
-            for key, value in theirs.items():
-                mine[key] = mine[key] + value if key in mine else value
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain types, for the journal and `--json`."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> "Report":
-        """The inverse of `to_json`."""
-        return cls(
-            data["tensors"],
-            data["bytes_written"],
-            {k: EncodeStats(**v) for k, v in data["encoded"].items()},
-            {k: Certificate(**_tuples(v)) for k, v in data["recoded"].items()},
-            dict(data["rounded"]),
-            data["lacking"],
-        )
-
-
-def _tuples(data: dict[str, Any]) -> dict[str, Any]:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
 
 
 @dataclass

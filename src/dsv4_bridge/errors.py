@@ -25,3 +25,10 @@ def os_error(error: OSError) -> str:
     """The file and what the operating system says of it."""
     files = [str(name) for name in (error.filename, error.filename2) if name is not None]
     return ": ".join([" and ".join(files)] * bool(files) + [error.strerror or str(error) or type(error).__name__])
+
+
+def printable(text: str) -> str:
+    """Text in which no name from a file can move the cursor, set colours or reorder what is read; lines stay."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)

@@ -15,7 +15,9 @@ from typing import Any
 
 from .config import read_config, refuse_other_models
 from .errors import BridgeError, files_named
+from .hub_limits import limited
 from .small_files import FOLDERS, NAMES, STARTS, WEIGHTS
+from .spec import short
 from .store.safetensors import INDEX, SINGLE, Shard, header_end, parse_header, read_index
 from .variants import VARIANTS
 
@@ -71,7 +73,7 @@ def describe(source: str, revision: str | None = None) -> tuple[Path, Mapping[st
     if all((folder / file).is_file() for file in files):
         return folder, None
     try:
-        with ThreadPoolExecutor(_CONNECTIONS) as pool:
+        with limited(f"reading {source} on the Hub"), ThreadPoolExecutor(_CONNECTIONS) as pool:
             headers = pool.map(lambda file: _remote_header(source, _pinned(folder, revision), file), files)
             return folder, dict(zip(files, headers, strict=True))
     except Exception as error:
@@ -137,7 +139,10 @@ def _fetch(source: str, revision: str | None, patterns: list[str]) -> Path:
             disable_progress_bars()
             logging.set_verbosity_error()
         # Its type says that it may also return what a dry run would do.
-        folder: Any = snapshot_download(source, revision=revision, allow_patterns=patterns, ignore_patterns=_IGNORED)
+        with limited(f"fetching {source} from the Hub"):
+            folder: Any = snapshot_download(
+                source, revision=revision, allow_patterns=patterns, ignore_patterns=_IGNORED
+            )
         return Path(folder)
     except Exception as error:
         raise _explained(error, source, revision) from None
@@ -200,6 +205,14 @@ def _explained(error: Exception, source: str, revision: str | None) -> BridgeErr
     if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
         return BridgeError(
             f"{at}: the Hub cannot be reached, and the cache does not hold all that is needed ({_line(error)})"
+        )
+    # What is raised where the client takes an answer apart that is of another form: Python's words, not its own.
+    if isinstance(error, LookupError | TypeError | AttributeError | ArithmeticError | RecursionError | MemoryError) or (
+        isinstance(error, ValueError) and not isinstance(error, errors.HFValidationError | OSError)
+    ):
+        return BridgeError(
+            f"{at}: the server's answers are not the Hub's ({type(error).__name__}: {short(_line(error))}); is its "
+            "address (HF_ENDPOINT) right, or a proxy in between?"
         )
     return BridgeError(f"{at}: {_line(error)}")
 

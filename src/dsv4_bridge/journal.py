@@ -16,10 +16,12 @@ from typing import Any
 
 from .durable import sync
 from .emit import Report
+from .errors import BridgeError
 
 _NAME = "journal"
 _PLACING = {"placing": True}
-_MOST_BYTES = 1 << 30
+_MOST_BYTES = 1 << 28
+_MOST_LINE = 1 << 22
 
 
 def begin(work: Path, identity: str, label: str, finished: Iterable[Mapping[str, Any]] = ()) -> None:
@@ -80,7 +82,7 @@ def _finished(entry: Mapping[str, Any]) -> bool:
         return False
     try:
         Report.from_json(entry["report"])
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, BridgeError):
         return False
     return True
 
@@ -91,6 +93,8 @@ def _raw(work: Path) -> list[dict[str, Any]]:
         if not path.is_file() or path.stat().st_size > _MOST_BYTES:
             continue
         for raw in path.read_bytes().splitlines():
+            if len(raw) > _MOST_LINE:
+                continue
             with contextlib.suppress(ValueError, RecursionError):  # the last line of a killed run may be torn
                 entry = json.loads(raw)
                 found += [entry] if isinstance(entry, dict) else []

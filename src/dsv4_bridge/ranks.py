@@ -45,6 +45,13 @@ _FURTHER: Mapping[str, type] = {
     "discard": bool,
     "made": list,
 }
+_STATES = ("joining", "working", "done", "finished", "failed", "left", "holding")
+# What a state cannot be without.
+_NEEDED: Mapping[str, tuple[str, ...]] = {
+    "done": ("result",),
+    "finished": ("result",),
+    "failed": ("error", "told", "discard"),
+}
 _MOST_BYTES = 64 << 20
 HERE: set[str] = set()  # words of the runs in this process
 
@@ -159,6 +166,9 @@ def _valid(entry: Any) -> bool:
         return False
     return (
         all(_is(entry[n], t) for n, t in _FURTHER.items() if n in entry)
+        and entry["state"] in _STATES
+        and all(n in entry for n in _NEEDED.get(entry["state"], ()))
+        and all(isinstance(value, str) for value in entry["facts"].values())
         and all(isinstance(x, str) for x in (*entry.get("members", {}).values(), *entry.get("made", ())))
         and all(isinstance(s, list) and all(isinstance(n, str) for n in s) for s in entry.get("shares", ()))
         and all(0 <= entry[n] < 1 << 63 for n in ("rank", "beat", "nbytes", "pid"))

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -22,6 +23,7 @@ from .checksums import FilesReport
 from .codec import Certificate, EncodeStats
 from .doctor import Check
 from .emit import Report
+from .errors import printable
 from .inspecting import InspectReport
 from .planning import PlanReport
 from .verifying import VerifyReport
@@ -30,7 +32,16 @@ _QUIET_SECONDS = 10.0
 
 
 class Plain(Console):
-    """A console whose reader may go away: rich would send stdout to nowhere and end the process."""
+    """A console for names from files, and whose reader may go away.
+
+    What is printed can hold names from anywhere: what would steer a terminal is shown as text. And where nobody reads
+    stdout any longer, rich would send it to nowhere and end the process.
+    """
+
+    def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            shown = segment.text if segment.control else printable(segment.text)
+            yield segment if shown == segment.text else segment._replace(text=shown)
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
@@ -90,7 +101,7 @@ def size(nbytes: int | float) -> str:
 
 def make_table(title: str, *columns: str) -> Table:
     """An empty table; a column that begins with `>` is set to the right."""
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", pad_edge=False)
+    table = Table(title=Text(title, "bold"), title_justify="left", header_style="bold", pad_edge=False)
     for column in columns:
         right = column.startswith(">")
         table.add_column(column.lstrip(">"), justify="right" if right else "left", no_wrap=right)

@@ -1,6 +1,8 @@
 """JSON from elsewhere, read strictly: an object, no name twice, text that can be printed."""
 
 import json
+import stat
+from pathlib import Path
 from typing import Any
 
 from .errors import BridgeError
@@ -34,11 +36,50 @@ def parse_json(raw: bytes, where: str) -> dict[str, Any]:
         raise BridgeError(f"reading {where}: it holds half of a surrogate pair, which is no text") from None
     except RecursionError:
         raise BridgeError(f"reading {where}: not usable JSON (nested too deep)") from None
+    except UnicodeDecodeError as error:
+        raise BridgeError(f"reading {where}: not valid JSON (byte {error.start} is not UTF-8)") from None
     except ValueError as error:
         raise BridgeError(f"reading {where}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise BridgeError(f"reading {where}: expected a JSON object, got {type(value).__name__}")
     return value
+
+
+def read_json(path: Path, most_bytes: int, hint: str = "") -> dict[str, Any]:
+    """Read a small JSON file, see `parse_json`.
+
+    Args:
+        path: the file.
+        most_bytes: a larger one is refused unread.
+        hint: what to do if it is not to be had.
+
+    Raises:
+        BridgeError: no regular file, too large, or as there.
+    """
+    return parse_json(read_small(path, most_bytes, hint), str(path))
+
+
+def read_small(path: Path, most_bytes: int, hint: str = "") -> bytes:
+    """The bytes of a small file.
+
+    Raises:
+        BridgeError: unreadable, no regular file (a pipe would be waited for), or too large.
+    """
+    more = f"; {hint}" if hint else ""
+    try:
+        facts = path.stat()
+        if not stat.S_ISREG(facts.st_mode):
+            kind = "a folder" if stat.S_ISDIR(facts.st_mode) else "not a regular file"
+            raise BridgeError(f"reading {path}: {kind}{more}")
+        with path.open("rb") as file:
+            raw = file.read(most_bytes + 1)
+    except OSError as error:
+        raise BridgeError(f"reading {path}: {error.strerror or error}{more}") from None
+    except ValueError as error:  # a name with a zero byte
+        raise BridgeError(f"reading {short(str(path))}: {error}") from None
+    if len(raw) > most_bytes:
+        raise BridgeError(f"reading {path}: {max(facts.st_size, len(raw)):,} bytes, more than the {most_bytes:,} taken")
+    return raw
 
 
 def too_deep(value: Any, levels: int = 64, nodes: int = 1 << 20) -> bool:

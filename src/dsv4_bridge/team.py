@@ -170,7 +170,10 @@ class Team:
         while (leader := self._leader())["state"] == "joining":
             self._pause()
         self._tell(state="working")
-        return leader["shares"][self.ranks.rank]
+        shares = leader.get("shares", [])
+        if self.ranks.rank >= len(shares):
+            raise Stopped(f"{self.label}: {who(leader)} gives this rank no share; {_AGAIN}")
+        return shares[self.ranks.rank]
 
     def watch(self, advance: Callable[[int], None]) -> None:
         """Rank 0: have `advance` called with the bytes that other ranks have written."""
@@ -247,7 +250,8 @@ class Team:
             elif not self._peers:  # nobody knows of this rank
                 self._path(self.ranks.rank).unlink(missing_ok=True)
         HERE.discard(self._mine["word"])
-        for folder in sorted({*made, str(self.folder), str(self.folder.parent)}, key=len, reverse=True):
+        ours = {str(p) for p in (self.folder, *self.folder.parents)}  # others may name any
+        for folder in sorted({*(made & ours), str(self.folder), str(self.folder.parent)}, key=len, reverse=True):
             with contextlib.suppress(OSError):
                 Path(folder).rmdir()
 

@@ -7,12 +7,14 @@ from typing import Any
 
 from .errors import BridgeError
 from .spec import ModelSpec, short
-from .strict_json import parse_json
+from .strict_json import read_json
+from .tokenizer_files import guarded, read_tokenizer
 
 TOKENIZER = "tokenizer.json"
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
 USER, ASSISTANT, THOUGHT = "<｜User｜>", "<｜Assistant｜>", "</think>"
+_MOST_CONFIG = 64 << 20
 _BROKEN = "\ufffd"  # stands at the end of a text while its last character lacks bytes
 
 
@@ -40,12 +42,15 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise BridgeError(f"reading the text {short(text)}: {error.reason}; give it in UTF-8") from None
-        ids = self.library.encode(text, add_special_tokens=True).ids
+        doing = f"tokenizing with {self.path}"
+        ids = guarded(doing, "", lambda: self.library.encode(text, add_special_tokens=True).ids)
         return ids if self.bos is None or ids[:1] == [self.bos] else [self.bos, *ids]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of tokens, without the special ones."""
-        return self.library.decode(list(ids), skip_special_tokens=True)
+        return guarded(
+            f"decoding with {self.path}", "", lambda: self.library.decode(list(ids), skip_special_tokens=True)
+        )
 
     def chat(self, text: str) -> list[int]:
         """Tokens of one user turn that the model is to answer without thinking aloud.
@@ -71,19 +76,7 @@ def open_tokenizer(folder: Path, spec: ModelSpec) -> Tokenizer | None:
     path = folder / TOKENIZER
     if not path.is_file():
         return None
-    try:
-        from tokenizers import Tokenizer as Library
-    except ImportError:
-        raise BridgeError(
-            f"reading {path}: the tokenizers library is missing; pip install 'dsv4-bridge[hf]', or give --prompt-ids"
-        ) from None
-    try:
-        library = Library.from_file(str(path))
-    except Exception as error:  # the library raises nothing more special
-        raise BridgeError(f"reading {path}: no tokenizer ({error}); fetch the file again") from None
-    # Whoever saved the file may have had batches in mind: a text is taken whole, and alone.
-    library.no_truncation()
-    library.no_padding()
+    library, _ = read_tokenizer(path, ", or give --prompt-ids")
     return Tokenizer(path, library, spec.bos_token_id)
 
 
@@ -97,10 +90,7 @@ def end_tokens(folder: Path, spec: ModelSpec) -> frozenset[int]:
     for path in (folder / CONFIG, folder / GENERATION):
         if not path.is_file():
             continue
-        try:
-            named = parse_json(path.read_bytes(), str(path)).get("eos_token_id")
-        except OSError as error:
-            raise BridgeError(f"reading {path}: {error.strerror or error}") from None
+        named = read_json(path, _MOST_CONFIG).get("eos_token_id")
         ids = named if isinstance(named, list) else [] if named is None else [named]
         if wrong := [i for i in ids if type(i) is not int]:
             raise BridgeError(f"reading {path}: eos_token_id holds {short(wrong[0])}, expected token ids")

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import BridgeError
+from ..free_memory import free_memory as free_main_memory
 from .cpu import install
 from .meeting import meet
 
@@ -75,9 +76,7 @@ def free_memory() -> tuple[int, str]:
     """Bytes that are free where models are built, and what they are of, in words."""
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0], "GPU memory"
-    import psutil
-
-    return psutil.virtual_memory().available, "memory"
+    return free_main_memory(), "memory"
 
 
 def _meet(on_cpu: bool) -> None:

@@ -3,6 +3,7 @@
 import torch
 
 from ..errors import BridgeError
+from ..free_memory import free_memory
 from ..items import Plan
 from ..spec import ModelSpec
 
@@ -58,6 +59,4 @@ def check_memory(nbytes: int, device: torch.device, spec: ModelSpec, dtype: str)
 def _free(device: torch.device) -> tuple[int, str]:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0], "GPU memory"
-    import psutil
-
-    return psutil.virtual_memory().available, "memory"
+    return free_memory(), "memory"

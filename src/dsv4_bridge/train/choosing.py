@@ -14,6 +14,8 @@ import yaml
 
 from ..errors import BridgeError
 from ..spec import short
+from ..strict_json import read_small
+from ..strict_yaml import parse_yaml
 from .recipe import Recipe
 from .recipes import RECIPES
 
@@ -43,7 +45,8 @@ _LEAST: dict[str, float] = {
     "checkpoint.keep": 1,
     "log.every": 1,
 }
-_MOST_BYTES = 1 << 20
+_MOST_BYTES = 1 << 16
+_LONGEST = 100  # characters of a name that others are compared with
 _SEED = 1 << 32  # numpy's
 _BELOW: dict[str, float] = {
     "optimizer.beta1": 1,
@@ -54,16 +57,6 @@ _BELOW: dict[str, float] = {
     "data.seed": _SEED,
     "model.initial_seed": _SEED,
 }
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which no key is said twice."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        said = [key.value for key, _ in node.value]
-        if twice := [key for key in said if said.count(key) > 1]:
-            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} is said twice", node.start_mark)
-        return super().construct_mapping(node, deep)
 
 
 @dataclass(frozen=True)
@@ -99,14 +92,14 @@ def choose(what: str, words: Iterable[str] = ()) -> Chosen:
         chosen = load(Path(what))
     else:
         raise BridgeError(
-            f"choosing a recipe: there is none named {what!r}{_nearest(what, RECIPES)}; `dsv4 recipes` lists them, "
-            "and FILE.yaml reads one from a file"
+            f"choosing a recipe: there is none named {short(what)}{_nearest(what, RECIPES)}; `dsv4 recipes` lists "
+            "them, and FILE.yaml reads one from a file"
         )
     changes = {}
     for word in words:
         key, equals, text = word.partition("=")
         if not equals:
-            raise BridgeError(f"reading {word!r}: expected key=value, as batch.size=64")
+            raise BridgeError(f"reading {short(word)}: expected key=value, as batch.size=64")
         changes[key] = (_parsed(text), "given")
     return _change(chosen, changes, f"recipe {chosen.recipe.name}")
 
@@ -151,15 +144,7 @@ def load(path: Path) -> Chosen:
     Raises:
         BridgeError: no such file, no YAML, unknown keys or values of another type.
     """
-    try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise BridgeError(f"reading recipe {path}: {path.stat().st_size:,} bytes are too many for a recipe")
-        read = yaml.load(path.read_text(), _Loader)
-    except RecursionError:
-        raise BridgeError(f"reading recipe {path}: nested too deep; expected keys and values") from None
-    # PyYAML lets several kinds through, from scalars such as `!!int ''` and `2020-13-45`.
-    except (OSError, yaml.YAMLError, ValueError, LookupError, ArithmeticError, AttributeError, TypeError) as error:
-        raise BridgeError(f"reading recipe {path}: {' '.join(str(error).split())[:300]}") from None
+    read = parse_yaml(read_small(path, _MOST_BYTES), f"reading recipe {path}")
     if not isinstance(read, dict):
         raise BridgeError(f"reading recipe {path}: expected keys and values, found {type(read).__name__}")
     base = read.pop("base", None)
@@ -173,8 +158,11 @@ def load(path: Path) -> Chosen:
     chosen = choose(base) if base else Chosen(Recipe(), _defaults())
     changes: dict[str, tuple[Any, str]] = {}
     for key, value in read.items():
-        inner = {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {str(key): value}
-        changes |= {k: (v, path.name) for k, v in inner.items()}
+        inner = {(key, k): v for k, v in value.items()} if isinstance(value, dict) else {(key,): value}
+        for names, v in inner.items():
+            if wrong := [name for name in names if not isinstance(name, str)]:
+                raise BridgeError(f"reading recipe {path}: the key {short(wrong[0])} is no name")
+            changes[".".join(names)] = (v, path.name)
     return _change(chosen, changes, f"recipe {path}")
 
 
@@ -207,7 +195,8 @@ def _fitting(key: str, value: Any, kind: Any, where: str) -> Any:
         with contextlib.suppress(ValueError, OverflowError):  # YAML takes 1e-4 for a word
             fit = float(value)
     elif kind is str and isinstance(value, int | float) and not isinstance(value, bool):
-        fit = str(value)
+        with contextlib.suppress(ValueError):  # of more digits than Python writes
+            fit = str(value)
     elif type(value) is kind:
         fit = value
     if fit is None:
@@ -224,13 +213,15 @@ def _fitting(key: str, value: Any, kind: Any, where: str) -> Any:
 
 def _parsed(text: str) -> Any:
     try:
-        return yaml.safe_load(text) if text else ""
-    except (yaml.YAMLError, RecursionError, ValueError, LookupError, ArithmeticError, AttributeError, TypeError):
+        return parse_yaml(text, "reading a value") if text else ""
+    except BridgeError:
         return text
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
     """The nearest known name, in words; keys are also known by their last part."""
+    if len(name) > _LONGEST:  # likeness takes a time that grows with the square
+        return ""
     known = list(known)
     tails = {k.rpartition(".")[2]: k for k in reversed(known)}
     near = difflib.get_close_matches(name, known, 1) or [

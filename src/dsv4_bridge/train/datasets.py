@@ -18,9 +18,12 @@ from torch.utils.data import Dataset
 
 from ..errors import BridgeError
 from ..spec import short
-from ..strict_json import parse_json
+from ..strict_json import read_json
+from .indexed import IndexFacts, check_indexed
 from .token_ids import check_token_ids
 
+_MOST_FACTS = 1 << 20
+_HEADER = 1024  # bytes of a .npy in which its type is said
 _EDGE = 32 << 20  # bytes of an index's ends that its fingerprint takes in
 SPLITS = ("train", "valid", "test")
 
@@ -153,6 +156,7 @@ def build_pretraining_datasets(
     held = [_look(prefix, eos_token_id, vocab_size, tokenizer_sha256) for prefix in blend.prefixes]
     weights = blend.weights or (tuple(float(h.tokens) for h in held) if len(held) > 1 else None)
     place = cache or Path(blend.prefixes[0]).parent / "dataset_cache"
+    _check_cache(place)
     config = GPTDatasetConfig(
         random_seed=seed,
         sequence_length=seq_length,
@@ -192,6 +196,18 @@ def _here() -> bool:
     return True
 
 
+def _check_cache(place: Path) -> None:
+    """Refuse arrays of objects among the cached indices: megatron-core would unpickle them."""
+    try:
+        for path in place.glob("*.npy") if place.is_dir() else ():
+            with path.open("rb") as file:
+                start = file.read(_HEADER)
+            if not start.startswith(b"\x93NUMPY") or b"O'" in start.partition(b"\n")[0]:
+                raise BridgeError(f"building datasets in {place}: {path.name} is no index; remove that folder")
+    except OSError as error:
+        raise _unusable(place, error) from None
+
+
 def _unusable(place: Path, error: Exception) -> BridgeError:
     return BridgeError(f"building datasets in {place}: {error}; remove that folder, or name another cache")
 
@@ -213,10 +229,10 @@ def checked_split(split: str) -> str:
 
 @dataclass(frozen=True)
 class _Held:
-    """One indexed dataset: its documents, tokens, and what tells it from another."""
+    """One indexed dataset: int32 [documents] of their lengths, all tokens, and what tells it from another."""
 
     prefix: str
-    documents: int
+    lengths: np.ndarray
     tokens: int
     fingerprint: str
 
@@ -242,26 +258,10 @@ def _look(prefix: str, eos_token_id: int, vocab_size: int, tokenizer_sha256: str
     Raises:
         BridgeError: not there, damaged, or another model's.
     """
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    index, tokens = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     doing = f"opening the data {prefix}"
-    for path in (index, tokens):
-        if not path.is_file():
-            raise BridgeError(f"{doing}: no {path}; name a prefix that `dsv4 data` wrote, without ending")
-    try:
-        opened = IndexedDataset(prefix, mmap=True)
-        lengths, itemsize = opened.sequence_lengths, opened.index.dtype_size
-        count = int(lengths.sum(dtype="int64"))
-    except (AssertionError, ValueError, OSError, KeyError) as error:
-        raise BridgeError(f"{doing}: {index} is no index of megatron-core ({error}); make it again") from None
-    if tokens.stat().st_size != count * itemsize:
-        raise BridgeError(
-            f"{doing}: {tokens} has {tokens.stat().st_size:,} bytes, its index wants {count * itemsize:,}; "
-            "copy it again"
-        )
+    told = check_indexed(prefix, doing)
     beside = Path(f"{prefix}.json")
-    facts = parse_json(beside.read_bytes(), str(beside)) if beside.is_file() else {}
+    facts = read_json(beside, _MOST_FACTS) if beside.is_file() else {}
     wanted = {"eos_token_id": eos_token_id, "vocab_size": vocab_size, "tokenizer_sha256": tokenizer_sha256}
     for name, value in wanted.items():
         if value is not None and facts.get(name, value) != value:
@@ -269,21 +269,19 @@ def _look(prefix: str, eos_token_id: int, vocab_size: int, tokenizer_sha256: str
                 f"{doing}: its {name} is {short(facts[name])}, the model's is {short(value)}; "
                 "make it with the model's tokenizer"
             )
-    _check_ids(tokens, lengths, opened.index.dtype, vocab_size, doing)
-    return _Held(prefix, len(lengths), count, _fingerprint(index))
+    _check_ids(Path(f"{prefix}.bin"), told, vocab_size, doing)
+    return _Held(prefix, told.lengths, told.tokens, _fingerprint(Path(f"{prefix}.idx")))
 
 
-def _check_ids(path: Path, lengths: np.ndarray, dtype: Any, vocab_size: int, doing: str) -> None:
-    """The ids of a `.bin`; an empty file cannot be mapped."""
-    if not path.stat().st_size:
-        return
+def _check_ids(path: Path, told: IndexFacts, vocab_size: int, doing: str) -> None:
+    """The ids of a `.bin`, which is as long as its index says."""
 
     def place(token: int) -> str:
-        ends = lengths.cumsum(dtype=np.int64)
+        ends = told.lengths.cumsum(dtype=np.int64)
         document = int(np.searchsorted(ends, token, "right"))
-        return f"token {token - int(ends[document] - lengths[document])} of document {document}"
+        return f"token {token - int(ends[document] - told.lengths[document])} of document {document}"
 
-    check_token_ids(np.memmap(path, dtype, "r"), vocab_size, doing, place)
+    check_token_ids(np.memmap(path, told.dtype, "r"), vocab_size, doing, place)
 
 
 def _fingerprint(index: Path) -> str:
@@ -306,9 +304,11 @@ def _check_shares(held: Sequence[_Held], shares: Sequence[Any], samples: Sequenc
         if share is None:
             raise BridgeError(f"building datasets: {wanted} {name} samples of a split that gives it no share")
         for one in held:
-            first, end = (round(edge * one.documents) for edge in share)
-            if end <= first:
+            documents = len(one.lengths)
+            first, end = (round(edge * documents) for edge in share)
+            # Documents without tokens count as none: megatron-core would repeat them without end.
+            if end <= first or not one.lengths[first:end].any():
                 raise BridgeError(
-                    f"building datasets: {one.prefix} has {one.documents} documents, and the split leaves none of them "
+                    f"building datasets: {one.prefix} has {documents} documents, and the split leaves none of them "
                     f"for {name}; give {name} a larger share, or ask for no {name} samples"
                 )

@@ -25,6 +25,7 @@ from ..errors import BridgeError, files_named
 from ..lock import hold
 from ..spec import ModelSpec
 from ..text import TOKENIZER, Tokenizer, open_tokenizer
+from ..tokenizer_files import guarded
 from .chat.store import scratch_folder
 from .text_sources import BadSource, Source, Unit, explained, find_sources, texts, units
 
@@ -250,10 +251,12 @@ class _Encoder:
         found = [(path, offset, text) for path, offset, text in texts(unit, self.key)]
         kept = [(path, offset, text) for path, offset, text in found if text.strip()]
         start = [self.tokenizer.bos] if self.bos and self.tokenizer.bos is not None else []
-        documents = [
-            np.array([*start, *done.ids, self.spec.eos_token_id], np.int64)
-            for done in library.encode_batch_fast([text for _, _, text in kept], add_special_tokens=False)
-        ]
+        encoded = guarded(
+            f"tokenizing with {self.tokenizer.path}",
+            "",
+            lambda: library.encode_batch_fast([text for _, _, text in kept], add_special_tokens=False),
+        )
+        documents = [np.array([*start, *done.ids, self.spec.eos_token_id], np.int64) for done in encoded]
         lines = unit.lines is not None
         for (path, offset, _), ids in zip(kept, documents, strict=True):
             if ids.max() >= self.spec.vocab_size:

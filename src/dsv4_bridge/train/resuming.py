@@ -9,7 +9,7 @@ from ..run_config import FILE, read_run_config
 from ..spec import ModelSpec
 from ..store.megatron import TRACKER
 from ..store.torch_dist import last_iteration, open_torch_dist
-from ..strict_json import parse_json
+from ..strict_json import read_json
 from .choosing import load, values
 from .recipe import Recipe
 
@@ -94,7 +94,7 @@ def find_resumed(recipe: Recipe, spec: ModelSpec) -> Resumed | None:
 
 
 def _progress(path: Path, doing: str) -> State:
-    said = parse_json(path.read_bytes(), str(path)) if path.stat().st_size < _MOST_BYTES else {}
+    said = read_json(path, _MOST_BYTES, "go back to an earlier one")
     whole = all(type(said.get(name)) is int and 0 <= said[name] < 1 << 63 for name in vars(State()))
     if not whole or said.keys() != vars(State()).keys():
         raise BridgeError(

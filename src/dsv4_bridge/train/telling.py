@@ -42,8 +42,8 @@ class Teller:
         if out is None:
             return
         path = out / FILE
-        kept = [line for line in path.read_text().splitlines() if _step(line) <= begin] if path.exists() else []
-        path.write_text("".join(line + "\n" for line in kept))
+        kept = [line for line in path.read_bytes().splitlines() if _step(line) <= begin] if path.is_file() else []
+        path.write_bytes(b"".join(line + b"\n" for line in kept))
         self._file = path.open("a", buffering=1)
         if tensorboard:
             try:
@@ -105,11 +105,13 @@ def _shown(name: str, value: float) -> str:
     return f"{label} {value:{form}}"
 
 
-def _step(line: str) -> float:
+def _step(line: bytes) -> float:
+    """The step that a line of the log is of; infinity for what is none, the torn line of a killed run."""
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+        step = float(json.loads(line)["step"])
+    except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
         return math.inf
+    return math.inf if math.isnan(step) else step
 
 
 class Watch:

@@ -11,6 +11,7 @@ import numpy as np
 
 from ...errors import BridgeError
 from ...text import TOKENIZER
+from ...tokenizer_files import guarded, read_tokenizer
 from .encode import Segment
 from .texts import ANSWER_TOKENS, TURN_TOKENS
 
@@ -56,20 +57,7 @@ def open_chat_tokenizer(folder: Path) -> ChatTokenizer:
         BridgeError: not there, unreadable, or the `tokenizers` library is missing.
     """
     path = folder / TOKENIZER if folder.is_dir() else folder
-    try:
-        from tokenizers import Tokenizer
-    except ImportError:
-        raise BridgeError(f"reading {path}: the tokenizers library is missing; pip install 'dsv4-bridge[hf]'") from None
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise BridgeError(f"reading {path}: {error.strerror}; give the folder of a checkpoint") from None
-    try:
-        library = Tokenizer.from_buffer(raw)
-    except Exception as error:  # the library raises nothing more special
-        raise BridgeError(f"reading {path}: no tokenizer ({error}); fetch the file again") from None
-    library.no_truncation()
-    library.no_padding()
+    library, raw = read_tokenizer(path)
     known = library.get_added_tokens_decoder().values()
     whole = {token.content for token in known}
     lost = tuple(token for token in (*TURN_TOKENS, *ANSWER_TOKENS) if token not in whole)
@@ -97,7 +85,11 @@ def tokenize_all(tokenizer: ChatTokenizer, conversations: Sequence[Sequence[Segm
             raise BridgeError(
                 f"tokenizing a conversation: {tokenizer.path} has no token {token}; give a DeepSeek-V4 checkpoint's"
             )
-    encodings = tokenizer.library.encode_batch(texts, add_special_tokens=False)
+    encodings = guarded(
+        f"tokenizing with {tokenizer.path}",
+        "",
+        lambda: tokenizer.library.encode_batch(texts, add_special_tokens=False),
+    )
     found = []
     for encoding, segments in zip(encodings, conversations, strict=True):
         ids = np.array(encoding.ids, np.int32)

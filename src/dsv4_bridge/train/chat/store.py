@@ -27,12 +27,16 @@ import numpy as np
 from ...durable import sync
 from ...errors import BridgeError
 from ...spec import short
-from ...strict_json import parse_json
+from ...strict_json import read_json
+from ..npy import read_npy
 from .packing import Pack, Packing
 from .samples import Sample
 
 NAME = "chat_data.json"
 FORMAT = "dsv4 chat data 1"
+_AGAIN = "prepare the data again"
+_MOST_FACTS = 16 << 20
+_MAPPED = ("tokens", "mask")
 _ARRAYS = {"tokens": np.int32, "mask": np.uint8, "offsets": np.int64, "packs": np.int64, "lines": np.int64}
 
 
@@ -146,10 +150,7 @@ def open_chat_data(folder: Path, tokenizer_sha256: str | None = None) -> ChatDat
         BridgeError: not such a folder, incomplete, damaged, or of another tokenizer.
     """
     path = folder / NAME
-    try:
-        facts = parse_json(path.read_bytes(), str(path))
-    except OSError as error:
-        raise BridgeError(f"reading {path}: {error.strerror}; expected a folder that dsv4 data wrote") from None
+    facts = read_json(path, _MOST_FACTS, "name a folder that dsv4 data wrote")
     if facts.get("format") != FORMAT:
         raise BridgeError(f"reading {path}: format {short(facts.get('format'))}, expected {short(FORMAT)}")
     if tokenizer_sha256 is not None and facts.get("tokenizer_sha256") != tokenizer_sha256:
@@ -160,24 +161,25 @@ def open_chat_data(folder: Path, tokenizer_sha256: str | None = None) -> ChatDat
     counts: dict[str, int] = {}
     for name in ("seq_length", "tokens", "documents", "packs"):
         counts[name] = facts.get(name, -1)
-        if type(counts[name]) is not int or counts[name] < 0:
-            raise BridgeError(f"reading {path}: {name} is {short(facts.get(name))}, expected a number")
-    # An empty array cannot be mapped.
-    arrays = {name: _load(folder, name, mapped=name in ("tokens", "mask") and counts["tokens"] > 0) for name in _ARRAYS}
-    expected = {
+        if type(counts[name]) is not int or not 0 <= counts[name] < 1 << 56:
+            raise BridgeError(f"reading {path}: {name} is {short(facts.get(name))}, expected a number; {_AGAIN}")
+    lengths = {
         "tokens": counts["tokens"],
         "mask": counts["tokens"],
         "offsets": counts["documents"] + 1,
         "packs": counts["packs"] + 1,
         "lines": counts["documents"],
     }
-    for name, length in expected.items():
-        if arrays[name].shape != (length,):
-            raise BridgeError(f"reading {folder}/{name}.npy: shape {arrays[name].shape}, expected ({length},)")
+    arrays = {
+        name: read_npy(folder / f"{name}.npy", kind, lengths[name], mapped=name in _MAPPED, again=_AGAIN)
+        for name, kind in _ARRAYS.items()
+    }
     for name, end in (("offsets", counts["tokens"]), ("packs", counts["documents"])):
-        steps = np.diff(arrays[name])
-        if arrays[name][0] != 0 or arrays[name][-1] != end or (steps < 1).any():
-            raise BridgeError(f"reading {folder}/{name}.npy: not rising from 0 to {end}; prepare the data again")
+        values = arrays[name]  # compared, for the difference of two hostile numbers may overflow
+        if values[0] != 0 or values[-1] != end or (values[1:] <= values[:-1]).any():
+            raise BridgeError(f"reading {folder}/{name}.npy: not rising from 0 to {end}; {_AGAIN}")
+    if counts["documents"] and arrays["lines"].min() < 0:
+        raise BridgeError(f"reading {folder}/lines.npy: line {arrays['lines'].min()}, expected 0 or more; {_AGAIN}")
     longest = np.diff(arrays["offsets"][arrays["packs"]])
     if longest.size and longest.max() > counts["seq_length"]:
         raise BridgeError(
@@ -262,19 +264,6 @@ class _Column:
         self._file.close()
         if self.filled != self._length:
             raise BridgeError(f"writing {self._file.name}: {self.filled} values, expected {self._length}")
-
-
-def _load(folder: Path, name: str, mapped: bool) -> np.ndarray:
-    path = folder / f"{name}.npy"
-    try:
-        found = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise BridgeError(f"reading {path}: {error}; prepare the data again") from None
-    if found.dtype != _ARRAYS[name] or found.ndim != 1:
-        raise BridgeError(
-            f"reading {path}: {found.dtype} with {found.ndim} dimensions, expected one of {_ARRAYS[name].__name__}"
-        )
-    return found
 
 
 def _sync(file: Any) -> None:
