@@ -193,7 +193,7 @@ def test_a_loss_that_is_no_number_stops(hf: Path, text: Path, tmp_path: Path) ->
     ("words", "told"),
     [
         (["batch.size=3"], r"no multiple of batch.micro .* Nearest that works: 4"),
-        (["parallel.tp=3"], r"1 ranks do not divide into tp\*pp = 3"),
+        (["parallel.tp=3"], r"over at least 3 ranks \(tp 3\), and this is one process.*torchrun --nproc-per-node 3"),
         (["schedule.warmup=6"], "leaves nothing of schedule.steps 6"),
         (["batch.ramp=0:2 4:8"], "ends elsewhere than at 4"),
         (["data.train="], "data.train is empty"),

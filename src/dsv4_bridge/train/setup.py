@@ -1,5 +1,6 @@
 """From a recipe to a model in megatron's wrapper, its optimizer and learning rate."""
 
+import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -139,6 +140,14 @@ def check_layout(recipe: Recipe, spec: ModelSpec, world: int) -> int:
     """Refuse what ranks could not do, with the rule and the nearest that works; the data-parallel size."""
     sizes = layout_sizes(recipe)
     model_ranks = sizes["tp"] * sizes["pp"]
+    needed = math.lcm(model_ranks, sizes["etp"] * sizes["ep"] * sizes["pp"])
+    if world == 1 < needed:
+        cut = ", ".join(f"{name} {sizes[name]}" for name in ("tp", "pp", "ep", "etp") if sizes[name] > 1)
+        raise BridgeError(
+            f"training with recipe {recipe.name}: it cuts the model over at least {needed} ranks ({cut}), and this is "
+            f"one process. Start them, torchrun --nproc-per-node {min(needed, 8)} -m dsv4_bridge train …, or set "
+            "parallel.ep=1 and the like; --tiny makes a small model in one process"
+        )
     if world % model_ranks:
         near = max(1, round(world / model_ranks)) * model_ranks
         raise BridgeError(
