@@ -40,7 +40,7 @@ _PATIENCE = 120.0
 # Imported once, before the children part.
 _MODULES = (
     *(f"dsv4_bridge.{m}" for m in ("cli", "bridge", "render", "verifying", "train.merge", "train.lora_files")),
-    *("dsv4_bridge.train.loop", "dsv4_bridge.train.pretraining_data", "dsv4_bridge.train.chat.prepare"),
+    *("dsv4_bridge.train.loop", "dsv4_bridge.data.indexed", "dsv4_bridge.data.chat.prepare"),
     *("dsv4_bridge.mcore", "megatron.core.dist_checkpointing", "tokenizers"),
 )
 
@@ -106,7 +106,7 @@ def run(faults: Faults, words: list[str], at: int = -1, number: int = 0) -> Ran:
         sys.stdout, sys.stderr = io.StringIO(), said
         faults.at, faults.number, faults.calls = at, number, 0
         try:
-            from dsv4_bridge.cli import main
+            from dsv4_bridge.cli.app import main
 
             sys.argv = ["dsv4", *words]
             faults.on = True

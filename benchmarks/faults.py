@@ -27,14 +27,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 
 from dsv4_bridge import BridgeError, make_toy
-from dsv4_bridge.dtypes import DTYPES
+from dsv4_bridge.convert.verify import LEVELS, verify
 from dsv4_bridge.parity import compare, parity
-from dsv4_bridge.spec import replace_spec
+from dsv4_bridge.spec.dtypes import DTYPES
+from dsv4_bridge.spec.spec import replace_spec
+from dsv4_bridge.spec.variants import VARIANTS, tiny
 from dsv4_bridge.store.hf import open_hf
 from dsv4_bridge.store.safetensors import TensorInfo
-from dsv4_bridge.toy import to_bf16
-from dsv4_bridge.variants import VARIANTS, tiny
-from dsv4_bridge.verifying import LEVELS, verify
+from dsv4_bridge.toy.checkpoint import to_bf16
 
 Array = np.ndarray
 

@@ -28,14 +28,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dsv4_bridge import BridgeError, make_toy
-from dsv4_bridge.adapter_tensors import Adapter, Adapters
-from dsv4_bridge.convert import Options
-from dsv4_bridge.lora import CARRIERS, MERGEABLE, Lora, targets
-from dsv4_bridge.spec import ModelSpec, replace_spec
-from dsv4_bridge.train import peft_patterns
-from dsv4_bridge.train.lora_files import CONFIG, WEIGHTS, export_peft, open_adapters
-from dsv4_bridge.train.merge import merge
-from dsv4_bridge.variants import VARIANTS, tiny
+from dsv4_bridge.convert.merge import merge
+from dsv4_bridge.convert.run import Options
+from dsv4_bridge.lora import peft_patterns
+from dsv4_bridge.lora.adapters import Adapter, Adapters
+from dsv4_bridge.lora.peft import CONFIG, WEIGHTS, export_peft, open_adapters
+from dsv4_bridge.spec.lora import CARRIERS, MERGEABLE, Lora, targets
+from dsv4_bridge.spec.spec import ModelSpec, replace_spec
+from dsv4_bridge.spec.variants import VARIANTS, tiny
 from mutations import mutate_bytes, mutate_json, mutate_shard, odd_value, to_json
 
 SECONDS = 20.0  # an input

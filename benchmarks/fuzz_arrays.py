@@ -14,9 +14,9 @@ class ChatStores:
     """Prepared chats: `chat_data.json` and five `.npy`."""
 
     def __init__(self, folder: Path, seed: int):
-        from dsv4_bridge.train.chat.packing import plan_packs
-        from dsv4_bridge.train.chat.samples import Sample
-        from dsv4_bridge.train.chat.store import write_chat_data
+        from dsv4_bridge.data.chat.packing import plan_packs
+        from dsv4_bridge.data.chat.samples import Sample
+        from dsv4_bridge.data.chat.store import write_chat_data
 
         self._folder, self._seed, rng = folder / "data", seed, np.random.default_rng(seed)
         lengths = [int(n) for n in rng.integers(2, 30, 40)]
@@ -25,7 +25,7 @@ class ChatStores:
         self._sound = {path.name: path.read_bytes() for path in self._folder.iterdir()}
 
     def run(self, number: int) -> None:
-        from dsv4_bridge.train.chat.store import open_chat_data
+        from dsv4_bridge.data.chat.store import open_chat_data
 
         rng = random.Random(f"{self._seed} {number}")
         name = rng.choice(sorted(self._sound))
@@ -116,7 +116,7 @@ class Indexed:
         }
 
     def run(self, number: int) -> None:
-        from dsv4_bridge.train.datasets import build_pretraining_datasets
+        from dsv4_bridge.data.datasets import build_pretraining_datasets
         from dsv4_bridge.train.feed import text_feed
 
         rng = random.Random(f"{self._seed} {number}")

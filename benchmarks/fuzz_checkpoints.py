@@ -24,10 +24,10 @@ from typing import Any
 from rich.console import Console
 
 from dsv4_bridge import BridgeError, export_hf, import_hf, inspect, make_toy
-from dsv4_bridge.render import inspect_table
-from dsv4_bridge.spec import DSparkSpec, ModelSpec, replace_spec
+from dsv4_bridge.cli.show.tables import inspect_table
+from dsv4_bridge.spec.spec import DSparkSpec, ModelSpec, replace_spec
+from dsv4_bridge.spec.variants import VARIANTS, tiny
 from dsv4_bridge.store.safetensors import INDEX
-from dsv4_bridge.variants import VARIANTS, tiny
 from mutations import (
     mutate_items,
     mutate_json,

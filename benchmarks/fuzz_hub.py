@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from dsv4_bridge import make_toy
-from dsv4_bridge.hub_limits import Limits, limited
+from dsv4_bridge.store.hub_limits import Limits, limited
 from fuzz_checkpoints import small
 from mutations import mutate_bytes, mutate_json, mutate_value, to_json
 
@@ -49,7 +49,7 @@ class Answers:
         assert Limits.from_environment().end == 2 and limited
 
     def run(self, number: int) -> None:
-        from dsv4_bridge import hub
+        from dsv4_bridge.store import hub
 
         rng = random.Random(f"{self._seed} {number}")
         self._cache.HF_HUB_CACHE = str(self._folder / "cache" / str(number))

@@ -15,9 +15,9 @@ class Journals:
     """What a conversion that was stopped has left of itself."""
 
     def __init__(self, folder: Path, seed: int):
-        from dsv4_bridge import journal
         from dsv4_bridge.codec import Certificate, EncodeStats
-        from dsv4_bridge.emit import Report
+        from dsv4_bridge.convert import journal
+        from dsv4_bridge.convert.emitter import Report
 
         self._folder, self._seed = folder, seed
         report = Report(3, 99, {"a": EncodeStats(4, 1, 3)}, {"b": Certificate(4, 4)}, {"c": 5}, 1)
@@ -29,8 +29,8 @@ class Journals:
         self._sound = {path.name: path.read_bytes() for path in folder.glob("journal*")}
 
     def run(self, number: int) -> None:
-        from dsv4_bridge import journal
-        from dsv4_bridge.emit import Report
+        from dsv4_bridge.convert import journal
+        from dsv4_bridge.convert.emitter import Report
 
         rng = random.Random(f"{self._seed} {number}")
         for name, data in self._sound.items():
@@ -55,7 +55,8 @@ class RankFiles:
     """What processes that share a conversion say of themselves: others' files while this one joins, and locks."""
 
     def __init__(self, folder: Path, seed: int):
-        from dsv4_bridge import ranks, team
+        from dsv4_bridge import ranks
+        from dsv4_bridge.convert import team
 
         ranks._STALE, ranks.BEAT, team._PARTING = 0.05, 0.01, 0.05  # type: ignore[misc]
         self._folder, self._seed = folder, seed
@@ -63,8 +64,8 @@ class RankFiles:
 
     def run(self, number: int) -> None:
         from dsv4_bridge import lock, ranks
-        from dsv4_bridge.emit import Report
-        from dsv4_bridge.team import Team
+        from dsv4_bridge.convert.emitter import Report
+        from dsv4_bridge.convert.team import Team
 
         rng = random.Random(f"{self._seed} {number}")
         state = rng.choice(("joining", "working", "done", "finished", "failed", "holding"))
@@ -110,8 +111,8 @@ class Progress:
         self._path, self._seed = folder / "training.json", seed
 
     def run(self, number: int) -> None:
-        from dsv4_bridge.train.resuming import _progress
-        from dsv4_bridge.train.telling import Teller
+        from dsv4_bridge.train.log import Teller
+        from dsv4_bridge.train.resume import _progress
 
         rng = random.Random(f"{self._seed} {number}")
         sound = {"step": 3, "rows": 12, "tokens": 4096}

@@ -11,14 +11,14 @@ class Recipes:
     """Recipes in YAML, and `key=value` words."""
 
     def __init__(self, folder: Path, seed: int):
-        from dsv4_bridge.train.choosing import choose, dump
+        from dsv4_bridge.train.choose import choose, dump
         from dsv4_bridge.train.recipes import RECIPES
 
         self._folder, self._seed = folder, seed
         self._sound = [dump(choose(name).recipe).encode() for name in RECIPES]
 
     def run(self, number: int) -> None:
-        from dsv4_bridge.train.choosing import as_plain, choose, dump
+        from dsv4_bridge.train.choose import as_plain, choose, dump
 
         rng = random.Random(f"{self._seed} {number}")
         path = self._folder / "recipe.yaml"
@@ -75,8 +75,8 @@ class ChatLines:
         ]
 
     def run(self, number: int) -> None:
-        from dsv4_bridge.train.chat.encode import encode_messages
-        from dsv4_bridge.train.chat.jsonl import mode_of, read_chat_jsonl
+        from dsv4_bridge.chat.encode import encode_messages
+        from dsv4_bridge.data.chat.jsonl import mode_of, read_chat_jsonl
 
         rng = random.Random(f"{self._seed} {number}")
         lines = [json.dumps(rng.choice(self._sound)).encode() for _ in range(2)]
@@ -100,7 +100,7 @@ class Texts:
         }
 
     def run(self, number: int) -> None:
-        from dsv4_bridge.train.text_sources import BadSource, explained, find_sources, texts, units
+        from dsv4_bridge.data.sources import BadSource, explained, find_sources, texts, units
 
         rng = random.Random(f"{self._seed} {number}")
         name = rng.choice(sorted(self._sound))

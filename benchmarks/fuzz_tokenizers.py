@@ -11,8 +11,8 @@ class Tokenizers:
     """tokenizer.json of a toy, and of a released tokenizer's build."""
 
     def __init__(self, folder: Path, seed: int):
-        from dsv4_bridge.toy_tokenizer import toy_tokenizer
-        from dsv4_bridge.variants import VARIANTS, tiny
+        from dsv4_bridge.spec.variants import VARIANTS, tiny
+        from dsv4_bridge.toy.tokenizer import toy_tokenizer
 
         self._folder, self._seed, self._spec = folder, seed, tiny(VARIANTS["Flash"])
         toy = json.loads(toy_tokenizer(self._spec)["tokenizer.json"])
@@ -45,8 +45,8 @@ class Tokenizers:
         self._sound = [toy, built, small, small]
 
     def run(self, number: int) -> None:
-        from dsv4_bridge.text import open_tokenizer
-        from dsv4_bridge.train.chat.masks import open_chat_tokenizer
+        from dsv4_bridge.data.chat.masks import open_chat_tokenizer
+        from dsv4_bridge.text.tokenizer import open_tokenizer
 
         rng = random.Random(f"{self._seed} {number}")
         body = rng.choice(self._sound)

@@ -47,9 +47,9 @@ def size_of(folder: Path) -> int:
 
 
 def make_layer(folder: Path, experts: int, layers: int = 1) -> None:
-    from dsv4_bridge.spec import replace_spec
-    from dsv4_bridge.toy import make_toy
-    from dsv4_bridge.variants import VARIANTS
+    from dsv4_bridge.spec.spec import replace_spec
+    from dsv4_bridge.spec.variants import VARIANTS
+    from dsv4_bridge.toy.checkpoint import make_toy
 
     spec = replace_spec(
         VARIANTS["Flash"].spec.without_draft(),

@@ -72,8 +72,8 @@ class Inputs:
 
 def small_spec() -> Any:
     """Every kind of layer and a draft block, narrow."""
-    from dsv4_bridge.spec import replace_spec
-    from dsv4_bridge.variants import VARIANTS, tiny
+    from dsv4_bridge.spec.spec import replace_spec
+    from dsv4_bridge.spec.variants import VARIANTS, tiny
 
     return replace_spec(
         tiny(VARIANTS["Flash"]),
@@ -90,8 +90,8 @@ def small_spec() -> Any:
 def make_inputs(folder: Path) -> Inputs:
     """Text, conversations, and a checkpoint of fresh weights."""
     from dsv4_bridge import make_toy
-    from dsv4_bridge.train.chat.prepare import prepare_chat
-    from dsv4_bridge.train.pretraining_data import prepare_pretraining
+    from dsv4_bridge.data.chat.prepare import prepare_chat
+    from dsv4_bridge.data.indexed import prepare_pretraining
 
     spec = small_spec()
     tokenizer = make_toy(folder / "toy", "Flash", 11, spec=spec)

@@ -113,7 +113,7 @@ def train(model: Any, ids: torch.Tensor) -> None:
 
 def decode(reference: Any, model: Any, length: int, steps: int) -> dict[str, float | None]:
     """Tokens a second of cached greedy steps behind a prompt; the prompt is not counted."""
-    from dsv4_bridge.mcore.cache import new_cache
+    from dsv4_bridge.mcore.layers.cache import new_cache
 
     ids = torch.randint(0, model.spec.vocab_size, (1, length))
     with torch.no_grad():

@@ -43,8 +43,8 @@ def prepare(name: str, folder: Path) -> tuple[Any, Path]:
     """A folder that transformers saved, of random values, and the standard library's source as data."""
     from reference import reference_model, small_spec
 
-    from dsv4_bridge.toy_tokenizer import toy_tokenizer
-    from dsv4_bridge.train.pretraining_data import prepare_pretraining
+    from dsv4_bridge.data.indexed import prepare_pretraining
+    from dsv4_bridge.toy.tokenizer import toy_tokenizer
 
     spec = small_spec(**SPECS[name])
     reference_model(spec, folder / "made", embedding_rms=0.02).save_pretrained(folder / "start")
@@ -58,7 +58,7 @@ def prepare(name: str, folder: Path) -> tuple[Any, Path]:
 
 
 def recipe_of(folder: Path, length: int, rows: int, steps: int, *words: str, name: str = "flash-pretrain") -> Any:
-    from dsv4_bridge.train.choosing import choose
+    from dsv4_bridge.train.choose import choose
 
     own = [f"start={folder / 'start'}", f"data.train={folder / 'text'}", f"data.seq_length={length}"]
     own += [f"batch.size={rows}", f"batch.micro={rows}", f"schedule.steps={steps}"]
@@ -67,7 +67,7 @@ def recipe_of(folder: Path, length: int, rows: int, steps: int, *words: str, nam
 
 def ours(spec: Any, recipe: Any, out: Path) -> tuple[list[float], list[float]]:
     """Losses and seconds of steps."""
-    from dsv4_bridge.train.choosing import change
+    from dsv4_bridge.train.choose import change
     from dsv4_bridge.train.loop import train
 
     outcome = train(change(recipe, {"out": str(out)}), spec, 1, lambda _: None)
@@ -82,7 +82,7 @@ def theirs(spec: Any, recipe: Any, out: Path) -> tuple[list[float], list[float]]
     from transformers import DeepseekV4ForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
     from dsv4_bridge.mcore import initialize
-    from dsv4_bridge.train.choosing import change
+    from dsv4_bridge.train.choose import change
     from dsv4_bridge.train.feed import make_feeds
 
     initialize()  # megatron's data sets ask who this rank is
@@ -169,7 +169,7 @@ def memory_child(name: str, folder: Path, which: str, length: int, rows: int, st
     import torch
 
     from dsv4_bridge.train.loop import train
-    from dsv4_bridge.train.planning import recipe_spec
+    from dsv4_bridge.train.plan import recipe_spec
 
     torch.set_num_threads(1)
     recipe = recipe_of(

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsv4_bridge import make_toy
-from dsv4_bridge.spec import replace_spec
-from dsv4_bridge.variants import VARIANTS, tiny
+from dsv4_bridge.spec.spec import replace_spec
+from dsv4_bridge.spec.variants import VARIANTS, tiny
 
 _WORDS = """
     model.dtype=float32 parallel.pp=1 parallel.ep=1 parallel.gpus=1 data.seq_length=48 batch.size=4 batch.micro=2

@@ -3,7 +3,7 @@
 from typing import Any
 
 from conftest import config_path
-from dsv4_bridge.config import read_config
+from dsv4_bridge.store.hf_config import read_config
 
 RELEASED = ("Flash", "Flash-Base", "Flash-0731", "Pro", "Pro-Base", "Pro-0813")
 # Keys of a released config that say nothing about the model's numbers.

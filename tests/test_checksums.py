@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from conftest import dsv4, same_files
 from dsv4_bridge import BridgeError, Options, export_hf, import_hf, make_toy, repack, verify_files
-from dsv4_bridge.checksums import checksums_path
+from dsv4_bridge.convert.checksums import checksums_path
 from dsv4_bridge.store.checksum import Checksum
 from dsv4_bridge.store.stream import Buffers, FileStream
 
@@ -101,7 +101,7 @@ def test_every_damage_is_seen(folders: dict[str, Path], tmp_path: Path, damage: 
 
 
 def test_a_resumed_run_keeps_all_of_them(toy_flash: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dsv4_bridge import journal
+    from dsv4_bridge.convert import journal
 
     real, entered = journal.enter, []
 
@@ -137,7 +137,7 @@ def test_no_room_beside_the_folder_is_told(toy_flash: Path, tmp_path: Path, monk
     def refuse(*args: object) -> None:
         raise PermissionError(13, "Permission denied", str(tmp_path))
 
-    monkeypatch.setattr("dsv4_bridge.checksums.put", refuse)
+    monkeypatch.setattr("dsv4_bridge.convert.checksums.put", refuse)
     with pytest.warns(RuntimeWarning, match="no checksums are kept of"):
         import_hf(toy_flash, tmp_path / "out")
     with pytest.raises(BridgeError, match=r"out\.checksums\.json\): No such|--checksums"):

@@ -9,9 +9,9 @@ import pytest
 from configs import NOT_NUMBERS, config, transformers_dialect
 from conftest import DATA
 from dsv4_bridge import BridgeError
-from dsv4_bridge.config import read_config, spec_from_config
-from dsv4_bridge.spec import ModelSpec, replace_spec
-from dsv4_bridge.variants import VARIANTS
+from dsv4_bridge.spec.spec import ModelSpec, replace_spec
+from dsv4_bridge.spec.variants import VARIANTS
+from dsv4_bridge.store.hf_config import read_config, spec_from_config
 
 # ---------------------------------------------------------------- missing and wrong fields
 

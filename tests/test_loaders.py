@@ -13,18 +13,18 @@ import numpy as np
 import pytest
 
 from dsv4_bridge import BridgeError, inspect, ranks
-from dsv4_bridge.conversion_report import Report
+from dsv4_bridge.cli.show.tables import Plain, inspect_table, make_table
+from dsv4_bridge.convert.report import Report
+from dsv4_bridge.data.index_files import check_indexed
+from dsv4_bridge.data.npy import read_npy
 from dsv4_bridge.errors import printable
 from dsv4_bridge.free_memory import free_memory
-from dsv4_bridge.render import Plain, inspect_table, make_table
-from dsv4_bridge.safe_patterns import why_unsafe
+from dsv4_bridge.spec.variants import VARIANTS, tiny
 from dsv4_bridge.strict_json import read_json
-from dsv4_bridge.tokenizer_files import guarded, read_tokenizer
-from dsv4_bridge.toy_tokenizer import toy_tokenizer
-from dsv4_bridge.train.choosing import load
-from dsv4_bridge.train.indexed import check_indexed
-from dsv4_bridge.train.npy import read_npy
-from dsv4_bridge.variants import VARIANTS, tiny
+from dsv4_bridge.text.safe_patterns import why_unsafe
+from dsv4_bridge.text.tokenizer_files import guarded, read_tokenizer
+from dsv4_bridge.toy.tokenizer import toy_tokenizer
+from dsv4_bridge.train.choose import load
 
 # ---------------------------------------------------------------- .npy
 
@@ -94,7 +94,7 @@ def test_an_index_is_taken_only_if_all_of_it_fits(tmp_path: Path, monkeypatch: p
         return check_indexed(prefix, "opening the data")
 
     for piece in (1, 2, 1 << 20):
-        monkeypatch.setattr("dsv4_bridge.train.indexed._PIECE", piece)
+        monkeypatch.setattr("dsv4_bridge.data.index_files._PIECE", piece)
         found = check(index([4, 0, 5]))
         assert (found.tokens, found.dtype, list(found.lengths)) == (9, np.uint16, [4, 0, 5])
         for raw, what in (

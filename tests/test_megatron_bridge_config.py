@@ -10,9 +10,9 @@ import yaml
 
 from conftest import dsv4, same_files
 from dsv4_bridge import BridgeError, export_hf, inspect, make_toy, verify
-from dsv4_bridge.run_config import FILE
 from dsv4_bridge.store.hf import open_hf
 from dsv4_bridge.store.megatron import open_megatron
+from dsv4_bridge.store.run_config import FILE
 
 # What its provider leaves at megatron's defaults, or sets otherwise than we state it (0.6.2).
 _THEIRS = {

@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from conftest import same_files
 from dsv4_bridge import BridgeError, export_hf, import_hf, inspect, make_toy
-from dsv4_bridge.items import Item, expand, extra_state_keys, megatron_dtype, regions, scale_name
+from dsv4_bridge.spec.plan import Item, expand, extra_state_keys, megatron_dtype, regions, scale_name
 from dsv4_bridge.store.hf import open_hf
 
 pytestmark = pytest.mark.megatron

@@ -13,18 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv4_bridge import BridgeError
-from dsv4_bridge.activations import Shape, chunk_bytes, in_flight, layer_bytes
-from dsv4_bridge.cli import main
-from dsv4_bridge.fitting import USABLE, search
-from dsv4_bridge.items import expand
-from dsv4_bridge.lora import CARRIERS, Lora, adapter_values
-from dsv4_bridge.memory_plan import Run, make_run_topology, plan_memory
-from dsv4_bridge.pieces import Coordinate, make_topology, pieces
-from dsv4_bridge.planning_ranks import GIB, Asked, plan_ranks
-from dsv4_bridge.rank_parameters import chunk_part
-from dsv4_bridge.spec import ModelSpec, replace_spec
-from dsv4_bridge.topology import solve
-from dsv4_bridge.variants import VARIANTS, tiny
+from dsv4_bridge.cli.app import main
+from dsv4_bridge.parallel.layout import solve
+from dsv4_bridge.parallel.pieces import Coordinate, make_topology, pieces
+from dsv4_bridge.planning.activations import Shape, chunk_bytes, in_flight, layer_bytes
+from dsv4_bridge.planning.memory import Run, make_run_topology, plan_memory
+from dsv4_bridge.planning.parameters import chunk_part
+from dsv4_bridge.planning.ranks import GIB, Asked, plan_ranks
+from dsv4_bridge.planning.search import USABLE, search
+from dsv4_bridge.spec.lora import CARRIERS, Lora, adapter_values
+from dsv4_bridge.spec.plan import expand
+from dsv4_bridge.spec.spec import ModelSpec, replace_spec
+from dsv4_bridge.spec.variants import VARIANTS, tiny
 
 FLASH, PRO = VARIANTS["Flash"].spec, VARIANTS["Pro"].spec
 # A small model that many sizes cut.
@@ -289,7 +289,7 @@ def test_a_folder_is_planned_by_its_config(
 
 def test_a_plan_needs_no_torch() -> None:
     code = (
-        "import sys; from dsv4_bridge.planning_ranks import Asked, plan_ranks, spec_of;"
+        "import sys; from dsv4_bridge.planning.ranks import Asked, plan_ranks, spec_of;"
         "plan_ranks('Flash', spec_of('Flash'), Asked(tp=2)); sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

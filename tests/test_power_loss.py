@@ -16,7 +16,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 from conftest import same_files
-from dsv4_bridge import BridgeError, Options, import_hf, journal, make_toy
+from dsv4_bridge import BridgeError, Options, import_hf, make_toy
+from dsv4_bridge.convert import journal
 from power_loss import Trial, examine, looks_whole
 
 

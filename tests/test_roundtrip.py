@@ -6,7 +6,7 @@ import pytest
 
 from conftest import dsv4, same_files
 from dsv4_bridge import BridgeError, Options, export_hf, import_hf, inspect, make_toy, repack, verify
-from dsv4_bridge.variants import VARIANTS
+from dsv4_bridge.spec.variants import VARIANTS
 
 
 @pytest.mark.parametrize("payload", ["natural", "extreme"])

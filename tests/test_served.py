@@ -14,8 +14,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dsv4_bridge import Options, export_hf, import_hf, inspect, make_toy, repack, verify
-from dsv4_bridge.config import read_config
 from dsv4_bridge.store.hf import open_hf
+from dsv4_bridge.store.hf_config import read_config
 
 Folder = dict[str, Tensor]
 
@@ -189,7 +189,7 @@ def test_e8m0_expert_scales_under_expert_dtype_fp8_are_told_and_mended(tmp_path:
 
 
 def test_every_e8m0_scale_has_a_float32() -> None:
-    from dsv4_bridge.emit import as_float32
+    from dsv4_bridge.convert.emitter import as_float32
 
     wide = np.frombuffer(as_float32(bytes(range(255))), "<f4").astype(np.float64)
     assert np.array_equal(wide, np.exp2(np.arange(255) - 127.0))

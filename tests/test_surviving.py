@@ -15,8 +15,8 @@ import pytest
 
 from conftest import dsv4, same_files
 from dsv4_bridge import BridgeError, Options, export_hf, import_hf, make_toy, repack, verify
-from dsv4_bridge.spec import ModelSpec, replace_spec
-from dsv4_bridge.variants import VARIANTS, tiny
+from dsv4_bridge.spec.spec import ModelSpec, replace_spec
+from dsv4_bridge.spec.variants import VARIANTS, tiny
 
 KILLS = int(os.environ.get("DSV4_KILLS", "4"))  # 20 for the figures in docs/benchmarks.md
 

@@ -7,9 +7,9 @@ import sys
 import pytest
 
 from conftest import DATA, inventory
-from dsv4_bridge.items import expand, extra_state_keys, regions
-from dsv4_bridge.table import ROWS
-from dsv4_bridge.variants import VARIANTS
+from dsv4_bridge.spec.plan import expand, extra_state_keys, regions
+from dsv4_bridge.spec.table import ROWS
+from dsv4_bridge.spec.variants import VARIANTS
 
 RELEASED = ["Flash", "Flash-Base", "Flash-0731", "Pro", "Pro-Base", "Pro-0813"]
 

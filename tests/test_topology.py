@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv4_bridge import BridgeError
-from dsv4_bridge.spec import ModelSpec, replace_spec
-from dsv4_bridge.topology import broken_rules, layout_of, parameter_costs, parse_layout, solve
-from dsv4_bridge.variants import VARIANTS
+from dsv4_bridge.parallel.layout import broken_rules, layout_of, parameter_costs, parse_layout, solve
+from dsv4_bridge.spec.spec import ModelSpec, replace_spec
+from dsv4_bridge.spec.variants import VARIANTS
 
 FLASH, PRO = VARIANTS["Flash"].spec, VARIANTS["Pro"].spec
 # Published by hand: what tools ship for these sizes today.

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from conftest import same_files
 from dsv4_bridge import BridgeError, export_hf, import_hf, inspect, make_toy
-from dsv4_bridge.items import regions
+from dsv4_bridge.convert.values import HFValues, Scratch
+from dsv4_bridge.spec.plan import regions
 from dsv4_bridge.store.hf import open_hf
-from dsv4_bridge.store.torch_dist import open_torch_dist
-from dsv4_bridge.values import HFValues, Scratch
+from dsv4_bridge.store.torch_dist.reader import open_torch_dist
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:

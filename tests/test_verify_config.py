@@ -13,8 +13,8 @@ import yaml
 from conftest import dsv4
 from damage import refuses
 from dsv4_bridge import export_hf, import_hf, inspect, make_toy, verify
-from dsv4_bridge.config import read_config, released_config, spec_from_config
 from dsv4_bridge.store.hf import open_hf
+from dsv4_bridge.store.hf_config import read_config, released_config, spec_from_config
 from dsv4_bridge.store.safetensors import SafetensorsFolder
 
 RUN_CONFIG = "iter_0000000/run_config.yaml"
@@ -147,7 +147,7 @@ def test_a_like_with_other_marks_keeps_its_own(toy_flash: Path, toy_megatron: Pa
 
 
 def test_several_ends_and_no_beginning_are_read(toy_flash: Path, tmp_path: Path) -> None:
-    from dsv4_bridge.text import end_tokens, open_tokenizer
+    from dsv4_bridge.text.tokenizer import end_tokens, open_tokenizer
 
     folder = edited(toy_flash, tmp_path / "marks", lambda c: c.update(eos_token_id=[1, 7], bos_token_id=None))
     spec = spec_from_config(read_config(folder / "config.json"))

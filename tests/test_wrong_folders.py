@@ -10,7 +10,7 @@ import pytest
 from conftest import dsv4, same_files
 from damage import one_message, refuses
 from dsv4_bridge import Options, export_hf, import_hf, inspect, repack, verify
-from dsv4_bridge.small_files import small_files
+from dsv4_bridge.store.small_files import small_files
 
 
 def test_a_megatron_checkpoint_where_a_folder_is_wanted(toy_flash: Path, toy_megatron: Path, tmp_path: Path) -> None:

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 from .errors import BridgeError
 
 if TYPE_CHECKING:
-    from .bridge import export_hf, import_hf, repack
-    from .checksums import verify_files
-    from .convert import Options
-    from .inspecting import inspect
-    from .planning import plan
-    from .toy import make_toy
-    from .verifying import verify
+    from .convert.checksums import verify_files
+    from .convert.jobs import export_hf, import_hf, repack
+    from .convert.run import Options
+    from .convert.verify import verify
+    from .planning.tensors import plan
+    from .store.inspect import inspect
+    from .toy.checkpoint import make_toy
 
 __all__ = [
     "BridgeError",
@@ -32,15 +32,15 @@ __all__ = [
 ]
 
 _ROOMS = {
-    "Options": "convert",
-    "export_hf": "bridge",
-    "import_hf": "bridge",
-    "inspect": "inspecting",
-    "make_toy": "toy",
-    "plan": "planning",
-    "repack": "bridge",
-    "verify": "verifying",
-    "verify_files": "checksums",
+    "Options": "convert.run",
+    "export_hf": "convert.jobs",
+    "import_hf": "convert.jobs",
+    "inspect": "store.inspect",
+    "make_toy": "toy.checkpoint",
+    "plan": "planning.tensors",
+    "repack": "convert.jobs",
+    "verify": "convert.verify",
+    "verify_files": "convert.checksums",
 }
 
 

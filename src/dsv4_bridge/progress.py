@@ -5,7 +5,7 @@ import threading
 import warnings
 from collections.abc import Callable
 
-from .job import Progress, Silent
+from .convert.job import Progress, Silent
 
 _PAUSE = 0.1  # seconds between two words to the display
 _PATIENCE = 2.0  # seconds that the end of the work waits for a display that is stuck

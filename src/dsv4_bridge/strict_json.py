@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import BridgeError
-from .spec import short
+from .spec.spec import short
 
 
 def parse_json(raw: bytes, where: str) -> dict[str, Any]:

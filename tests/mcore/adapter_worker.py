@@ -11,7 +11,7 @@ from rank_worker import ACTIONS, batches, build_only, complete, main, mean_losse
 def build(told: dict[str, Any]) -> tuple[list[Any], list[Any], Any]:
     """This rank's chunks with weights and adapters, none of them zero; wrapped for training, and the optimizer."""
     from dsv4_bridge.mcore import load_weights
-    from dsv4_bridge.mcore.adapters import Lora, add_adapters, load_adapters
+    from dsv4_bridge.mcore.adapters.adapters import Lora, add_adapters, load_adapters
 
     lora = Lora(**told["lora"] | {"targets": tuple(told["lora"]["targets"])})
     chunks = build_only(told)
@@ -24,10 +24,10 @@ def build(told: dict[str, Any]) -> tuple[list[Any], list[Any], Any]:
 
 def some_adapters(spec: Any, lora: Any, weights: Path) -> Any:
     """Random adapters, the same on all ranks; magnitudes near the norms of the rows."""
-    from dsv4_bridge.adapter_tensors import Adapter, Adapters
-    from dsv4_bridge.lora import targets
+    from dsv4_bridge.convert.values import HFValues, Scratch
+    from dsv4_bridge.lora.adapters import Adapter, Adapters
+    from dsv4_bridge.spec.lora import targets
     from dsv4_bridge.store.hf import open_hf
-    from dsv4_bridge.values import HFValues, Scratch
 
     random, values = torch.Generator().manual_seed(11), {}
     released = open_hf(weights)
@@ -49,7 +49,7 @@ def some_adapters(spec: Any, lora: Any, weights: Path) -> Any:
 
 def held(chunks: list[Any], what: str) -> dict[str, list[tuple[Any, ...]]]:
     """Adapter tensor -> what this rank holds of its gradient (`main_grad`) or value (`data`)."""
-    from dsv4_bridge.mcore.adapters import bank_of
+    from dsv4_bridge.mcore.adapters.adapters import bank_of
 
     found: dict[str, list[tuple[Any, ...]]] = {}
     for chunk in chunks:
@@ -70,7 +70,7 @@ def base_of(chunks: list[Any]) -> list[torch.Tensor]:
 def adapt(told: dict[str, Any]) -> dict[str, Any]:
     """A training step, saved if told where; and what it changed."""
     from dsv4_bridge.mcore import save_checkpoint
-    from dsv4_bridge.mcore.adapters import gather_adapters, trainable
+    from dsv4_bridge.mcore.adapters.adapters import gather_adapters, trainable
     from dsv4_bridge.mcore.schedule import forward_backward
 
     chunks, wrapped, optimizer = build(told)

@@ -8,10 +8,10 @@ import torch
 from pytest import MonkeyPatch
 from torch.nn import functional as F
 
-from dsv4_bridge.mcore import block, moe, mtp
-from dsv4_bridge.mcore.layers import RMSNorm
-from dsv4_bridge.mcore.moe import BiasRouter, HashRouter
-from dsv4_bridge.table import ROWS
+from dsv4_bridge.mcore.layers import block, moe, mtp
+from dsv4_bridge.mcore.layers.basics import RMSNorm
+from dsv4_bridge.mcore.layers.moe import BiasRouter, HashRouter
+from dsv4_bridge.spec.table import ROWS
 
 Bug = Callable[[MonkeyPatch], None]
 Make = Callable[[Callable], Callable]

@@ -25,13 +25,13 @@ from reference import (
 from torch.nn import functional as F
 
 from dsv4_bridge import BridgeError, make_toy
-from dsv4_bridge.items import expand, extra_state_keys, regions
 from dsv4_bridge.mcore import build_model
-from dsv4_bridge.mcore.block import HyperConnectedBlock
 from dsv4_bridge.mcore.config import model_config
+from dsv4_bridge.mcore.layers.block import HyperConnectedBlock
+from dsv4_bridge.mcore.layers.rope import make_rotary
 from dsv4_bridge.mcore.model import DeepSeekV4Model
-from dsv4_bridge.mcore.rope import make_rotary
-from dsv4_bridge.variants import VARIANTS
+from dsv4_bridge.spec.plan import expand, extra_state_keys, regions
+from dsv4_bridge.spec.variants import VARIANTS
 
 # Large and unequal eps, few Sinkhorn iterations, a short YaRN: what is 1e-6 of the released numbers'
 # values is a per cent of these. The two wq_b have one shape, so that nothing but names tells them apart.

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dsv4_bridge.mcore import DeepSeekV4Model, build_model
-from dsv4_bridge.mcore.observe import watching
+from dsv4_bridge.mcore.layers.observe import watching
 from dsv4_bridge.parity.formula import Formula, look_ahead
 
 # The two eps differ and are large: one in place of the other shows.

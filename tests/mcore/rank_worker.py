@@ -35,8 +35,8 @@ def main(path: str) -> None:
 def build_only(told: dict[str, Any]) -> list[Any]:
     """This rank's chunks, without weights."""
     from dsv4_bridge.mcore.model import build_chunks
+    from dsv4_bridge.parallel.layout import parse_layout, solve
     from dsv4_bridge.store.hf import open_hf
-    from dsv4_bridge.topology import parse_layout, solve
 
     spec = open_hf(Path(told["weights"])).spec
     pp = told.get("parallel", {}).get("pp", 1)
@@ -98,7 +98,7 @@ def batches(told: dict[str, Any], chunks: list[Any]) -> list[Any]:
 
 def boxes(chunks: list[Any], what: str) -> dict[str, list[tuple[Any, ...]]]:
     """Item -> what this rank holds of its gradient (`main_grad`) or value (`data`)."""
-    from dsv4_bridge.mcore.places import places
+    from dsv4_bridge.mcore.weights.places import places
 
     found: dict[str, list[tuple[Any, ...]]] = {}
     for chunk in chunks:

@@ -13,12 +13,12 @@ from typing import NamedTuple
 import torch
 from transformers import AutoConfig, DeepseekV4ForCausalLM
 
-from dsv4_bridge.config import released_config
 from dsv4_bridge.mcore import DeepSeekV4Model, build_model, load_weights
-from dsv4_bridge.mcore.observe import watching
-from dsv4_bridge.spec import ModelSpec, replace_spec
+from dsv4_bridge.mcore.layers.observe import watching
+from dsv4_bridge.spec.spec import ModelSpec, replace_spec
+from dsv4_bridge.spec.variants import VARIANTS, tiny
 from dsv4_bridge.store.hf import disk_name
-from dsv4_bridge.variants import VARIANTS, tiny
+from dsv4_bridge.store.hf_config import released_config
 
 
 def small_spec(**changes: object) -> ModelSpec:
@@ -167,7 +167,7 @@ def gradients_of(
     reference: DeepseekV4ForCausalLM, model: DeepSeekV4Model
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Name -> (the reference's gradient, ours), for every item that has one in the reference."""
-    from dsv4_bridge.mcore.places import places
+    from dsv4_bridge.mcore.weights.places import places
 
     theirs = dict(reference.named_parameters())
     plan, found = places(model)

@@ -14,8 +14,8 @@ import torch
 from reference import RECOMPUTING, draft_spec
 
 from dsv4_bridge import make_toy
-from dsv4_bridge.lora import CARRIERS, Lora, adapter_values, targets
-from dsv4_bridge.train.lora_checkpoints import read_adapters
+from dsv4_bridge.lora.checkpoint import read_adapters
+from dsv4_bridge.spec.lora import CARRIERS, Lora, adapter_values, targets
 
 pytestmark = [pytest.mark.megatron, pytest.mark.slow]
 

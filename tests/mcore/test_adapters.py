@@ -22,11 +22,12 @@ from reference import (
 from safetensors.torch import load_file
 from transformers import DeepseekV4ForCausalLM
 
-from dsv4_bridge.adapter_tensors import Adapter, Adapters
+from dsv4_bridge.convert.merge import merge
 from dsv4_bridge.errors import BridgeError
-from dsv4_bridge.lora import CARRIERS, Lora, adapter_values, targets
+from dsv4_bridge.lora.adapters import Adapter, Adapters
+from dsv4_bridge.lora.peft import export_peft, import_peft
 from dsv4_bridge.mcore import load_weights, stream_weights
-from dsv4_bridge.mcore.adapters import (
+from dsv4_bridge.mcore.adapters.adapters import (
     add_adapters,
     bank_of,
     gather_adapters,
@@ -34,9 +35,8 @@ from dsv4_bridge.mcore.adapters import (
     sharded_adapters,
     trainable,
 )
-from dsv4_bridge.mcore.places import places
-from dsv4_bridge.train.lora_files import export_peft, import_peft
-from dsv4_bridge.train.merge import merge
+from dsv4_bridge.mcore.weights.places import places
+from dsv4_bridge.spec.lora import CARRIERS, Lora, adapter_values, targets
 
 pytestmark = [pytest.mark.megatron, pytest.mark.hf]
 

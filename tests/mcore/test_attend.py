@@ -7,9 +7,9 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from dsv4_bridge.mcore import attend as attend_module
-from dsv4_bridge.mcore.attend import Reach, attend
-from dsv4_bridge.mcore.indexer import best_blocks, index_scores
+from dsv4_bridge.mcore.kernels import attention as attend_module
+from dsv4_bridge.mcore.kernels.attention import Reach, attend
+from dsv4_bridge.mcore.layers.indexer import best_blocks, index_scores
 
 pytestmark = pytest.mark.megatron
 

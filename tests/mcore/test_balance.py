@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from dsv4_bridge import BridgeError
 from dsv4_bridge.mcore import DeepSeekV4Model, build_model
 from dsv4_bridge.mcore.config import model_config
+from dsv4_bridge.mcore.layers.moe import BiasRouter, HashRouter
+from dsv4_bridge.mcore.layers.observe import watching
 from dsv4_bridge.mcore.metrics import collect
-from dsv4_bridge.mcore.moe import BiasRouter, HashRouter
-from dsv4_bridge.mcore.observe import watching
 from dsv4_bridge.mcore.schedule import Batch, forward_backward
 
 pytestmark = pytest.mark.megatron

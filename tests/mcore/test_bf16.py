@@ -13,7 +13,7 @@ from reference import Choices, new_folder, record, reference_model, replaying, s
 from transformers import DeepseekV4ForCausalLM
 
 from dsv4_bridge.mcore import DeepSeekV4Model, build_model, load_weights
-from dsv4_bridge.spec import ModelSpec
+from dsv4_bridge.spec.spec import ModelSpec
 
 pytestmark = pytest.mark.megatron
 

@@ -9,13 +9,13 @@ from reference import draft_spec, randomise, some_ids
 
 from dsv4_bridge import BridgeError
 from dsv4_bridge.mcore import build_model
-from dsv4_bridge.mcore.indexer import best_blocks
+from dsv4_bridge.mcore.layers.indexer import best_blocks
+from dsv4_bridge.mcore.layers.moe import BiasRouter
+from dsv4_bridge.mcore.layers.observe import watching
 from dsv4_bridge.mcore.metrics import collect
-from dsv4_bridge.mcore.moe import BiasRouter
-from dsv4_bridge.mcore.observe import watching
 from dsv4_bridge.mcore.schedule import Batch, forward_backward
-from dsv4_bridge.sampling import Sampling, choose, distribution
-from dsv4_bridge.spec import replace_spec
+from dsv4_bridge.spec.spec import replace_spec
+from dsv4_bridge.text.sampling import Sampling, choose, distribution
 from dsv4_bridge.train.loop import decay_begins
 from dsv4_bridge.train.recipe import Schedule
 
@@ -256,8 +256,8 @@ def test_a_temperature_near_zero_takes_the_largest(temperature: float, scale: fl
 def test_the_decay_begins_where_the_rate_first_falls(schedule: Schedule, begins: int | None) -> None:
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-    from dsv4_bridge.train.choosing import change, choose
-    from dsv4_bridge.train.setup import _scheduler
+    from dsv4_bridge.train.build import _scheduler
+    from dsv4_bridge.train.choose import change, choose
 
     assert decay_begins(schedule) == begins
     recipe = replace(change(choose("flash-pretrain").recipe, {}), schedule=schedule)

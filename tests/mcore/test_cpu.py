@@ -8,8 +8,8 @@ import torch
 from reference import small_spec
 from transformers import AutoConfig, DeepseekV4ForCausalLM
 
-from dsv4_bridge.config import released_config
 from dsv4_bridge.mcore import initialize
+from dsv4_bridge.store.hf_config import released_config
 
 pytestmark = pytest.mark.megatron
 

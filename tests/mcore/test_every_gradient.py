@@ -4,11 +4,11 @@ import pytest
 import torch
 from reference import draft_spec, randomise, some_ids
 
-from dsv4_bridge.lora import CARRIERS, Lora
 from dsv4_bridge.mcore import build_model
-from dsv4_bridge.mcore.adapters import add_adapters
+from dsv4_bridge.mcore.adapters.adapters import add_adapters
 from dsv4_bridge.mcore.indexer_phase import indexer_settings, set_trained
 from dsv4_bridge.mcore.schedule import Batch, forward_backward
+from dsv4_bridge.spec.lora import CARRIERS, Lora
 
 pytestmark = pytest.mark.megatron
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from reference import assert_equal_to_reference, counting_clamped, distance, pair, recorded, small_spec, some_ids
 
-from dsv4_bridge.spec import ModelSpec
+from dsv4_bridge.spec.spec import ModelSpec
 
 pytestmark = pytest.mark.megatron
 

@@ -5,8 +5,8 @@ import torch
 from reference import draft_spec, randomise, some_ids
 
 from dsv4_bridge.mcore import build_model
-from dsv4_bridge.mcore.gathering import READ_INNER
 from dsv4_bridge.mcore.indexer_phase import indexer_settings, set_trained
+from dsv4_bridge.mcore.optim.param_gather import READ_INNER
 from dsv4_bridge.mcore.schedule import Batch, forward_backward
 
 pytestmark = pytest.mark.megatron

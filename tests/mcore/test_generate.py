@@ -10,10 +10,10 @@ from reference import draft_spec, pair, randomise, small_spec, some_ids
 
 from dsv4_bridge import BridgeError
 from dsv4_bridge.mcore import DeepSeekV4Model, build_model
-from dsv4_bridge.mcore.cache import Cache, new_cache
 from dsv4_bridge.mcore.generate import complete, generate
-from dsv4_bridge.mcore.observe import watching
-from dsv4_bridge.sampling import Sampling, choose, distribution
+from dsv4_bridge.mcore.layers.cache import Cache, new_cache
+from dsv4_bridge.mcore.layers.observe import watching
+from dsv4_bridge.text.sampling import Sampling, choose, distribution
 
 pytestmark = pytest.mark.megatron
 

@@ -16,12 +16,12 @@ import torch
 
 from conftest import dsv4
 from dsv4_bridge import BridgeError
-from dsv4_bridge.cli import main
-from dsv4_bridge.generating import Ask, InOrder, generate
+from dsv4_bridge.cli.app import main
+from dsv4_bridge.generate.generate import Ask, InOrder, generate
 from dsv4_bridge.mcore import build_model, load_weights
 from dsv4_bridge.mcore.generate import complete
 from dsv4_bridge.store.hf import open_hf
-from dsv4_bridge.text import open_tokenizer
+from dsv4_bridge.text.tokenizer import open_tokenizer
 
 pytestmark = [pytest.mark.megatron, pytest.mark.hf]
 

@@ -8,7 +8,7 @@ from reference import gradients_of, our_model, reference_model, small_spec
 
 from dsv4_bridge import make_toy
 from dsv4_bridge.mcore import build_model, load_weights, stream_weights
-from dsv4_bridge.mcore.cache import new_cache
+from dsv4_bridge.mcore.layers.cache import new_cache
 from dsv4_bridge.store.hf import open_hf
 
 pytestmark = [pytest.mark.megatron, pytest.mark.gpu]

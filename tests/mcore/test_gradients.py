@@ -66,7 +66,7 @@ def test_gradients_equal_transformers(batch: int, length: int) -> None:
 
 
 def _items(model: DeepSeekV4Model) -> tuple:
-    from dsv4_bridge.mcore.places import places
+    from dsv4_bridge.mcore.weights.places import places
 
     return places(model)[0].items
 

@@ -10,12 +10,13 @@ from mtp_formula import close
 from reference import RECOMPUTING, draft_spec, randomise, small_spec, some_ids
 
 from dsv4_bridge import BridgeError
-from dsv4_bridge.mcore import DeepSeekV4Model, build_model, indexer_loss
-from dsv4_bridge.mcore import attend as attend_module
-from dsv4_bridge.mcore.attend import Reach
+from dsv4_bridge.mcore import DeepSeekV4Model, build_model
 from dsv4_bridge.mcore.config import model_config
-from dsv4_bridge.mcore.indexer import Indexer, IndexTerms, best_blocks, index_scores
 from dsv4_bridge.mcore.indexer_phase import indexer_settings, set_trained
+from dsv4_bridge.mcore.kernels import attention as attend_module
+from dsv4_bridge.mcore.kernels.attention import Reach
+from dsv4_bridge.mcore.layers import indexer_loss
+from dsv4_bridge.mcore.layers.indexer import Indexer, IndexTerms, best_blocks, index_scores
 from dsv4_bridge.mcore.metrics import collect
 from dsv4_bridge.mcore.schedule import Batch, forward_backward
 
@@ -185,7 +186,7 @@ def turned(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
 
 def entries(values: dict[str, torch.Tensor], x: torch.Tensor, width: int, spec: Any) -> torch.Tensor:
     """A ratio-4 compressor, block by block: [b, s, hidden] -> [b, s // 4, width]."""
-    from dsv4_bridge.mcore.rope import turns
+    from dsv4_bridge.mcore.layers.rope import turns
 
     kv, gate = x @ values["linear_wkv.weight"].T, x @ values["linear_wgate.weight"].T
     found = []

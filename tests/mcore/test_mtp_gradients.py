@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dsv4_bridge.mcore import DeepSeekV4Model, build_model
+from dsv4_bridge.mcore.layers.mtp_loss import ahead
+from dsv4_bridge.mcore.layers.observe import watching
 from dsv4_bridge.mcore.metrics import collect
-from dsv4_bridge.mcore.mtp_loss import ahead
-from dsv4_bridge.mcore.observe import watching
 from dsv4_bridge.mcore.schedule import Batch, forward_backward
 
 pytestmark = pytest.mark.megatron

@@ -5,8 +5,8 @@ import torch
 from reference import draft_spec
 
 from dsv4_bridge.mcore import build_model
-from dsv4_bridge.mcore.muon import Matrix, Muon, matrices_of, newton_schulz
-from dsv4_bridge.mcore.places import places
+from dsv4_bridge.mcore.optim.muon import Matrix, Muon, matrices_of, newton_schulz
+from dsv4_bridge.mcore.weights.places import places
 
 pytestmark = pytest.mark.megatron
 

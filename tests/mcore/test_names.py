@@ -1,6 +1,6 @@
 """Names, shapes and types of the model are those of the Megatron-LM dev branch.
 
-The table is written by hand from that branch, and knows nothing of `dsv4_bridge.table`.
+The table is written by hand from that branch, and knows nothing of `dsv4_bridge.spec.table`.
 """
 
 from collections.abc import Callable
@@ -12,8 +12,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.transformer.module import Float16Module
 from reference import draft_spec, randomise
 
-from dsv4_bridge.items import expand, extra_state_keys, regions
 from dsv4_bridge.mcore import DeepSeekV4Model, build_model
+from dsv4_bridge.spec.plan import expand, extra_state_keys, regions
 
 pytestmark = pytest.mark.megatron
 

@@ -9,7 +9,7 @@ from ranks import losses, run_ranks, whole
 from reference import draft_spec
 
 from dsv4_bridge import make_toy
-from dsv4_bridge.spec import replace_spec
+from dsv4_bridge.spec.spec import replace_spec
 
 pytestmark = [pytest.mark.megatron, pytest.mark.slow]
 

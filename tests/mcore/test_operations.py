@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv4_bridge.mcore.hyper_connection import HyperConnection, collapse, project, sinkhorn
-from dsv4_bridge.mcore.layers import inverse_rms
-from dsv4_bridge.mcore.rope import rotate
+from dsv4_bridge.mcore.layers.basics import inverse_rms
+from dsv4_bridge.mcore.layers.hyper_connection import HyperConnection, collapse, project, sinkhorn
+from dsv4_bridge.mcore.layers.rope import rotate
 
 pytestmark = pytest.mark.megatron
 

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from dsv4_bridge import BridgeError
 from dsv4_bridge.mcore import DeepSeekV4Model, build_model, model
-from dsv4_bridge.mcore.cache import new_cache
-from dsv4_bridge.mcore.documents import ends_of
-from dsv4_bridge.mcore.observe import Watcher, watching
+from dsv4_bridge.mcore.layers.cache import new_cache
+from dsv4_bridge.mcore.layers.documents import ends_of
+from dsv4_bridge.mcore.layers.observe import Watcher, watching
 from dsv4_bridge.mcore.schedule import Batch, forward_backward
 
 pytestmark = pytest.mark.megatron

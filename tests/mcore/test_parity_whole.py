@@ -12,7 +12,7 @@ from reference import draft_spec
 from test_parity import Page
 
 from dsv4_bridge import make_toy
-from dsv4_bridge.mcore.indexer import Indexer
+from dsv4_bridge.mcore.layers.indexer import Indexer
 from dsv4_bridge.parity import Inputs, parity
 from dsv4_bridge.parity.inputs import token_ids
 from dsv4_bridge.parity.report import write_report

@@ -10,15 +10,15 @@ from ranks import run_ranks
 from reference import draft_spec
 
 from dsv4_bridge import make_toy
-from dsv4_bridge.activations import Shape, cache_bytes, chunk_bytes
-from dsv4_bridge.lora import CARRIERS, Lora
 from dsv4_bridge.mcore import build_model, load_weights
-from dsv4_bridge.mcore.adapters import add_adapters
-from dsv4_bridge.mcore.cache import new_cache
-from dsv4_bridge.memory_plan import MemoryPlan, Run, make_run_topology, plan_memory
-from dsv4_bridge.spec import ModelSpec, replace_spec
+from dsv4_bridge.mcore.adapters.adapters import add_adapters
+from dsv4_bridge.mcore.layers.cache import new_cache
+from dsv4_bridge.parallel.layout import solve
+from dsv4_bridge.planning.activations import Shape, cache_bytes, chunk_bytes
+from dsv4_bridge.planning.memory import MemoryPlan, Run, make_run_topology, plan_memory
+from dsv4_bridge.spec.lora import CARRIERS, Lora
+from dsv4_bridge.spec.spec import ModelSpec, replace_spec
 from dsv4_bridge.store.hf import open_hf
-from dsv4_bridge.topology import solve
 
 pytestmark = [pytest.mark.megatron, pytest.mark.slow]
 

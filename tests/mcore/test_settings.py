@@ -8,8 +8,8 @@ from reference import small_spec
 
 from dsv4_bridge import BridgeError
 from dsv4_bridge.mcore import Parallel, build_model, initialize
-from dsv4_bridge.mcore.cache import new_cache
 from dsv4_bridge.mcore.config import model_config
+from dsv4_bridge.mcore.layers.cache import new_cache
 
 pytestmark = pytest.mark.megatron
 

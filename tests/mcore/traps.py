@@ -15,9 +15,11 @@ from pytest import MonkeyPatch
 from reference import pair
 from traps_attention import ATTENTION, HYPER_CONNECTIONS, cast_like_all, same, unrefused
 
-from dsv4_bridge.mcore import block, config, moe, mtp, weights
-from dsv4_bridge.mcore.moe import BiasRouter, HashRouter
-from dsv4_bridge.mcore.mtp import MTPLayer
+from dsv4_bridge.mcore import config
+from dsv4_bridge.mcore.layers import block, moe, mtp
+from dsv4_bridge.mcore.layers.moe import BiasRouter, HashRouter
+from dsv4_bridge.mcore.layers.mtp import MTPLayer
+from dsv4_bridge.mcore.weights import load as weights
 
 route = "topk_routing_with_score_function"
 

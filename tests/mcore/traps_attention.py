@@ -6,14 +6,15 @@ import torch
 from bugs import Bug, Trap, put
 from checks import TINY
 
-from dsv4_bridge import pieces
-from dsv4_bridge.mcore import attention, block, compressor, config, hyper_connection, mtp, rope
-from dsv4_bridge.mcore.attention import CoreAttention, HybridAttention
-from dsv4_bridge.mcore.compressor import Compressor
-from dsv4_bridge.mcore.floats import KeepsFloat32
-from dsv4_bridge.mcore.hyper_connection import HyperConnection
-from dsv4_bridge.mcore.indexer import Indexer
-from dsv4_bridge.mcore.layers import RMSNorm
+from dsv4_bridge.mcore import config
+from dsv4_bridge.mcore.layers import attention, block, compressor, hyper_connection, mtp, rope
+from dsv4_bridge.mcore.layers.attention import CoreAttention, HybridAttention
+from dsv4_bridge.mcore.layers.basics import RMSNorm
+from dsv4_bridge.mcore.layers.compressor import Compressor
+from dsv4_bridge.mcore.layers.floats import KeepsFloat32
+from dsv4_bridge.mcore.layers.hyper_connection import HyperConnection
+from dsv4_bridge.mcore.layers.indexer import Indexer
+from dsv4_bridge.parallel import pieces
 
 frequencies, yarn, plain = "layer_frequencies", "yarn_frequencies", rope.plain_frequencies
 unrefused: dict[str, Bug] = {"nothing is refused": put(config, "refuse_unsound", lambda _: lambda made: None)}

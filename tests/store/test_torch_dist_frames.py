@@ -12,11 +12,10 @@ import pytest
 import torch
 from torch_dist_tools import bits, same, torch_bits, write
 
-from dsv4_bridge.dtypes import DTYPES
 from dsv4_bridge.errors import BridgeError
-from dsv4_bridge.store import pickles
-from dsv4_bridge.store.torch_dist import open_torch_dist
-from dsv4_bridge.store.torch_dist_frames import (
+from dsv4_bridge.spec.dtypes import DTYPES
+from dsv4_bridge.store.torch_dist import pickle_reader as pickles
+from dsv4_bridge.store.torch_dist.frames import (
     ChunkRecord,
     ObjectRecord,
     TensorRecord,
@@ -25,7 +24,8 @@ from dsv4_bridge.store.torch_dist_frames import (
     object_item,
     tensor_frame,
 )
-from dsv4_bridge.store.torch_dist_index import METADATA_GLOBALS
+from dsv4_bridge.store.torch_dist.index import METADATA_GLOBALS
+from dsv4_bridge.store.torch_dist.reader import open_torch_dist
 
 # ---- writing ---------------------------------------------------------------------------------------------
 

@@ -16,13 +16,9 @@ from hypothesis import strategies as st
 from torch_dist_tools import _read_bytes, _read_item, bits, write
 
 from dsv4_bridge.errors import BridgeError
-from dsv4_bridge.store import torch_dist
-from dsv4_bridge.store.torch_dist import open_torch_dist
-from dsv4_bridge.store.torch_dist_frames import (
-    ObjectRecord,
-    metadata_bytes,
-    tensor_frame,
-)
+from dsv4_bridge.store.torch_dist import reader as torch_dist
+from dsv4_bridge.store.torch_dist.frames import ObjectRecord, metadata_bytes, tensor_frame
+from dsv4_bridge.store.torch_dist.reader import open_torch_dist
 
 # ---- hostile and damaged files ---------------------------------------------------------------------------
 
@@ -212,7 +208,7 @@ def test_compressed_and_big_endian_items_are_refused(tmp_path):
 def test_reading_needs_neither_megatron_nor_torch(tmp_path):
     write(tmp_path, {"w": ("F32", bits("F32", (4, 6)), [[2], [3]])})
     script = (
-        "import sys; import dsv4_bridge.store.torch_dist as t, dsv4_bridge.store.torch_dist_frames as f;"
+        "import sys; import dsv4_bridge.store.torch_dist.reader as t, dsv4_bridge.store.torch_dist.frames as f;"
         "f.tensor_frame('BF16', (3,)); t.open_torch_dist(sys.argv[1]).read('w');"
         "print([m for m in sys.modules if m.split('.')[0] in ('megatron', 'torch')])"
     )

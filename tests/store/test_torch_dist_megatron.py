@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch_dist_tools import bits, same, write
 
-from dsv4_bridge.dtypes import DTYPES
 from dsv4_bridge.errors import BridgeError
-from dsv4_bridge.store import pickles
-from dsv4_bridge.store.torch_dist import open_torch_dist
-from dsv4_bridge.store.torch_dist_frames import COMMON_STATE_KEY, METADATA_JSON
-from dsv4_bridge.store.torch_dist_index import METADATA_GLOBALS
+from dsv4_bridge.spec.dtypes import DTYPES
+from dsv4_bridge.store.torch_dist import pickle_reader as pickles
+from dsv4_bridge.store.torch_dist.frames import COMMON_STATE_KEY, METADATA_JSON
+from dsv4_bridge.store.torch_dist.index import METADATA_GLOBALS
+from dsv4_bridge.store.torch_dist.reader import open_torch_dist
 
 # One worker of pytest-xdist runs the whole module, so that the fixture is set up once.
 pytestmark = pytest.mark.megatron

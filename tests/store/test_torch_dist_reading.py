@@ -12,18 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch_dist_tools import COMMON, _read_bytes, _read_item, bits, boxes, same, torch_bits, write
 
-from dsv4_bridge.dtypes import DTYPES
 from dsv4_bridge.errors import BridgeError
-from dsv4_bridge.store import torch_dist_io
-from dsv4_bridge.store.torch_dist import TorchDistReader, open_torch_dist
-from dsv4_bridge.store.torch_dist_frames import (
-    COMMON_STATE_KEY,
-    ChunkRecord,
-    TensorRecord,
-    metadata_bytes,
-    object_item,
-)
-from dsv4_bridge.store.torch_dist_index import check_coverage
+from dsv4_bridge.spec.dtypes import DTYPES
+from dsv4_bridge.store.torch_dist import boxes as torch_dist_io
+from dsv4_bridge.store.torch_dist.frames import COMMON_STATE_KEY, ChunkRecord, TensorRecord, metadata_bytes, object_item
+from dsv4_bridge.store.torch_dist.index import check_coverage
+from dsv4_bridge.store.torch_dist.reader import TorchDistReader, open_torch_dist
 
 # ---- reading ---------------------------------------------------------------------------------------------
 
@@ -228,7 +222,7 @@ def test_coverage_of_any_cuts(case, pairs, data):
     found = [ChunkRecord(o, s, "f", 0, 0) for o, s in boxes(shape, cuts)]
     with pytest.MonkeyPatch.context() as patch:
         if pairs:
-            patch.setattr("dsv4_bridge.store.torch_dist_index._MAX_GRID_CELLS", 0)
+            patch.setattr("dsv4_bridge.store.torch_dist.index._MAX_GRID_CELLS", 0)
         check_coverage(shape, found)
         if len(found) > 1:
             i, j = data.draw(st.permutations(range(len(found))))[:2]

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint import FileSystemReader, filesystem
 from torch.distributed.checkpoint import metadata as dcp
 
-from dsv4_bridge.dtypes import DTYPES
 from dsv4_bridge.errors import BridgeError
-from dsv4_bridge.store import pickle_writer, pickles
-from dsv4_bridge.store.torch_dist import open_torch_dist
-from dsv4_bridge.store.torch_dist_frames import (
+from dsv4_bridge.spec.dtypes import DTYPES
+from dsv4_bridge.store.torch_dist import pickle_reader as pickles
+from dsv4_bridge.store.torch_dist import pickle_writer
+from dsv4_bridge.store.torch_dist.frames import (
     ChunkRecord,
     ObjectRecord,
     TensorRecord,
@@ -30,7 +30,8 @@ from dsv4_bridge.store.torch_dist_frames import (
     metadata_bytes,
     object_item,
 )
-from dsv4_bridge.store.torch_dist_index import decode_index
+from dsv4_bridge.store.torch_dist.index import decode_index
+from dsv4_bridge.store.torch_dist.reader import open_torch_dist
 
 
 def by_torch(tensors, objects) -> dcp.Metadata:

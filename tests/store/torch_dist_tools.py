@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dsv4_bridge.dtypes import DTYPES
-from dsv4_bridge.store.torch_dist import open_torch_dist
-from dsv4_bridge.store.torch_dist_frames import (
+from dsv4_bridge.spec.dtypes import DTYPES
+from dsv4_bridge.store.torch_dist.frames import (
     COMMON_STATE_KEY,
     METADATA_JSON,
     ChunkRecord,
@@ -20,6 +19,7 @@ from dsv4_bridge.store.torch_dist_frames import (
     metadata_bytes,
     tensor_frame,
 )
+from dsv4_bridge.store.torch_dist.reader import open_torch_dist
 
 COMMON = {"iteration": 7, "checkpoint_version": 3.0, "names": ["a", "a"], "deep": {"a": None, "b": True}}
 

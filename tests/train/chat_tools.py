@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from conftest import DATA
-from dsv4_bridge.train.chat.texts import ANSWER_TOKENS, TURN_TOKENS
+from dsv4_bridge.chat.strings import ANSWER_TOKENS, TURN_TOKENS
 
 SPECIAL = (*TURN_TOKENS, *ANSWER_TOKENS)
 VECTORS = {1: True, 2: True, 3: True, 4: False}  # number -> thinking

@@ -2,10 +2,10 @@
 
 import torch
 
-from dsv4_bridge.adapter_tensors import Adapter, Adapters
-from dsv4_bridge.lora import Lora, targets
-from dsv4_bridge.spec import ModelSpec, replace_spec
-from dsv4_bridge.variants import VARIANTS, tiny
+from dsv4_bridge.lora.adapters import Adapter, Adapters
+from dsv4_bridge.spec.lora import Lora, targets
+from dsv4_bridge.spec.spec import ModelSpec, replace_spec
+from dsv4_bridge.spec.variants import VARIANTS, tiny
 
 
 def spec_of() -> ModelSpec:

@@ -9,16 +9,17 @@ from safetensors import safe_open
 from training import make_start, make_text, run, small_spec, small_variant
 from typer.testing import CliRunner
 
-from dsv4_bridge import cli_lora, export_hf, make_toy
-from dsv4_bridge.adapter_tensors import Adapters
-from dsv4_bridge.cli import app
+from dsv4_bridge import export_hf, make_toy
+from dsv4_bridge.cli import lora as cli_lora
+from dsv4_bridge.cli.app import app
+from dsv4_bridge.convert.merge import merge
 from dsv4_bridge.errors import BridgeError
-from dsv4_bridge.generating import Ask, generate
+from dsv4_bridge.generate.generate import Ask, generate
+from dsv4_bridge.lora.adapters import Adapters
+from dsv4_bridge.lora.checkpoint import read_adapters
+from dsv4_bridge.lora.peft import export_peft
 from dsv4_bridge.mcore import build_model, load_weights
-from dsv4_bridge.small_files import small_files
-from dsv4_bridge.train.lora_checkpoints import read_adapters
-from dsv4_bridge.train.lora_files import export_peft
-from dsv4_bridge.train.merge import merge
+from dsv4_bridge.store.small_files import small_files
 
 assert cli_lora  # its verbs are registered
 pytestmark = [pytest.mark.megatron, pytest.mark.hf]

@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 
 from conftest import same_files
 from dsv4_bridge import BridgeError
-from dsv4_bridge.train.chat.jsonl import read_chat_jsonl
-from dsv4_bridge.train.chat.masks import open_chat_tokenizer
-from dsv4_bridge.train.chat.packing import pack, plan_packs
-from dsv4_bridge.train.chat.prepare import find_generation, prepare_chat
-from dsv4_bridge.train.chat.samples import Sample, build_samples
-from dsv4_bridge.train.chat.store import one_a_pack, open_chat_data, write_chat_data
+from dsv4_bridge.data.chat.jsonl import read_chat_jsonl
+from dsv4_bridge.data.chat.masks import open_chat_tokenizer
+from dsv4_bridge.data.chat.packing import pack, plan_packs
+from dsv4_bridge.data.chat.prepare import find_generation, prepare_chat
+from dsv4_bridge.data.chat.samples import Sample, build_samples
+from dsv4_bridge.data.chat.store import one_a_pack, open_chat_data, write_chat_data
 
 pytestmark = pytest.mark.hf
 
@@ -240,7 +240,7 @@ def test_prepared_data_is_the_samples(mask: str, packed: bool, chat: Path, bpe: 
 
 
 def test_any_number_of_workers_writes_the_same_bytes(chat: Path, bpe: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("dsv4_bridge.train.chat.prepare._CHUNK", 2000)  # several chunks
+    monkeypatch.setattr("dsv4_bridge.data.chat.prepare._CHUNK", 2000)  # several chunks
     for workers in (1, 2):
         prepare_chat(chat, tmp_path / str(workers), bpe, seq_length=200, workers=workers)
     assert same_files(tmp_path / "1", tmp_path / "2") == []
@@ -296,7 +296,7 @@ def test_a_killed_run_leaves_nothing_that_looks_whole_and_does_not_stop_the_next
     out, big = tmp_path / "out", tmp_path / "big.jsonl"
     big.write_bytes((chat.read_bytes() + b"\n") * 200)
     code = (
-        "from pathlib import Path; from dsv4_bridge.train.chat.prepare import prepare_chat;"
+        "from pathlib import Path; from dsv4_bridge.data.chat.prepare import prepare_chat;"
         f"prepare_chat(Path({str(big)!r}), Path({str(out)!r}), Path({str(bpe)!r}), seq_length=90)"
     )
     process = subprocess.Popen([sys.executable, "-c", code])

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv4_bridge import BridgeError
-from dsv4_bridge.train.chat import Message, ToolCall, encode_messages, encode_segments, parse_completion, read_messages
+from dsv4_bridge.chat import Message, ToolCall, encode_messages, encode_segments, parse_completion, read_messages
 
 pytestmark = pytest.mark.hf  # the helper module needs the tokenizers library
 
@@ -110,8 +110,8 @@ def test_thinking_and_chat_mode() -> None:
 def test_generate_s_chat_form_is_this_encoding(tmp_path) -> None:
     """`dsv4 generate --chat` writes the same text by itself, since it stands below this room."""
     from dsv4_bridge import make_toy
-    from dsv4_bridge.text import open_tokenizer
-    from dsv4_bridge.variants import VARIANTS, tiny
+    from dsv4_bridge.spec.variants import VARIANTS, tiny
+    from dsv4_bridge.text.tokenizer import open_tokenizer
 
     tokenizer = open_tokenizer(make_toy(tmp_path / "toy", "Flash", 3), tiny(VARIANTS["Flash"]))
     assert tokenizer is not None

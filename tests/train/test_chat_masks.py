@@ -11,13 +11,13 @@ from chat_tools import VECTORS as CASES
 from chat_tools import conversation, vector, words, write_bpe
 
 from dsv4_bridge import BridgeError
-from dsv4_bridge.toy_tokenizer import byte_letters, toy_tokenizer
-from dsv4_bridge.train.chat import Segment, encode_segments
-from dsv4_bridge.train.chat.jsonl import Conversation
-from dsv4_bridge.train.chat.masks import ChatTokenizer, open_chat_tokenizer, tokenize, tokenize_all
-from dsv4_bridge.train.chat.messages import read_messages
-from dsv4_bridge.train.chat.samples import SampleCounts, build_samples
-from dsv4_bridge.variants import VARIANTS, tiny
+from dsv4_bridge.chat import Segment, encode_segments
+from dsv4_bridge.chat.messages import read_messages
+from dsv4_bridge.data.chat.jsonl import Conversation
+from dsv4_bridge.data.chat.masks import ChatTokenizer, open_chat_tokenizer, tokenize, tokenize_all
+from dsv4_bridge.data.chat.samples import SampleCounts, build_samples
+from dsv4_bridge.spec.variants import VARIANTS, tiny
+from dsv4_bridge.toy.tokenizer import byte_letters, toy_tokenizer
 
 pytestmark = pytest.mark.hf
 EOS = "<｜end▁of▁sentence｜>"
@@ -117,7 +117,7 @@ def samples_of(tokenizer: ChatTokenizer, messages: list, mask: str, thinking: bo
 
 def test_each_turn_learns_what_the_model_says_where_thoughts_are_dropped(tokenizer: ChatTokenizer) -> None:
     """One sample an answer, its context exactly the prompt that the model gets there."""
-    from dsv4_bridge.train.chat import encode_messages
+    from dsv4_bridge.chat import encode_messages
 
     found = samples_of(tokenizer, TURNS, "each_turn", True)
     answers = [1, 3, 5]
@@ -216,7 +216,7 @@ def test_the_quick_way_is_the_definition(tokenizer: ChatTokenizer, monkeypatch: 
     for before, behind in (("hel", "lo"), ("hello ", "\nworld"), ("hello  ", " \n"), ("world", " hello")):
         talks.append((Segment(before, "x", False), Segment(behind, "x", True)))
     quick = tokenize_all(tokenizer, talks)
-    monkeypatch.setattr("dsv4_bridge.train.chat.masks._masked_by_edges", lambda *_: None)
+    monkeypatch.setattr("dsv4_bridge.data.chat.masks._masked_by_edges", lambda *_: None)
     for one, defined in zip(quick, tokenize_all(tokenizer, talks), strict=True):
         assert np.array_equal(one.mask, defined.mask) and one.straddling == defined.straddling
 

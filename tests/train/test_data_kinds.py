@@ -16,14 +16,14 @@ pytest.importorskip("megatron.core")
 
 from conftest import dsv4
 from dsv4_bridge import BridgeError, make_toy
+from dsv4_bridge.data.chat.jsonl import read_line
+from dsv4_bridge.data.chat.prepare import prepare_chat
+from dsv4_bridge.data.chat.store import open_chat_data
+from dsv4_bridge.data.indexed import prepare_pretraining
+from dsv4_bridge.data.kinds import elements, look
 from dsv4_bridge.lock import hold
-from dsv4_bridge.spec import ModelSpec
+from dsv4_bridge.spec.spec import ModelSpec
 from dsv4_bridge.store.hf import open_hf
-from dsv4_bridge.train.chat.jsonl import read_line
-from dsv4_bridge.train.chat.prepare import prepare_chat
-from dsv4_bridge.train.chat.store import open_chat_data
-from dsv4_bridge.train.kinds import elements, look
-from dsv4_bridge.train.pretraining_data import prepare_pretraining
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def write(path: Path, rows: list[Any], how: str) -> Path:
 
 
 def documents(source: Path, toy: Path, spec: ModelSpec, out: Path) -> list[str]:
-    from dsv4_bridge.text import open_tokenizer
+    from dsv4_bridge.text.tokenizer import open_tokenizer
 
     report = prepare_pretraining([source], out, toy, spec)
     tokens = np.fromfile(f"{out}.bin", np.dtype(report.dtype))
@@ -168,7 +168,7 @@ def test_a_folder_of_code_keeps_its_json_as_text(toy: Path, spec: ModelSpec, tmp
 def test_elements_are_those_of_json(rows: list[Any], indent: int | None, piece: int) -> None:
     import tempfile
 
-    from dsv4_bridge.train import kinds
+    from dsv4_bridge.data import kinds
 
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
         patch.setattr(kinds, "_PIECE", piece)
@@ -257,7 +257,7 @@ def test_thoughts_that_are_left_out_or_lacking_are_counted(toy: Path, tmp_path: 
 def test_a_tokenizer_saved_for_batches_cuts_and_pads_nothing(
     how: str, toy: Path, spec: ModelSpec, tmp_path: Path
 ) -> None:
-    from dsv4_bridge.text import open_tokenizer
+    from dsv4_bridge.text.tokenizer import open_tokenizer
 
     changes = {
         "truncation": {"direction": "Right", "max_length": 64, "strategy": "LongestFirst", "stride": 0},

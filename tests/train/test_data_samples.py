@@ -10,12 +10,7 @@ import pytest
 import torch
 
 from dsv4_bridge import BridgeError
-from dsv4_bridge.train.datasets import (
-    Blend,
-    PretrainingDataset,
-    build_pretraining_datasets,
-    parse_blend,
-)
+from dsv4_bridge.data.datasets import Blend, PretrainingDataset, build_pretraining_datasets, parse_blend
 from dsv4_bridge.train.feed import text_feed
 
 pytestmark = pytest.mark.megatron

@@ -10,15 +10,14 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-import dsv4_bridge.cli_data  # noqa: F401 - its verb registers itself
 from dsv4_bridge import BridgeError
-from dsv4_bridge.cli import app
-from dsv4_bridge.planning_ranks import spec_of
-from dsv4_bridge.spec import replace_spec
-from dsv4_bridge.text import open_tokenizer
-from dsv4_bridge.train import text_sources
-from dsv4_bridge.train.pretraining_data import prepare_pretraining
-from dsv4_bridge.train.text_sources import find_sources, texts, units
+from dsv4_bridge.cli.app import app
+from dsv4_bridge.data import sources as text_sources
+from dsv4_bridge.data.indexed import prepare_pretraining
+from dsv4_bridge.data.sources import find_sources, texts, units
+from dsv4_bridge.planning.ranks import spec_of
+from dsv4_bridge.spec.spec import replace_spec
+from dsv4_bridge.text.tokenizer import open_tokenizer
 
 pytestmark = pytest.mark.megatron
 
@@ -239,7 +238,7 @@ def test_a_tokenizer_of_another_model_is_refused(toy_flash: Path, tmp_path: Path
 
 
 def test_chat_goes_to_the_chat_encoding(toy_flash: Path, tmp_path: Path) -> None:
-    from dsv4_bridge.train.chat.store import open_chat_data
+    from dsv4_bridge.data.chat.store import open_chat_data
 
     chat = tmp_path / "chat.jsonl"
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]

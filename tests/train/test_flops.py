@@ -12,13 +12,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-import dsv4_bridge.cli_flops  # noqa: F401 - its verb registers itself
 from dsv4_bridge import BridgeError
-from dsv4_bridge.cli import app
-from dsv4_bridge.lora import DEFAULT_TARGETS, Lora
-from dsv4_bridge.spec import ModelSpec, replace_spec
-from dsv4_bridge.topology import flop_costs
-from dsv4_bridge.train.flops import (
+from dsv4_bridge.cli.app import app
+from dsv4_bridge.parallel.layout import flop_costs
+from dsv4_bridge.planning.flops_report import flop_report
+from dsv4_bridge.planning.peaks import mfu, peak_tflops
+from dsv4_bridge.spec.flops import (
     Terms,
     block_pairs,
     count_flops,
@@ -27,9 +26,9 @@ from dsv4_bridge.train.flops import (
     published,
     window_pairs,
 )
-from dsv4_bridge.train.flops_report import flop_report
-from dsv4_bridge.train.peaks import mfu, peak_tflops
-from dsv4_bridge.variants import VARIANTS, tiny
+from dsv4_bridge.spec.lora import DEFAULT_TARGETS, Lora
+from dsv4_bridge.spec.spec import ModelSpec, replace_spec
+from dsv4_bridge.spec.variants import VARIANTS, tiny
 
 FLASH, PRO = VARIANTS["Flash"].spec, VARIANTS["Pro"].spec
 LENGTH = 131  # more than a block of 128; ragged over blocks of 4
@@ -76,7 +75,9 @@ def measured() -> Measured:
     Queries go one at a time: in larger chunks every query of a chunk is multiplied with keys that only
     others of it see, and the mask throws the result away.
     """
-    from dsv4_bridge.mcore import attend, build_model, indexer
+    from dsv4_bridge.mcore import build_model
+    from dsv4_bridge.mcore.kernels import attention as attend
+    from dsv4_bridge.mcore.layers import indexer
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attend, "_LEAST", 1)

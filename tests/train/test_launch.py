@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from dsv4_bridge import cli_data, cli_flops, cli_model, cli_plan, cli_train  # noqa: F401 - the verbs
-from dsv4_bridge.cli import app
-from dsv4_bridge.train.choosing import choose
+from dsv4_bridge.cli import data as cli_data  # noqa: F401 - the verbs
+from dsv4_bridge.cli.app import app
+from dsv4_bridge.train.choose import choose
 from dsv4_bridge.train.recipes import RECIPES
 
 SCRIPTS = sorted((Path(__file__).parents[2] / "examples" / "slurm").glob("*.sh"))

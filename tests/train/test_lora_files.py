@@ -10,10 +10,10 @@ import torch
 from lora_tools import random_adapters, spec_of
 from safetensors.torch import load_file, save_file
 
-from dsv4_bridge.adapter_tensors import Adapter, Adapters
 from dsv4_bridge.errors import BridgeError
-from dsv4_bridge.lora import CARRIERS, DEFAULT_TARGETS, Lora, targets
-from dsv4_bridge.train.lora_files import CONFIG, WEIGHTS, export_peft, import_peft
+from dsv4_bridge.lora.adapters import Adapter, Adapters
+from dsv4_bridge.lora.peft import CONFIG, WEIGHTS, export_peft, import_peft
+from dsv4_bridge.spec.lora import CARRIERS, DEFAULT_TARGETS, Lora, targets
 
 SPEC = spec_of()
 KINDS = {
@@ -139,7 +139,7 @@ def test_refused(name: str, tmp_path: Path) -> None:
 
 
 def test_of_another_model(tmp_path: Path) -> None:
-    from dsv4_bridge.spec import replace_spec
+    from dsv4_bridge.spec.spec import replace_spec
 
     folder = export_peft(random_adapters(SPEC, KINDS["default"]), SPEC, tmp_path / "a")
     with pytest.raises(BridgeError, match=r"q_a_proj.lora_A.weight is \[3, 256\], expected \[3, 512\]"):

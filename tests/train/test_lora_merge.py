@@ -12,18 +12,19 @@ from safetensors import safe_open
 from typer.testing import CliRunner
 
 from conftest import same_files
-from dsv4_bridge import cli_lora, make_toy
-from dsv4_bridge.adapter_tensors import Adapters
-from dsv4_bridge.cli import app
+from dsv4_bridge import make_toy
+from dsv4_bridge.cli import lora as cli_lora
+from dsv4_bridge.cli.app import app
 from dsv4_bridge.codec import reference
-from dsv4_bridge.convert import Options
+from dsv4_bridge.convert.merge import merge
+from dsv4_bridge.convert.run import Options
 from dsv4_bridge.errors import BridgeError
-from dsv4_bridge.lora import CARRIERS, Lora, targets
-from dsv4_bridge.spec import ModelSpec, replace_spec
+from dsv4_bridge.lora.adapters import Adapters
+from dsv4_bridge.lora.peft import export_peft
+from dsv4_bridge.spec.lora import CARRIERS, Lora, targets
+from dsv4_bridge.spec.spec import ModelSpec, replace_spec
+from dsv4_bridge.spec.variants import VARIANTS, tiny
 from dsv4_bridge.store.hf import open_hf
-from dsv4_bridge.train.lora_files import export_peft
-from dsv4_bridge.train.merge import merge
-from dsv4_bridge.variants import VARIANTS, tiny
 
 assert cli_lora  # its verbs are registered
 
@@ -83,7 +84,7 @@ KINDS = {
 def test_report_agrees_with_an_independent_computation(
     toy: Path, spec: ModelSpec, kind: str, encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dsv4_bridge.values._STRIPE_BYTES", 1 << 15)  # several stripes a tensor
+    monkeypatch.setattr("dsv4_bridge.convert.values._STRIPE_BYTES", 1 << 15)  # several stripes a tensor
     adapters = random_adapters(spec, KINDS[kind], 0.03)
     export_peft(adapters, spec, tmp_path / "adapter")
     report = merge(toy, tmp_path / "adapter", tmp_path / "out", encoding)

@@ -15,13 +15,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from dsv4_bridge import cli_lora, make_toy
-from dsv4_bridge.cli import app
+from dsv4_bridge import make_toy
+from dsv4_bridge.cli import lora as cli_lora
+from dsv4_bridge.cli.app import app
+from dsv4_bridge.convert.merge import merge
 from dsv4_bridge.errors import BridgeError
-from dsv4_bridge.spec import ModelSpec, replace_spec
+from dsv4_bridge.lora.peft import CONFIG, WEIGHTS, export_peft, import_peft, open_adapters
+from dsv4_bridge.spec.spec import ModelSpec, replace_spec
 from dsv4_bridge.store.hf import open_hf
-from dsv4_bridge.train.lora_files import CONFIG, WEIGHTS, export_peft, import_peft, open_adapters
-from dsv4_bridge.train.merge import merge
 
 assert cli_lora  # its verbs are registered
 pytestmark = pytest.mark.hf
@@ -219,7 +220,7 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_refused(name: str, base: Path, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dsv4_bridge.train.peft_patterns.SECONDS", 2.0)
+    monkeypatch.setattr("dsv4_bridge.lora.peft_patterns.SECONDS", 2.0)
     change, words = BAD[name]
     copytree(plain, tmp_path / "a")
     change(tmp_path / "a")

@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from conftest import dsv4
 from dsv4_bridge import BridgeError
-from dsv4_bridge.train.choosing import choose, dump, load, values
+from dsv4_bridge.train.choose import choose, dump, load, values
 from dsv4_bridge.train.recipe import Recipe
 from dsv4_bridge.train.recipes import RECIPES
 from mutations import mutate_yaml

@@ -15,7 +15,7 @@ from training import SMALL, make_start, make_text, run
 
 from dsv4_bridge import BridgeError, make_toy
 from dsv4_bridge.lock import hold
-from dsv4_bridge.store.torch_dist import last_iteration
+from dsv4_bridge.store.torch_dist.reader import last_iteration
 
 pytestmark = pytest.mark.megatron
 

@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from dsv4_bridge import BridgeError
-from dsv4_bridge.spec import replace_spec
-from dsv4_bridge.train import token_ids
-from dsv4_bridge.train.chat.packing import plan_packs
-from dsv4_bridge.train.chat.samples import Sample
-from dsv4_bridge.train.chat.store import write_chat_data
-from dsv4_bridge.train.choosing import change, choose
-from dsv4_bridge.train.datasets import build_pretraining_datasets
+from dsv4_bridge.data import token_ids
+from dsv4_bridge.data.chat.packing import plan_packs
+from dsv4_bridge.data.chat.samples import Sample
+from dsv4_bridge.data.chat.store import write_chat_data
+from dsv4_bridge.data.datasets import build_pretraining_datasets
+from dsv4_bridge.data.token_ids import check_token_ids, stretches
+from dsv4_bridge.spec.spec import replace_spec
+from dsv4_bridge.spec.variants import VARIANTS, tiny
+from dsv4_bridge.train.choose import change, choose
 from dsv4_bridge.train.feed import Feed, Row, make_feeds
-from dsv4_bridge.train.token_ids import check_token_ids, stretches
-from dsv4_bridge.variants import VARIANTS, tiny
 
 EOS, VOCABULARY = 1, 512
 

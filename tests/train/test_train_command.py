@@ -8,9 +8,9 @@ import pytest
 from training import SMALL, log, make_start, make_text, run
 from typer.testing import CliRunner
 
-from dsv4_bridge import BridgeError, cli_data, cli_train  # noqa: F401 - the verbs
-from dsv4_bridge.cli import app
-from dsv4_bridge.train.choosing import choose, dump, load, values
+from dsv4_bridge import BridgeError
+from dsv4_bridge.cli.app import app
+from dsv4_bridge.train.choose import choose, dump, load, values
 from dsv4_bridge.train.recipes import RECIPES
 
 pytestmark = pytest.mark.megatron
@@ -141,7 +141,7 @@ def test_every_recipe_makes_two_steps_in_the_smallest(name: str, text: Path, tmp
 
 def test_chats_are_learned_packed_as_one_by_one(start: Path, tmp_path: Path) -> None:
     """Losses of packed chats and of the chats one by one, draft block included."""
-    from dsv4_bridge.train.chat.store import open_chat_data
+    from dsv4_bridge.data.chat.store import open_chat_data
     from dsv4_bridge.train.feed import chat_row
 
     (tmp_path / "packed").mkdir()

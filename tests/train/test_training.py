@@ -14,11 +14,12 @@ import pytest
 from training import SMALL, contents, log, make_start, make_text, recipe, run, small_spec, unigram_entropy
 
 from dsv4_bridge import BridgeError
-from dsv4_bridge.train import loop, setup
-from dsv4_bridge.train.choosing import change, choose, load
-from dsv4_bridge.train.planning import plan_recipe, recipe_spec
+from dsv4_bridge.train import build as setup
+from dsv4_bridge.train import loop
+from dsv4_bridge.train.build import check_layout
+from dsv4_bridge.train.choose import change, choose, load
+from dsv4_bridge.train.plan import plan_recipe, recipe_spec
 from dsv4_bridge.train.recipes import RECIPES
-from dsv4_bridge.train.setup import check_layout
 
 pytestmark = pytest.mark.megatron
 

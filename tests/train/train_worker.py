@@ -16,7 +16,7 @@ def main(path: str) -> None:
 
     from dsv4_bridge.ranks import Ranks
     from dsv4_bridge.train.loop import train
-    from dsv4_bridge.train.planning import recipe_spec
+    from dsv4_bridge.train.plan import recipe_spec
 
     ranks, found = Ranks.from_environment(), []
     for name, words in told["runs"]:

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 
 from dsv4_bridge import make_toy
-from dsv4_bridge.spec import ModelSpec, replace_spec
-from dsv4_bridge.train.choosing import choose
+from dsv4_bridge.data.indexed import prepare_pretraining
+from dsv4_bridge.spec.spec import ModelSpec, replace_spec
+from dsv4_bridge.spec.variants import VARIANTS, tiny
+from dsv4_bridge.train.choose import choose
 from dsv4_bridge.train.loop import Outcome, train
-from dsv4_bridge.train.planning import recipe_spec
-from dsv4_bridge.train.pretraining_data import prepare_pretraining
+from dsv4_bridge.train.plan import recipe_spec
 from dsv4_bridge.train.recipe import Recipe
-from dsv4_bridge.variants import VARIANTS, tiny
 
 # One rank, float32, few and short rows; a test says what else differs.
 _WORDS = """

@@ -21,9 +21,9 @@ the scale rows of that stripe. What cannot be represented raises `CodecError`, w
 where and what; the caller, who knows the tensor's name, adds it.
 """
 
-from dsv4_bridge.codec import fp8, mxfp4, recode
-from dsv4_bridge.codec.recode import Certificate, bf16_to_fp8, f32_scale_as_e8m0, mxfp4_to_fp8
-from dsv4_bridge.codec.report import CodecError, EncodeStats, Problem
+from . import fp8, mxfp4, recode
+from .recode import Certificate, bf16_to_fp8, f32_scale_as_e8m0, mxfp4_to_fp8
+from .report import CodecError, EncodeStats, Problem
 
 __all__ = [
     "Certificate",

@@ -13,9 +13,9 @@ E4M3 is several times slower, and placing the code's bits in a bf16 fails for E 
 
 import numpy as np
 
-from dsv4_bridge.codec._arrays import given, output, rows_columns
-from dsv4_bridge.codec._kernels import kernel
-from dsv4_bridge.codec.report import CodecError, EncodeStats, Problem, first_bad_value
+from ._arrays import given, output, rows_columns
+from ._kernels import kernel
+from .report import CodecError, EncodeStats, Problem, first_bad_value
 
 BLOCK = 128
 MIN_SCALE, MAX_SCALE = 3, 246

@@ -12,9 +12,9 @@ numba from widening to 64 bits, which would cost the vectoriser three quarters o
 
 import numpy as np
 
-from dsv4_bridge.codec._arrays import given, output, rows_columns
-from dsv4_bridge.codec._kernels import kernel
-from dsv4_bridge.codec.report import CodecError, EncodeStats, Problem, first_bad_value
+from ._arrays import given, output, rows_columns
+from ._kernels import kernel
+from .report import CodecError, EncodeStats, Problem, first_bad_value
 
 GROUP = 32
 MAX_SCALE = 252

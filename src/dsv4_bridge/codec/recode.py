@@ -12,10 +12,10 @@ from math import sqrt
 
 import numpy as np
 
-from dsv4_bridge.codec import fp8, mxfp4
-from dsv4_bridge.codec._arrays import given, output, rows_columns
-from dsv4_bridge.codec._kernels import kernel
-from dsv4_bridge.codec.report import CodecError, EncodeStats
+from . import fp8, mxfp4
+from ._arrays import given, output, rows_columns
+from ._kernels import kernel
+from .report import CodecError, EncodeStats
 
 u8, u16, u32, u64 = np.uint8, np.uint16, np.uint32, np.uint64
 

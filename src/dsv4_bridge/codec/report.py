@@ -5,7 +5,7 @@ from math import sqrt
 
 import numpy as np
 
-from dsv4_bridge.errors import BridgeError
+from ..errors import BridgeError
 
 
 @dataclass(frozen=True)

@@ -21,16 +21,16 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ..durable import put, sync
 from ..errors import BridgeError, files_named
-from ..run_config import FILE as RUN_CONFIG
-from ..run_config import run_config
+from ..files import put, sync
 from ..store.megatron import TRACKER
-from ..store.torch_dist import find_iteration, last_iteration
-from .adapters import sharded_adapters
+from ..store.run_config import FILE as RUN_CONFIG
+from ..store.run_config import run_config
+from ..store.torch_dist.reader import find_iteration, last_iteration
+from .adapters.adapters import sharded_adapters
 from .background import BackgroundQueue
 from .model import DeepSeekV4Model
-from .optimizer_state import SHARDING, load_state, sharded_state, steps_made
+from .optim.state import SHARDING, load_state, sharded_state, steps_made
 
 _PART = ".part"
 _UNREADABLE = (OSError, EOFError, pickle.UnpicklingError, CheckpointException, CheckpointingException)

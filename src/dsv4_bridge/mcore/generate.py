@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..errors import BridgeError
-from ..sampling import Sampling, choose
-from .cache import Cache, new_cache
+from ..text.sampling import Sampling, choose
+from .layers.cache import Cache, new_cache
 from .model import DeepSeekV4Model
 
 Stop = Callable[[int, Sequence[int]], bool]

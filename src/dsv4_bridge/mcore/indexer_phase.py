@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import BridgeError
-from .indexer import Indexer
+from .layers.indexer import Indexer
 
 PHASES = ("frozen", "warmup", "sparse")
 

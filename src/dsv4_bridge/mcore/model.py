@@ -12,17 +12,17 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from torch import Tensor
 
 from ..errors import BridgeError
-from ..pieces import Coordinate, Topology, make_topology
-from ..spec import ModelSpec
-from ..topology import Layout
-from .block import HyperConnectedBlock
-from .cache import Cache
+from ..parallel.layout import Layout
+from ..parallel.pieces import Coordinate, Topology, make_topology
+from ..spec.spec import ModelSpec
 from .config import DeepSeekV4Config, model_config
-from .documents import documents_of, restarting_positions, roll_boundaries
+from .layers.block import HyperConnectedBlock
+from .layers.cache import Cache
+from .layers.documents import documents_of, restarting_positions, roll_boundaries
+from .layers.mtp import MTPBlock
+from .layers.mtp_loss import draft_losses, tally_drafts, with_draft_losses
+from .layers.rope import Rotary, make_rotary
 from .metrics import Tally
-from .mtp import MTPBlock
-from .mtp_loss import draft_losses, tally_drafts, with_draft_losses
-from .rope import Rotary, make_rotary
 from .runtime import initialize
 
 

@@ -17,7 +17,7 @@ from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
-from .mtp_loss import ahead, draft_shares
+from .layers.mtp_loss import ahead, draft_shares
 
 
 @dataclass(frozen=True)

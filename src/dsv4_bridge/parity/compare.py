@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..errors import BridgeError, files_named
-from ..items import Plan, expand
-from ..spec import ModelSpec
+from ..spec.plan import Plan, expand
+from ..spec.spec import ModelSpec
 from .inputs import Inputs, token_ids
 from .memory import check_memory, needed
 from .opened import opened, spec_of, whole_spec_of
@@ -173,7 +173,7 @@ def _compare(
     device: torch.device,
     say: Callable[[str], None],
 ) -> Found:
-    from ..mcore.indexer import Indexer
+    from ..mcore.layers.indexer import Indexer
 
     free, replayed = _runs(model, ids.to(device), reference.record, dtype, replay, say)
     tables = compare_tables(kept(our_tables(model, model.spec)), reference.tables)

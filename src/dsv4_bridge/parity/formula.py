@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..spec import ModelSpec
+from ..spec.spec import ModelSpec
 
 Watch = Callable[[str, Tensor], None]
 _BODY = "mtp_model_layer."

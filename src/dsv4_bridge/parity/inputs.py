@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ..errors import BridgeError
-from ..spec import ModelSpec
+from ..spec.spec import ModelSpec
 from ..store.megatron import ALONG, looks_megatron
-from ..store.torch_dist import find_iteration
-from ..text import open_tokenizer
+from ..store.torch_dist.reader import find_iteration
+from ..text.tokenizer import open_tokenizer
 
 LENGTH = 301
 

@@ -4,8 +4,8 @@ import torch
 
 from ..errors import BridgeError
 from ..free_memory import free_memory
-from ..items import Plan
-from ..spec import ModelSpec
+from ..spec.plan import Plan
+from ..spec.spec import ModelSpec
 
 
 def needed(plan: Plan, batch: int, length: int, dtype: torch.dtype, records: int = 1) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BridgeError
-from ..mcore.observe import watching
+from ..mcore.layers.observe import watching
 from .metrics import compare_choices, compare_logits, compare_values
 from .reference import Record
 from .result import Run, SiteResult, Tolerance

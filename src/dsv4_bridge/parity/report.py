@@ -6,9 +6,9 @@ from html import escape
 from importlib.util import find_spec
 from pathlib import Path
 
+from ..cli.show.parity import about, logits_of
 from ..errors import BridgeError, files_named
 from .metrics import Choice, Difference
-from .render import about, logits_of
 from .result import ParityReport, Run, SiteResult
 from .sites import SITES
 

@@ -5,7 +5,7 @@ Names are those of `mcore.observe`; the hook that finds a site in transformers i
 
 from dataclasses import dataclass
 
-from ..items import Item, Plan
+from ..spec.plan import Item, Plan
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..spec import ModelSpec
+from ..spec.spec import ModelSpec
 
 _ROWS = 4096  # digested at a time
 _BIAS = 1e-4  # of the largest: biases of a model that was trained on may differ by roundings

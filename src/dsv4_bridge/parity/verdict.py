@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..items import Plan
-from ..spec import ModelSpec
+from ..spec.plan import Plan
+from ..spec.spec import ModelSpec
 from .metrics import Choice
 from .result import Draft, Narrow, Run, SiteResult, Tolerance, Verdict
 from .sites import SITES, draft_suspects, suspects

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..config import read_config, spec_from_config
-from ..encodings import ALLOWED, ENCODINGS, QUANTISED, of_dtype
 from ..errors import BridgeError
-from ..items import Item, Plan, draft_name, expand, scale_name, stored
-from ..spec import ModelSpec, replace_spec, short
-from ..variants import recognise
+from ..spec.encodings import ALLOWED, ENCODINGS, QUANTISED, of_dtype
+from ..spec.plan import Item, Plan, draft_name, expand, scale_name, stored
+from ..spec.spec import ModelSpec, replace_spec, short
+from ..spec.variants import recognise
+from .hf_config import read_config, spec_from_config
 from .safetensors import SafetensorsFolder, Shard, TensorInfo, some
 
 SCHEMES = ("released", "prefixed", "saved", "modules", "resaved")

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..encodings import ALLOWED, ENCODINGS
 from ..errors import BridgeError
-from ..items import Plan, expand, regions
-from ..lora import ALPHA
-from ..run_config import FILE, contradictions, read_model_section, read_run_config
-from ..spec import ASIDE, ModelSpec, differing, replace_spec
+from ..spec.encodings import ALLOWED, ENCODINGS
+from ..spec.lora import ALPHA
+from ..spec.plan import Plan, expand, regions
+from ..spec.spec import ASIDE, ModelSpec, differing, replace_spec
 from .hf import Finding, HFCheckpoint, finding_lines, open_hf
-from .torch_dist import TorchDistReader, find_iteration, open_torch_dist
+from .run_config import FILE, contradictions, read_model_section, read_run_config
+from .torch_dist.reader import TorchDistReader, find_iteration, open_torch_dist
 
 TRACKER = "latest_checkpointed_iteration.txt"
 # What a released checkpoint has and Megatron's model has no place for, and the small files beside it.

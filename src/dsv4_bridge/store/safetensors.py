@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..dtypes import DTYPES
 from ..errors import BridgeError
-from ..spec import short
+from ..spec.dtypes import DTYPES
+from ..spec.spec import short
 from ..strict_json import parse_json
 from .reading import drop_behind, open_to_read
 

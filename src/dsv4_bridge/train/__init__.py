@@ -1,1 +1,1 @@
-"""Training: recipes, data, chat encoding, LoRA, the loop, FLOPs."""
+"""Training on the model: recipes, the plan of a run, the loop."""

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
+from ..data.datasets import PretrainingDataset, build_pretraining_datasets, checked_split
+from ..data.token_ids import check_token_ids, unknown
 from ..errors import BridgeError
 from ..mcore.schedule import Batch
-from ..spec import ModelSpec
-from ..text import TOKENIZER
-from .datasets import PretrainingDataset, build_pretraining_datasets, checked_split
-from .planning import small_folder
+from ..spec.spec import ModelSpec
+from ..text.tokenizer import TOKENIZER
+from .plan import small_folder
 from .recipe import Recipe
-from .token_ids import check_token_ids, unknown
 
 if TYPE_CHECKING:
-    from .chat.store import ChatData
+    from ..data.chat.store import ChatData
 
 
 class Row(NamedTuple):
@@ -211,7 +211,7 @@ def _tokenizer_of(recipe: Recipe) -> str | None:
 
 
 def _chats(recipe: Recipe, spec: ModelSpec, where: Sequence[str]) -> Feed:
-    from .chat.store import open_chat_data
+    from ..data.chat.store import open_chat_data
 
     if len(where) != 1:
         raise BridgeError(f"reading chats: {len(where)} folders ({', '.join(where)}), expected one")

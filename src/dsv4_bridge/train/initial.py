@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 import torch
 
-from ..items import Item
 from ..mcore.model import DeepSeekV4Model
-from ..mcore.places import places
+from ..mcore.weights.places import places
+from ..spec.plan import Item
 
 
 def initialize_weights(chunks: Sequence[DeepSeekV4Model], seed: int, std: float) -> None:

@@ -21,24 +21,24 @@ from megatron.core.num_microbatches_calculator import (
 
 from ..errors import BridgeError, files_named
 from ..mcore.checkpoints import Saver, load_checkpoint
-from ..mcore.gathering import gather_all
 from ..mcore.metrics import collect
+from ..mcore.optim.param_gather import gather_all
 from ..mcore.runtime import device
 from ..mcore.schedule import Batch, forward_backward
-from ..small_files import small_files
-from ..spec import ModelSpec
+from ..planning.peaks import mfu, peak_named, peak_tflops
+from ..spec.flops import flops_per_token
+from ..spec.spec import ModelSpec
 from ..store.megatron import ALONG
-from .choosing import dump
+from ..store.small_files import small_files
+from .build import Trainer, make_trainer
+from .choose import dump
 from .feed import Feed, make_feeds
-from .flops import flops_per_token
+from .log import Teller, Watch, carefully
 from .out import check_out, run_lock
-from .peaks import mfu, peak_named, peak_tflops
-from .planning import lora_of, small_folder
+from .plan import lora_of, small_folder
 from .recipe import Recipe, Schedule
-from .resuming import PROGRESS, RECIPE, Resumed, State, find_resumed
-from .setup import Trainer, make_trainer
+from .resume import PROGRESS, RECIPE, Resumed, State, find_resumed
 from .stopping import asked_to_stop
-from .telling import Teller, Watch, carefully
 
 
 @dataclass(frozen=True)

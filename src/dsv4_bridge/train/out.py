@@ -7,9 +7,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from ..errors import BridgeError
-from ..items import expand
 from ..lock import hold
-from ..spec import ModelSpec
+from ..spec.plan import expand
+from ..spec.spec import ModelSpec
 from ..store.megatron import looks_megatron
 from ..store.safetensors import INDEX
 from .recipe import Recipe

@@ -1,0 +1,5 @@
+"""The command `dsv4`."""
+
+from .app import main
+
+__all__ = ["main"]

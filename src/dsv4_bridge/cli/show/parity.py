@@ -1,0 +1,166 @@
+"""A comparison as tables for a terminal."""
+
+import textwrap
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from ...parity.metrics import Choice, Difference, LogitsDifference
+from ...parity.result import ParityReport, Run, SiteResult, Tolerance
+
+_LEGEND = (
+    "error: largest difference over the largest value; experts, blocks, flips: sets chosen otherwise, ~: near-ties\n"
+)
+
+
+def parity_table(report: ParityReport, every_site: bool = False) -> Group:
+    """What was compared, a line a layer (or a sub-layer), the logits, the verdict."""
+    table = sites_table(report) if every_site else layers_table(report)
+    style = "bold green" if report.passed else "bold red"
+    verdict = "\n".join(textwrap.wrap(report.verdict.text, 118))
+    return Group(
+        Text("\n".join(about(report))), Text(), table, Text(_LEGEND, "dim"), logits_table(report), Text(verdict, style)
+    )
+
+
+def about(report: ParityReport) -> list[str]:
+    """What was compared, and with which versions."""
+    same = report.reference == report.checkpoint
+    tokens = report.inputs
+    seed = f", seed {tokens['seed']}" if tokens["seed"] is not None else ""
+    lines = [
+        f"checkpoint  {report.checkpoint}",
+        f"reference   {'the same' if same else report.reference}, in {report.against}' DeepseekV4ForCausalLM (eager)",
+        f"tokens      {tokens['batch']} x {tokens['seq_length']}, {tokens['source']}{seed}",
+        f"exercised   {tokens['ids']:,} of {tokens['vocab_size']:,} token ids; in a CSA layer the indexer chose for "
+        f"{tokens['chosen']:,} queries",
+        f"tables      {_tables(report)}",
+        f"computed    in {report.dtype} on {report.device}: "
+        + ", ".join(f"{name} {number}" for name, number in report.versions.items()),
+    ]
+    if report.narrow is not None:
+        lines.insert(
+            3,
+            f"again       1 row with index_topk {report.narrow.index_topk} in both models, for the indexers to choose: "
+            f"for {report.narrow.chosen:,} queries a layer",
+        )
+    if report.drafts:
+        lines.append(
+            f"MTP         {len(report.drafts)} block(s) against a formula in float64, which transformers lacks"
+        )
+    return [*lines, f"left out    {report.left_out}"] if report.left_out else lines
+
+
+def _tables(report: ParityReport) -> str:
+    wrong = sum(table.differing for table in report.tables)
+    rows = f"{sum(t.rows for t in report.tables):,} rows of {len(report.tables)}: embedding, experts by token, biases"
+    return f"{rows}; {f'{wrong:,} differ' if wrong else 'all the same'}"
+
+
+def layers_table(report: ParityReport) -> Table:
+    """One line a layer: its worst sub-layer, its flipped choices."""
+    table = _table("layer", "kind")
+    for run in _runs(report):
+        _columns(table, run, len(_runs(report)), "worst", ">error", ">1-cosine", ">experts", ">blocks")
+    for layer, kind in [*enumerate(report.layers), (None, "")]:
+        cells: list[Any] = []
+        for _, run in _runs(report):
+            sites = run.of_layer(layer)
+            worst = max((s for s in sites if isinstance(s.found, Difference)), key=lambda s: s.error)
+            cells += [worst.site, *_error(worst, report.tolerance)]
+            cells += [_flips(next((s for s in sites if s.site == name), None)) for name in ("ffn.router", "attn.index")]
+        table.add_row("head" if layer is None else str(layer), kind, *cells)
+    return table
+
+
+def sites_table(report: ParityReport) -> Table:
+    """One line a sub-layer."""
+    table = _table("layer", "sub-layer")
+    for run in _runs(report):
+        _columns(table, run, len(_runs(report)), ">error", ">1-cosine", ">relative", ">flips")
+    last: int | None = 0
+    for index, first in enumerate(report.free.sites):
+        if first.layer != last:
+            table.add_section()
+        cells: list[Any] = []
+        for _, run in _runs(report):
+            site = run.sites[index]
+            relative = f"{site.found.relative:.1e}" if isinstance(site.found, Difference) else ""
+            cells += [*_error(site, report.tolerance), relative, _flips(site)]
+        name = "head" if first.layer is None else str(first.layer)
+        table.add_row(name if first.layer != last or not index else "", first.site, *cells)
+        last = first.layer
+    return table
+
+
+def logits_table(report: ParityReport) -> Table:
+    """The logits of every run, over all positions."""
+    table = _table("logits")
+    for column in (">error", ">cosine, last", ">cosine, least", ">top-1", ">KL mean", ">p95", ">max"):
+        _column(table, column)
+    for title, found in logits_of(report):
+        table.add_row(
+            title,
+            f"{found.error:.1e}",
+            f"{found.last_cosine:.7f}",
+            f"{found.cosine_min:.7f}",
+            f"{100 * found.top1:.2f} %",
+            *(f"{x:.1e}" for x in (found.kl_mean, found.kl_p95, found.kl_max)),
+        )
+    return table
+
+
+def logits_of(report: ParityReport) -> list[tuple[str, LogitsDifference]]:
+    """Everything that has logits, by what it is called."""
+    found = [(title, run.logits) for title, run in _runs(report)]
+    if report.narrow is not None:
+        runs = [("", report.narrow.free)]
+        if report.narrow.replayed is not None:
+            runs.append((", replayed", report.narrow.replayed))
+        found += [(f"index_topk {report.narrow.index_topk}{how}", run.logits) for how, run in runs]
+    return found + [(f"MTP block {draft.depth}", draft.logits) for draft in report.drafts]
+
+
+def _runs(report: ParityReport) -> list[tuple[str, Run]]:
+    replayed = [("choices replayed", report.replayed)] if report.replayed else []
+    return [("own choices", report.free), *replayed]
+
+
+def _error(site: SiteResult, tolerance: Tolerance) -> tuple[Text, Text]:
+    if not isinstance(site.found, Difference):
+        return Text(), Text()
+    style = "" if site.error <= tolerance.site else "red"
+    return Text(f"{site.error:.1e}", style), Text(f"{1 - site.found.cosine_min:.1e}")
+
+
+def _flips(site: SiteResult | None) -> Text:
+    """Flipped sets of all; `~` before it: near-ties only. Empty where nothing is chosen."""
+    if site is None or not isinstance(site.found, Choice):
+        return Text()
+    if not site.flips:
+        return Text("0")
+    near = not site.far
+    return Text(f"{'~' if near else ''}{site.flips}/{site.found.queries}", "yellow" if near else "red")
+
+
+def _table(*columns: str) -> Table:
+    table = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        _column(table, column)
+    return table
+
+
+def _columns(table: Table, run: tuple[str, Run], runs: int, *names: str) -> None:
+    """Columns of one run, its title above the first where there are several."""
+    for name in names:
+        over = "" if runs == 1 else f"{run[0] if name is names[0] else ''}\n"
+        right = name.startswith(">")
+        _column(table, f"{'>' if right else ''}{over}{name.lstrip('>')}")
+
+
+def _column(table: Table, name: str) -> None:
+    right = name.startswith(">")
+    table.add_column(name.lstrip(">"), justify="right" if right else "left", no_wrap=True)

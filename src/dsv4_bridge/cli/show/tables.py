@@ -1,0 +1,263 @@
+"""Tables and progress for people; nothing here decides anything."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.segment import Segment
+from rich.table import Table
+from rich.text import Text
+
+from ...codec import Certificate, EncodeStats
+from ...convert.checksums import FilesReport
+from ...convert.emitter import Report
+from ...convert.verify import VerifyReport
+from ...errors import printable
+from ...planning.tensors import PlanReport
+from ...store.inspect import InspectReport
+from ..doctor import Check
+
+_QUIET_SECONDS = 10.0
+
+
+class Plain(Console):
+    """A console for names from files, and whose reader may go away.
+
+    What is printed can hold names from anywhere: what would steer a terminal is shown as text. And where nobody reads
+    stdout any longer, rich would send it to nowhere and end the process.
+    """
+
+    def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            shown = segment.text if segment.control else printable(segment.text)
+            yield segment if shown == segment.text else segment._replace(text=shown)
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
+def show(what: Any) -> None:
+    """Print to stdout; wide when it is no terminal, so that nothing is cut."""
+    Plain(width=None if sys.stdout.isatty() else 140, highlight=False).print(what)
+
+
+class TerminalProgress:
+    """A bar with bytes, speed and time left on a terminal; a plain line every ten seconds otherwise."""
+
+    def __init__(self) -> None:
+        self._console = Plain(stderr=True)
+        self._bar: Progress | None = None
+        self._done = self._total = 0
+        self._began = self._said = 0.0
+        self._label = ""
+
+    def start(self, label: str, total: int, done: int) -> None:
+        self._label, self._total, self._done = label, total, done
+        self._began = self._said = time.monotonic()
+        if self._console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+            self._bar = Progress(*columns, TimeRemainingColumn(), console=self._console)
+            self._task = self._bar.add_task(label, total=total, completed=done)
+            self._bar.start()
+
+    def advance(self, nbytes: int) -> None:
+        self._done += nbytes
+        if self._bar:
+            self._bar.advance(self._task, nbytes)
+        elif time.monotonic() - self._said > _QUIET_SECONDS:
+            self._said = time.monotonic()
+            speed = self._done / (self._said - self._began) / 1e9
+            share = 100 * self._done / max(1, self._total)
+            line = (
+                f"{self._label}: {share:5.1f} %  {self._done / 1e9:.1f} of {self._total / 1e9:.1f} GB  {speed:.2f} GB/s"
+            )
+            self._console.print(line, highlight=False)
+
+    def stop(self) -> None:
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
+
+
+def size(nbytes: int | float) -> str:
+    """Bytes for people, powers of ten."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(nbytes) < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} TB"
+
+
+def make_table(title: str, *columns: str) -> Table:
+    """An empty table; a column that begins with `>` is set to the right."""
+    table = Table(title=Text(title, "bold"), title_justify="left", header_style="bold", pad_edge=False)
+    for column in columns:
+        right = column.startswith(">")
+        table.add_column(column.lstrip(">"), justify="right" if right else "left", no_wrap=right)
+    return table
+
+
+def verify_table(report: VerifyReport) -> Group:
+    """The tally by row, the differences, the verdict."""
+    table = make_table(f"verify --level {report.level}", "row", ">tensors", ">bytes", ">identical", "")
+    for key, row in report.rows.items():
+        mark = Text("same", "green") if row.identical == row.tensors else Text("DIFFERS", "bold red")
+        table.add_row(key, f"{row.tensors:,}", size(row.bytes), f"{row.identical:,}", mark)
+    total = report.total()
+    share = 100 * total.identical_bytes / total.bytes if total.bytes else 100 * report.same
+    table.add_section()
+    table.add_row("all", f"{total.tensors:,}", size(total.bytes), f"{total.identical:,}", f"{share:.6g} % of bytes")
+    return Group(table, verify_verdict(report))
+
+
+def verify_verdict(report: VerifyReport) -> Group:
+    """The tensors that differ, the verdict."""
+    lines = [Text(f"note: {note}", "yellow") for note in report.notes]
+    lines += [Text(f"  config {what}", "red") for what in report.config]
+    lines += [Text(f"  {d.name}: {d.what}") for d in report.differences[:20]]
+    if report.differing > 20:
+        lines.append(Text(f"  … and {report.differing - 20} more (--json lists them)"))
+    total = report.total()
+    if report.same:
+        verdict = f"identical: {total.tensors:,} tensors, {total.bytes:,} bytes, by {report.level}"
+        return Group(*lines, Text(verdict, "bold green"))
+    what = [f"{report.differing:,} tensors"] if report.differing or not report.config else []
+    what += [f"{len(report.config)} numbers of the model"] if report.config else []
+    return Group(*lines, Text(f"{' and '.join(what)} differ between {report.a} and {report.b}", "bold red"))
+
+
+def files_verdict(report: FilesReport) -> Group:
+    """The files that are not as they were written, the verdict."""
+    lines = [Text(f"  {name}: {what}") for name, what in list(report.wrong.items())[:20]]
+    if len(report.wrong) > 20:
+        lines.append(Text(f"  … and {len(report.wrong) - 20} more (--json lists them)"))
+    if report.others:
+        some = ", ".join(report.others[:3]) + (" …" if len(report.others) > 3 else "")
+        lines.append(
+            Text(f"note: {len(report.others)} files were not written with it, not looked at: {some}", "yellow")
+        )
+    if report.same:
+        verdict = f"as written: {report.files:,} files, {report.bytes:,} bytes, by CRC-32C ({report.made})"
+        return Group(*lines, Text(verdict, "bold green"))
+    return Group(*lines, Text(f"{len(report.wrong)} of {report.files} files are not as written", "bold red"))
+
+
+def inspect_table(report: InspectReport) -> Group:
+    """What a checkpoint is, row by row."""
+    table = make_table(f"{report.path}", "row", ">tensors", ">values", ">bytes", "encoding")
+    for key, row in report.rows.items():
+        table.add_row(key, f"{row.tensors:,}", f"{row.values:,}", size(row.bytes), ", ".join(row.encodings))
+    return Group(table, inspect_facts(report))
+
+
+def inspect_facts(report: InspectReport) -> Group:
+    """What a checkpoint is, in a few lines."""
+    encodings = ", ".join(f"{cls} {encoding}" for cls, encoding in report.encodings.items())
+    facts = [
+        f"variant     {report.variant}",
+        f"format      {report.format}, names: {report.naming}",
+        f"encodings   {encodings}",
+        f"tensors     {report.tensors:,} in {size(report.bytes)} ({report.bytes:,} bytes)",
+        f"parameters  {report.parameters:,}",
+        f"mtp.*       {report.draft}",
+        f"passengers  {len(report.passengers)}" + (f" ({report.passengers[0]} …)" if report.passengers else ""),
+    ]
+    lines = [Text(f) for f in facts] + [Text(f"note        {n}") for n in report.notes]
+    found = [Text(f"  {f}", "red") for f in report.findings]
+    verdict = Text("every tensor is claimed", "bold green") if report.sound else Text("NOT sound:", "bold red")
+    return Group(*lines, verdict, *found)
+
+
+def plan_table(report: PlanReport) -> Group:
+    """What goes where."""
+    title = f"plan of {report.what} ({report.variant})"
+    table = make_table(
+        title,
+        "row",
+        ">tensors",
+        "shape",
+        "stored",
+        ">released",
+        "Megatron name (first)",
+        "dtype",
+        ">Megatron",
+    )
+    for r in report.rows:
+        shape = "x".join(map(str, r.shape))
+        table.add_row(
+            r.key,
+            f"{r.tensors:,}",
+            shape,
+            r.encoding,
+            size(r.released_bytes),
+            r.megatron,
+            r.dtype,
+            size(r.megatron_bytes),
+        )
+    table.add_section()
+    table.add_row(
+        "all",
+        f"{sum(r.tensors for r in report.rows):,}",
+        "",
+        "",
+        size(report.released_bytes),
+        "",
+        "",
+        size(report.megatron_bytes),
+    )
+    lines = [
+        Text(f"released  {report.tensors:,} tensors, {report.released_bytes:,} bytes in {len(report.shards)} shards"),
+        Text(f"megatron  {report.megatron_bytes:,} bytes + {report.passenger_bytes:,} bytes of passengers"),
+    ]
+    if report.compared and not report.findings:
+        lines.append(Text("headers   every tensor is as planned", "green"))
+    lines += [Text(f"  {f}", "red") for f in report.findings]
+    return Group(table, *lines)
+
+
+def conversion_table(report: Report, out: Path, *, dry_run: bool) -> Group:
+    """What a conversion did."""
+    what = "converted, nothing written" if dry_run else "written"
+    lines = [Text(f"{out}: {report.tensors:,} tensors, {size(report.bytes_written)} {what}")]
+    errors = (">values rounded", ">largest error", ">relative RMS")
+    parts: list[Any] = []
+    if report.encoded:
+        table = make_table("encoded", "row", ">blocks", ">source scale kept", ">fresh scale", *errors)
+        for key, done in report.encoded.items():
+            table.add_row(key, *(f"{n:,}" for n in (done.blocks, done.kept, done.fresh)), *_errors(done))
+        parts.append(table)
+    if report.recoded:
+        table = make_table("MXFP4 to FP8 certificate", "row", ">blocks", ">exact", ">largest scale spread", *errors)
+        for key, done in report.recoded.items():
+            table.add_row(key, f"{done.blocks:,}", f"{done.exact:,}", str(done.spread), *_errors(done))
+        parts.append(table)
+    if report.lacking:
+        lines.append(Text(f"  {report.lacking:,} of the draft are those of --like: the checkpoint has none", "yellow"))
+    for key, count in report.rounded.items():
+        lines.append(Text(f"  {key}: up to {count:,} values rounded to bf16", "yellow"))
+    return Group(*parts, *lines)
+
+
+def _errors(done: EncodeStats | Certificate) -> tuple[str, str, str]:
+    return f"{done.rounded_values:,}", f"{done.max_abs_error:.3g}", f"{done.relative_rms_error:.2g}"
+
+
+def doctor_table(checks: Iterable[Check]) -> Table:
+    """One line a check."""
+    table = make_table("doctor", "what", "found", "", "hint")
+    style = {"ok": "green", "missing": "yellow", "bad": "bold red"}
+    for c in checks:
+        hint = Text(c.hint if c.state != "ok" else "")  # no markup: it has brackets of its own
+        table.add_row(c.what, Text(c.found), Text(c.state, style[c.state]), hint)
+    return table

@@ -1,0 +1,340 @@
+"""Items to bytes: what one segment of an output file is made of, and what making it cost.
+
+A segment is plain data. `emit` writes it to a stream, taking values from any source and, for
+quantised encodings, the scales of a checkpoint to be like.
+"""
+
+import contextlib
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..codec import Certificate, CodecError, EncodeStats, fp8, mxfp4, mxfp4_to_fp8
+from ..errors import BridgeError
+from ..spec.encodings import ENCODINGS, QUANTISED
+from ..spec.plan import Item
+from ..store.hf import HFCheckpoint
+from ..store.reading import Readahead
+from ..store.safetensors import SafetensorsFolder, TensorInfo
+from ..store.stream import CountingStream, Stream
+from .report import Report
+from .values import HFValues, Scratch, Values, cuts, stripe_rows, to_plain
+
+# Input is read ahead in bursts: a disk that reads and writes at once does both slowly.
+_AHEAD_MOST, _AHEAD_LEAST = 256 << 20, 64 << 20
+
+
+class Literal(NamedTuple):
+    """Bytes known beforehand: headers, frames, objects."""
+
+    data: bytes
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return len(self.data)
+
+
+class Frame(NamedTuple):
+    """Bytes made when they are needed: heads and tails of Megatron items, thousands of them alike."""
+
+    make: Callable[[], bytes]
+    nbytes: int
+
+
+class Rows(NamedTuple):
+    """Rows `start` to `stop` of an item, plain."""
+
+    item: Item
+    encoding: str
+    start: int
+    stop: int
+    nbytes: int
+
+
+class Weight(NamedTuple):
+    """The stored weight of an item under an encoding."""
+
+    item: Item
+    encoding: str
+    nbytes: int
+
+
+class Scale(NamedTuple):
+    """The stored scale of an item under an encoding."""
+
+    item: Item
+    encoding: str
+    nbytes: int
+
+
+class Copy(NamedTuple):
+    """The bytes of a tensor of a folder, as they are."""
+
+    folder: SafetensorsFolder
+    info: TensorInfo
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.info.nbytes
+
+
+Segment = Literal | Frame | Rows | Weight | Scale | Copy
+
+
+@dataclass
+class Emitter:
+    """Writes segments; one a worker.
+
+    Attributes:
+        values: where decoded items come from.
+        passengers: where the items come from that Megatron has no place for.
+        like: checkpoint whose scales are kept where they fit, or None for fresh scales.
+        allow_lossy: permit recoding that changes values.
+        keep_rounding: whether encoding new values into the encoding of `like` may round them (that
+            is what exporting a trained model means); recoding to another encoding may not.
+        lacking: names of further items that come from where the passengers are.
+    """
+
+    values: Values
+    passengers: HFValues | None = None
+    like: HFCheckpoint | None = None
+    allow_lossy: bool = False
+    keep_rounding: bool = True
+    lacking: frozenset[str] = frozenset()
+    scratch: Scratch = field(default_factory=Scratch)
+    readahead: Readahead = field(default_factory=Readahead)
+
+    def close(self) -> None:
+        """End the thread that reads ahead."""
+        self.readahead.close()
+
+    def emit(self, segments: tuple[Segment, ...], stream: Stream) -> Report:
+        """Write the segments of one file in order.
+
+        Raises:
+            BridgeError: a tensor that cannot be represented, by name.
+        """
+        report = Report()
+        offset = 0
+        scales: dict[str, bytes] = {}  # made, and not yet at their place
+        waiting: dict[str, tuple[int, bytes]] = {}  # written as in `like`: offset and bytes
+        here = {s.item.name for s in segments if isinstance(s, Weight)}
+        ahead = Ahead(self, segments)
+        for segment in segments:
+            ahead.before(segment)
+            match segment:
+                case Literal(data):
+                    stream.write(data)
+                case Frame(make, _):
+                    stream.write(make())
+                case Copy(folder, info):
+                    self._copy(folder, info, stream)
+                case Rows(item, encoding, start, stop, _):
+                    report.tensors += start == 0
+                    report.lacking += start == 0 and item.name in self.lacking
+                    self._plain(item, encoding, start, stop, stream, report)
+                case Weight(item, encoding, _):
+                    report.tensors += 1
+                    report.lacking += item.name in self.lacking
+                    scale = self._weight(item, encoding, stream, report)
+                    if item.name in waiting:
+                        at, written = waiting.pop(item.name)
+                        if scale != written:
+                            stream.patch(at, written, scale)
+                    elif encoding in QUANTISED:
+                        scales[item.name] = scale
+                case Scale(item, encoding, _):
+                    if item.name in scales:
+                        stream.write(scales.pop(item.name))
+                    elif item.name not in here:  # its weight is in another shard
+                        stream.write(self._weight(item, encoding, CountingStream(), Report()))
+                    else:
+                        provisional = self._expected_scale(item, encoding) or bytes(segment.nbytes)
+                        waiting[item.name] = (offset, provisional)
+                        stream.write(provisional)
+            offset += segment.nbytes
+        report.bytes_written = offset
+        return report
+
+    def _copy(self, folder: SafetensorsFolder, info: TensorInfo, stream: Stream) -> None:
+        for start, stop in cuts(0, info.nbytes, 4 << 20):
+            raw = self.scratch.take("copy", "u1", (stop - start,))
+            folder.read_into(info, start, raw)
+            stream.write(raw)
+
+    def _plain(self, item: Item, encoding: str, start: int, stop: int, stream: Stream, report: Report) -> None:
+        for stripe in self.source(item).stripes(item, start, stop, self.scratch):
+            if item.row.encoding == "int":
+                # Never through a float: bf16 turns 383 into 384 (trap 25).
+                stream.write(stripe.astype("<i4" if encoding == "i32" else "<i8"))
+                continue
+            plain, rounded = to_plain(item, stripe, encoding, self.scratch)
+            if rounded:
+                self._count_rounding(item, rounded, report)
+            stream.write(plain)
+
+    def source(self, item: Item) -> Values:
+        """Where an item's values come from."""
+        aside = item.passenger or item.name in self.lacking
+        return self.passengers if self.passengers and aside else self.values
+
+    def _weight(self, item: Item, encoding: str, stream: Stream, report: Report) -> bytes:
+        if encoding == "fp8_pow2":
+            return as_float32(Emitter._weight(self, item, "fp8", stream, report))
+        source = self.source(item)
+        stored = source.encoding(item)
+        if isinstance(source, HFValues):
+            bound = source.checkpoint.bound[item.name]
+            if stored == encoding:
+                self._copy(source.checkpoint.folder, bound.weight, stream)
+                return self._whole_scale(source, item) if bound.scale else b""
+            if stored == "mxfp4" and encoding == "fp8":
+                return self._recode(item, source, stream, report)
+            if stored == "fp8_f32":
+                self._count_f32_decode(item, source, report)
+        if encoding in QUANTISED:
+            return self._encode(item, encoding, source, stream, report)
+        self._plain(item, encoding, 0, item.shape[0], stream, report)
+        return b""
+
+    def _encode(self, item: Item, encoding: str, source: Values, stream: Stream, report: Report) -> bytes:
+        how = ENCODINGS[encoding]
+        like = self._like(item, encoding)
+        scales: list[bytes] = []
+        total = EncodeStats()
+        first = 0
+        for stripe in source.stripes(item, 0, item.shape[0], self.scratch):
+            values, rounded = to_plain(item, stripe, "bf16", self.scratch)
+            if rounded:
+                self._count_rounding(item, rounded, report)
+            last = first + len(values)
+            out = self.scratch.take("codes", "u1", (last - first, how.weight_shape(item.shape)[1]))
+            scale_type = "<f4" if encoding == "fp8_f32" else "u1"
+            scale = self.scratch.take("new_scale", scale_type, how.scale_shape(values.shape))
+            old = like.scale(like.checkpoint.bound[item.name], first, last, self.scratch, "old_scale") if like else None
+            encode = mxfp4.encode if encoding == "mxfp4" else fp8.encode
+            try:
+                total = total + encode(values, old, out, scale)
+            except CodecError as error:
+                raise BridgeError(f"encoding {item.name} as {encoding}: {error.problem.shifted(first)}") from None
+            stream.write(out)
+            scales.append(scale.tobytes())
+            first = last
+        _add(report.encoded, item.row.key, total)
+        if total.rounded_values and not self.allow_lossy and (like is None or not self.keep_rounding):
+            raise BridgeError(
+                f"encoding {item.name} as {encoding} would change {total.rounded_values} of {item.numel} values "
+                f"(largest error {total.max_abs_error:.3g}); --allow-lossy accepts that and reports the error"
+            )
+        return b"".join(scales)
+
+    def _recode(self, item: Item, source: HFValues, stream: Stream, report: Report) -> bytes:
+        bound = source.checkpoint.bound[item.name]
+        scales: list[bytes] = []
+        total = Certificate()
+        for first, last in cuts(0, item.shape[0], stripe_rows(item.shape)):
+            raw = source.raw(bound, first, last, self.scratch)
+            old = source.scale(bound, first, last, self.scratch, "old_scale")
+            shape = (last - first, item.shape[1])
+            out = self.scratch.take("codes", "u1", shape)
+            scale = self.scratch.take("new_scale", "u1", ENCODINGS["fp8"].scale_shape(shape))
+            try:
+                part = mxfp4_to_fp8(raw, old, out, scale, allow_lossy=self.allow_lossy)
+            except CodecError as error:
+                what = f"recoding {bound.weight_name} from mxfp4 to fp8"
+                raise BridgeError(f"{what}: {error.problem.shifted(first)}") from None
+            if part.first_failing_block is not None and not self.allow_lossy:
+                row, column = part.first_failing_block
+                raise BridgeError(
+                    f"recoding {bound.weight_name} from mxfp4 to fp8: the 128x128 block at row {first + row * 128}, "
+                    f"column {column * 128} holds values too far apart for one FP8 scale; "
+                    "--allow-lossy rounds them and reports the error"
+                )
+            total = total + part.shifted(first)
+            stream.write(out)
+            scales.append(scale.tobytes())
+        _add(report.recoded, item.row.key, total)
+        return b"".join(scales)
+
+    def _like(self, item: Item, encoding: str) -> HFValues | None:
+        bound = self.like.bound.get(item.name) if self.like else None
+        return HFValues(self.like) if self.like and bound and bound.encoding == encoding else None
+
+    def _expected_scale(self, item: Item, encoding: str) -> bytes | None:
+        """The scale an item will most likely have: its own if it is copied, else that of `like`."""
+        source = self.source(item)
+        if isinstance(source, HFValues) and source.encoding(item) == encoding:
+            return self._whole_scale(source, item)
+        like = self._like(item, encoding)
+        return self._whole_scale(like, item) if like else None
+
+    def _whole_scale(self, source: HFValues, item: Item) -> bytes:
+        bound = source.checkpoint.bound[item.name]
+        return source.scale(bound, 0, item.shape[0], self.scratch, "whole_scale").tobytes()
+
+    def _count_rounding(self, item: Item, rounded: int, report: Report) -> None:
+        if not self.allow_lossy:
+            raise BridgeError(
+                f"writing {item.name} as bf16 would round {rounded} float32 values; "
+                "--allow-lossy accepts that and reports the count"
+            )
+        report.rounded[item.row.key] = report.rounded.get(item.row.key, 0) + rounded
+
+    def _count_f32_decode(self, item: Item, source: HFValues, report: Report) -> None:
+        # A float32 scale of at most five significant bits times a code of four is exact in bf16.
+        scale = np.frombuffer(self._whole_scale(source, item), "<u4")
+        inexact = int(np.count_nonzero(scale & 0x7FFFF))
+        if not inexact:
+            return
+        if not self.allow_lossy:
+            raise BridgeError(
+                f"writing {item.name} as bf16: {inexact} of {scale.size} float32 scales have too many digits, so its "
+                "values would be rounded (relative error up to 2^-9); --allow-lossy accepts that and reports it"
+            )
+        report.rounded[item.row.key] = report.rounded.get(item.row.key, 0) + inexact * 128 * 128
+
+
+class Ahead:
+    """Asks for the input of coming segments, in bursts, as the ones before them are written."""
+
+    def __init__(self, emitter: Emitter, segments: tuple[Segment, ...]):
+        self._emitter = emitter
+        self._coming = deque(s for s in segments if isinstance(s, Rows | Weight))
+        self._asked: deque[int] = deque()  # bytes asked for, a segment each, not yet used
+
+    def before(self, segment: Segment) -> None:
+        """Call before `segment` is written."""
+        if not isinstance(segment, Rows | Weight):
+            return
+        if sum(self._asked) < _AHEAD_LEAST:
+            room = _AHEAD_MOST - sum(self._asked)
+            while self._coming and room > 0:
+                self._asked.append(self._ask(self._coming.popleft()))
+                room -= self._asked[-1]
+        self._asked.popleft()
+
+    def _ask(self, segment: Rows | Weight) -> int:
+        item = segment.item
+        rows = (segment.start, segment.stop) if isinstance(segment, Rows) else (0, item.shape[0])
+        asked = 0
+        # Advice only: what cannot be opened is said when it is read.
+        with contextlib.suppress(OSError, BridgeError):
+            for extent in self._emitter.source(item).extents(item, *rows):
+                self._emitter.readahead.ask(*extent)
+                asked += extent[2]
+        return asked
+
+
+def as_float32(scale: bytes) -> bytes:
+    """E8M0 scales as float32: the same powers of two, exactly (2^-127 is a subnormal)."""
+    exponents = np.frombuffer(scale, np.uint8).astype(np.uint32)
+    return np.where(exponents == 0, np.uint32(1 << 22), exponents << 23).astype("<u4").tobytes()
+
+
+def _add(totals: dict[str, Any], key: str, value: Any) -> None:
+    totals[key] = totals[key] + value if key in totals else value

@@ -1,0 +1,98 @@
+"""A conversion as data: its files, and how to run it."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..ranks import Ranks
+from .emitter import Emitter
+from .outputs import OutFile
+
+
+class Progress(Protocol):
+    """Told what is about to be written and every piece that was."""
+
+    def start(self, label: str, total: int, done: int) -> None:
+        """`total` bytes are to be written, `done` of them are there already."""
+        ...
+
+    def advance(self, nbytes: int) -> None:
+        """`nbytes` more are on disk."""
+        ...
+
+    def stop(self) -> None:
+        """The work is over, or failed."""
+        ...
+
+
+class Silent:
+    """No progress."""
+
+    def start(self, label: str, total: int, done: int) -> None:
+        pass
+
+    def advance(self, nbytes: int) -> None:
+        pass
+
+    def stop(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Job:
+    """One conversion, ready to run.
+
+    Attributes:
+        label: what it is, for people.
+        files: output files.
+        emitter: makes the emitter of one worker.
+        identity: everything that decides the bytes of the output; a restart must agree with it.
+        copies: output name -> file to copy (tokenizer, licence).
+        markers: the files that make the folder a checkpoint, written last, in this order.
+        resumable: whether an earlier run of it can be continued.
+    """
+
+    label: str
+    files: tuple[OutFile, ...]
+    emitter: Callable[[], Emitter]
+    identity: Mapping[str, Any]
+    copies: Mapping[str, Path] = field(default_factory=dict)
+    markers: Mapping[str, bytes] = field(default_factory=dict)
+    resumable: bool = True
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all output files."""
+        return sum(f.nbytes for f in self.files) + sum(len(m) for m in self.markers.values())
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run a job.
+
+    Attributes:
+        workers: files written at a time by this process.
+        resume: continue an earlier run.
+        overwrite: replace an earlier output; with `resume`, only where there is no earlier run to continue.
+        progress: told of what is written.
+        dry_run: write nothing.
+        ranks: this process among those that share the job.
+    """
+
+    workers: int = 1
+    resume: bool = False
+    overwrite: bool = False
+    progress: Progress = field(default_factory=Silent)
+    dry_run: bool = False
+    ranks: Ranks = field(default_factory=Ranks)
+
+
+def identity_hash(job: Job) -> str:
+    """Digest of everything that decides a job's bytes."""
+    files = [(f.name, f.nbytes, len(f.segments)) for f in job.files]
+    markers = {name: hashlib.sha256(data).hexdigest() for name, data in job.markers.items()}
+    text = json.dumps([dict(job.identity), files, markers, sorted(job.copies)], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,327 @@
+"""import_hf, export_hf, repack: from opened checkpoints to a job for the loop in convert.py."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import BridgeError, files_named
+from ..spec.encodings import QUANTISED
+from ..spec.plan import Item, Plan, expand
+from ..spec.spec import ModelSpec
+from ..store.hf import HFCheckpoint, open_hf
+from ..store.hf_config import QUANTIZATION_CONFIG, dialect_of, released_config
+from ..store.megatron import ALONG, PASSENGERS, TRACKER, MegatronCheckpoint, open_along, open_megatron
+from ..store.run_config import FILE as RUN_CONFIG
+from ..store.run_config import run_config
+from ..store.safetensors import INDEX
+from ..store.small_files import small_files
+from ..store.torch_dist.frames import METADATA_JSON, metadata_bytes
+from .emitter import Emitter, Report
+from .outputs import HFLayout, hf_layout, hf_layout_like, megatron_layout, passengers_file
+from .run import Job, Options, run
+from .values import HFValues, MegatronValues
+
+ITERATION = "iter_0000000"
+ENCODINGS = ("source", "fp8", "bf16")
+
+
+@files_named("importing")
+def import_hf(
+    source: Path,
+    out: Path,
+    options: Options | None = None,
+    *,
+    drop_passengers: bool = False,
+    allow_lossy: bool = False,
+) -> Report:
+    """Convert a Hugging Face folder into a Megatron torch_dist checkpoint.
+
+    Args:
+        source: the folder, in any naming scheme and encoding.
+        out: the new checkpoint root.
+        options: workers, resume, overwrite, progress.
+        drop_passengers: leave out what Megatron has no place for, instead of carrying it along.
+        allow_lossy: permit float32 weights that bf16 cannot hold.
+
+    Raises:
+        BridgeError: see `convert.run`.
+    """
+    checkpoint = open_hf(source)
+    try:
+        job = import_job(checkpoint, drop_passengers=drop_passengers, allow_lossy=allow_lossy)
+        apart(source, out)
+        return run(job, out, options or Options())
+    finally:
+        checkpoint.close()
+
+
+def import_job(checkpoint: HFCheckpoint, *, drop_passengers: bool = False, allow_lossy: bool = False) -> Job:
+    """The job that `import_hf` runs."""
+    common_state = {"iteration": 0, "checkpoint_version": 3.0}
+    layout = megatron_layout(checkpoint.plan, common_state, f"{ITERATION}/")
+    along = None if drop_passengers else passengers_file(checkpoint, f"{ITERATION}/{ALONG}/{PASSENGERS}")
+    folder = checkpoint.folder.path
+    source = {
+        "variant": checkpoint.variant,
+        "naming": checkpoint.scheme,
+        "encodings": dict(checkpoint.encodings),
+        "own_mtp_head": checkpoint.plan.own_mtp_head and not drop_passengers,
+        "passengers": along is not None,
+    }
+    markers = {f"{ITERATION}/{ALONG}/config.json": (folder / "config.json").read_bytes()}
+    markers |= {
+        f"{ITERATION}/{RUN_CONFIG}": run_config(_kept(checkpoint.spec, drop_passengers), source),
+        f"{ITERATION}/.metadata": metadata_bytes(layout.tensors, layout.objects),
+        f"{ITERATION}/metadata.json": METADATA_JSON,
+        TRACKER: b"0",
+    }
+    return Job(
+        label=f"import {_shown(folder)}",
+        files=(*layout.files, *([along] if along else [])),
+        emitter=lambda: Emitter(HFValues(checkpoint), allow_lossy=allow_lossy),
+        identity={"kind": "import", "source": hf_identity(checkpoint)},
+        copies={f"{ITERATION}/{ALONG}/{name}": path for name, path in small_files(folder).items()},
+        markers=markers,
+    )
+
+
+def _kept(spec: ModelSpec, drop: bool) -> ModelSpec:
+    return spec.without_draft() if drop and spec.dspark else spec
+
+
+@files_named("exporting")
+def export_hf(
+    source: Path,
+    out: Path,
+    like: Path | None = None,
+    encoding: str = "source",
+    options: Options | None = None,
+    *,
+    drop_passengers: bool = False,
+    allow_lossy: bool = False,
+) -> Report:
+    """Convert a Megatron checkpoint into a Hugging Face folder in released names.
+
+    Args:
+        source: Megatron checkpoint, root or iteration folder.
+        out: the new folder.
+        like: released folder the checkpoint came from: its scales, files and config are kept.
+        encoding: `source` (that of `like`), `fp8` or `bf16`.
+        options: workers, resume, overwrite, progress.
+        drop_passengers: leave out what Megatron has no place for.
+        allow_lossy: permit an encoding other than the source's to round values.
+
+    Raises:
+        BridgeError: see `convert.run`.
+    """
+    if encoding not in ENCODINGS:
+        raise BridgeError(f"exporting {source}: encoding {encoding!r} is not one of {', '.join(ENCODINGS)}")
+    if encoding == "source" and like is None and not (source / "config.json").is_file():
+        raise BridgeError(
+            f"exporting {source} in the source's encoding needs the source: --like HF (or --encoding bf16)"
+        )
+    released = open_hf(like) if like else None
+    megatron, along = None, None
+    try:
+        megatron = open_megatron(source, released)
+        along = None if drop_passengers else open_along(megatron)
+        apart(source, out)
+        if like:
+            apart(like, out)
+        job = export_job(megatron, released, along, encoding, drop_passengers=drop_passengers, allow_lossy=allow_lossy)
+        return run(job, out, options or Options())
+    finally:
+        for opened in (released, megatron, along):
+            if opened:
+                opened.close()
+
+
+def export_job(
+    megatron: MegatronCheckpoint,
+    like: HFCheckpoint | None,
+    along: HFCheckpoint | None,
+    encoding: str,
+    *,
+    drop_passengers: bool = False,
+    allow_lossy: bool = False,
+) -> Job:
+    """The job that `export_hf` runs."""
+    plan, lacking = _export_plan(megatron, like, along, drop_passengers)
+    riders = like if lacking else along or (like if any(i.passenger for i in plan.items) else None)
+
+    def encode(item: Item) -> str:
+        own = like.bound[item.name].encoding if like and item.name in like.bound else None
+        if item.passenger and riders:
+            own = riders.bound[item.name].encoding
+        return target_encoding(item, encoding, own)
+
+    whole = (
+        like is not None and encoding == "source" and like.scheme == "released" and len(plan.items) == len(like.bound)
+    )
+    layout = hf_layout_like(like) if whole and like else hf_layout(plan, encode)
+    files_from = like.folder.path if like else megatron.along
+    return Job(
+        label=f"export {megatron.path.parent.name}",
+        files=layout.files,
+        emitter=lambda: Emitter(
+            MegatronValues(megatron.reader, plan.spec),
+            HFValues(riders) if riders else None,
+            like,
+            allow_lossy,
+            lacking=lacking,
+        ),
+        identity={
+            "kind": "export",
+            "encoding": encoding,
+            "source": _file_stamps(megatron.path),
+            "like": hf_identity(like) if like else None,
+            "lossy": allow_lossy,
+        },
+        copies=small_files(files_from),
+        markers=_markers(layout, _config_bytes(plan, like, encoding, encode, unchanged=whole)),
+    )
+
+
+def _export_plan(
+    megatron: MegatronCheckpoint, like: HFCheckpoint | None, along: HFCheckpoint | None, drop: bool
+) -> tuple[Plan, frozenset[str]]:
+    """What is written, and the names of the draft's tensors that only `like` has."""
+    spec = megatron.spec
+    if like and like.spec.draft_blocks and not spec.draft_blocks and not drop:
+        held = {i.name for i in megatron.plan.items}
+        return like.plan, frozenset(i.name for i in like.plan.items if i.name not in held)
+    has_own = megatron.plan.own_mtp_head or bool(like and like.plan.own_mtp_head)
+    plan = expand(_kept(spec, drop), has_own and not drop and spec.mtp_layers > 0)
+    riders = along or like
+    lost = [i.name for i in plan.items if i.passenger and not (riders and i.name in riders.bound)]
+    if lost:
+        raise BridgeError(
+            f"exporting {megatron.path}: {len(lost)} tensors that Megatron has no place for ({lost[0]} …) did not "
+            "travel with it; name the released folder with --like, or leave them out with --drop-passengers"
+        )
+    return plan, frozenset()
+
+
+@files_named("repacking")
+def repack(
+    source: Path, out: Path, encoding: str, options: Options | None = None, *, allow_lossy: bool = False
+) -> Report:
+    """Re-encode a Hugging Face folder as FP8 (128x128 scales, float32 ones for experts) or BF16 throughout.
+
+    Args:
+        source: the folder.
+        out: the new folder, in released names.
+        encoding: `fp8` or `bf16`; tensors that are FP8 already stay as they are under `fp8`.
+        options: workers, resume, overwrite, progress.
+        allow_lossy: permit values to be rounded; otherwise the first such tensor is refused.
+
+    Raises:
+        BridgeError: see `convert.run`.
+    """
+    if encoding not in ("fp8", "bf16"):
+        raise BridgeError(f"repacking {source}: encoding {encoding!r} is not fp8 or bf16")
+    checkpoint = open_hf(source)
+    try:
+        apart(source, out)
+        return run(repack_job(checkpoint, encoding, allow_lossy=allow_lossy), out, options or Options())
+    finally:
+        checkpoint.close()
+
+
+def repack_job(checkpoint: HFCheckpoint, encoding: str, *, allow_lossy: bool = False) -> Job:
+    """The job that `repack` runs."""
+
+    def encode(item: Item) -> str:
+        return target_encoding(item, encoding, checkpoint.bound[item.name].encoding)
+
+    layout = hf_layout(checkpoint.plan, encode)
+    return Job(
+        label=f"repack {_shown(checkpoint.folder.path)} as {encoding}",
+        files=layout.files,
+        emitter=lambda: Emitter(HFValues(checkpoint), allow_lossy=allow_lossy, keep_rounding=False),
+        identity={
+            "kind": "repack",
+            "encoding": encoding,
+            "source": hf_identity(checkpoint),
+            "lossy": allow_lossy,
+        },
+        copies=small_files(checkpoint.folder.path),
+        markers=_markers(layout, _config_bytes(checkpoint.plan, checkpoint, encoding, encode, unchanged=False)),
+    )
+
+
+def target_encoding(item: Item, target: str, own: str | None) -> str:
+    """Encoding of an item in a folder written as `source`, `fp8` or `bf16`.
+
+    Under `fp8` the experts have float32 scales, as the Base releases: that is what servers read where config.json
+    says `expert_dtype: fp8`. vLLM 0.33 copies the bytes of E8M0 scales there as if they were numbers.
+
+    Args:
+        item: the item.
+        target: what was asked for.
+        own: its encoding in the released checkpoint, None where that is not known.
+    """
+    plain = {"plain": "bf16", "f32": "f32", "int": "i64"}
+    if item.row.encoding in plain:
+        return plain[item.row.encoding]
+    if target == "source":
+        assert own is not None
+        return own if own != "f32" else "bf16"
+    if target == "fp8":
+        served = "fp8_pow2" if item.row.encoding == "expert" else "fp8"
+        return own if own in (served, "fp8_f32") else served
+    return "bf16"
+
+
+def _config_bytes(plan: Plan, like: HFCheckpoint | None, encoding: str, encode: Any, *, unchanged: bool) -> bytes:
+    if unchanged and like:
+        return (like.folder.path / "config.json").read_bytes()
+    used = {item.row.encoding: encode(item) for item in plan.items if not item.passenger}
+    quantised = bool({used["linear"], used["expert"]} & QUANTISED)
+    expert = {"mxfp4": "fp4", "fp8": "fp8", "fp8_f32": "fp8", "fp8_pow2": "fp8"}.get(used["expert"])
+    if like is None or dialect_of(like.config) != "released" or plan.spec != like.spec:
+        config = released_config(plan.spec, expert, quantised)
+    else:
+        config = dict(like.config)
+        for key in ("quantization_config", "expert_dtype"):
+            config.pop(key, None)
+        if encoding == "source":
+            config |= {k: like.config[k] for k in ("quantization_config", "expert_dtype") if k in like.config}
+        elif quantised:
+            config["quantization_config"] = like.config.get("quantization_config", QUANTIZATION_CONFIG)
+            config["expert_dtype"] = expert
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _markers(layout: HFLayout, config: bytes) -> dict[str, bytes]:
+    return ({INDEX: layout.index} if layout.index else {}) | {"config.json": config}
+
+
+def hf_identity(checkpoint: HFCheckpoint) -> str:
+    """Digest of a folder's headers, sizes and times: whether it is still the same input."""
+    digest = hashlib.sha256(json.dumps(dict(checkpoint.config), sort_keys=True, default=str).encode())
+    for file, shard in sorted(checkpoint.folder.shards.items()):
+        stamp = (checkpoint.folder.path / file).stat().st_mtime_ns
+        digest.update(f"{file} {shard.size} {stamp}".encode() + shard.header)
+    return digest.hexdigest()
+
+
+def _file_stamps(folder: Path) -> Mapping[str, tuple[int, int]]:
+    stats = {p.name: p.stat() for p in folder.iterdir() if p.is_file()}
+    return {name: (s.st_size, s.st_mtime_ns) for name, s in stats.items()}
+
+
+def _shown(folder: Path) -> str:
+    """A folder's name; the repository's where it is a snapshot in the Hub's cache."""
+    if folder.parent.name == "snapshots":
+        return folder.parent.parent.name.removeprefix("models--").replace("--", "/")
+    return folder.resolve().name
+
+
+def apart(source: Path, out: Path) -> None:
+    """Refuse an output that overlaps an input."""
+    one, other = source.resolve(), out.resolve()
+    if one == other or one in other.parents or other in one.parents:
+        raise BridgeError(f"writing {out}: it overlaps the input {source}; choose another folder")

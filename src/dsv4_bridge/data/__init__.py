@@ -1,0 +1,1 @@
+"""Text and conversations into training data, and training data into batches."""

@@ -1,0 +1,1 @@
+"""Conversations into packs of learned tokens."""

@@ -1,0 +1,276 @@
+"""A JSONL of conversations -> prepared chat data, in parallel."""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...chat.encode import effort_text
+from ...chat.strings import EFFORTS
+from ...errors import BridgeError, files_named
+from ...lock import hold
+from ..kinds import gunzipped, is_array, is_gzip, look, refuse_others, unpacked
+from .jsonl import numbered_lines, read_line
+from .masks import ChatTokenizer, open_chat_tokenizer
+from .packing import plan_packs
+from .samples import Sample, SampleCounts, build_samples, check_options
+from .store import check_free, one_a_pack, scratch_folder, write_chat_data
+
+_CHUNK = 1 << 20  # bytes of JSONL that a worker takes at once
+Chunk = list[tuple[int, bytes]]
+
+
+@dataclass(frozen=True)
+class ChatReport:
+    """What `prepare_chat` made.
+
+    Attributes:
+        out: the folder.
+        seq_length: most tokens of a pack.
+        mask: what is learned.
+        packs: their number.
+        fill_rate: tokens over places of the packs.
+        counts: what became of the conversations.
+    """
+
+    out: str
+    seq_length: int
+    mask: str
+    packs: int
+    fill_rate: float
+    counts: SampleCounts
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """The report for people."""
+        c = self.counts
+        found = [
+            f"{c.conversations:,} conversations -> {c.samples:,} samples"
+            f" in {self.packs:,} pack{'s' * (self.packs != 1)} of {self.seq_length:,}",
+            f"{c.tokens:,} tokens, {c.learned:,} learned ({self.mask}); packs are {self.fill_rate:.1%} full",
+        ]
+        if c.truncated or c.dropped:
+            found.append(
+                f"{c.truncated:,} samples cut, {c.dropped:,} dropped without a learned token:"
+                f" {c.cut_tokens:,} tokens left out, {c.cut_learned:,} of them learned"
+            )
+        if c.lost_thoughts:
+            found.append(f"{c.lost_thoughts:,} thoughts left out: chat mode has none")
+        if c.empty_thoughts:
+            found.append(f"{c.empty_thoughts:,} answers in thinking mode have no thoughts, and learn to have none")
+        if c.straddling:
+            found.append(f"{c.straddling:,} tokens hold learned and other text, and are not learned")
+        return found
+
+
+@files_named("preparing conversations")
+def prepare_chat(
+    src: Path,
+    out: Path,
+    tokenizer_folder: Path,
+    *,
+    seq_length: int,
+    mask: str = "assistant",
+    thinking: bool | None = None,
+    pack: bool = True,
+    workers: int = 1,
+    generation: str | None = None,
+    overwrite: bool = False,
+    advance: Callable[[int], object] = lambda nbytes: None,
+) -> ChatReport:
+    """Tokenize, mask, cut and pack a file of conversations; the same input gives the same bytes.
+
+    Args:
+        src: an object a line or an array of them, see `jsonl.read_chat_jsonl`; gzip too.
+        out: a folder that is empty or does not exist; see `store` for what is in it.
+        tokenizer_folder: a checkpoint, for its tokenizer.json.
+        seq_length: most tokens of a sample and of a pack.
+        mask: `assistant`, `last_turn`, `each_turn` or `full`, see `samples.build_samples`.
+        thinking: mode of lines that do not say it; None refuses those.
+        pack: whether several samples share a pack.
+        workers: processes.
+        generation: which releases' reasoning efforts lines mean, `april` or `0731`; None looks at the
+            encoding that lies beside the tokenizer.
+        overwrite: replace chat data that is in the way.
+        advance: called with the bytes of the file that are done, since the last call.
+
+    Raises:
+        BridgeError: an unusable line (by number), tokenizer or argument; nothing to learn in the whole file;
+            `out` exists, or the disk is full.
+    """
+    check_options(seq_length, mask)
+    tokenizer = open_chat_tokenizer(tokenizer_folder)
+    generation = generation or find_generation(tokenizer_folder)
+    effort_text(None, generation)
+    check_free(out, overwrite)
+    options = {"seq_length": seq_length, "mask": mask, "thinking": thinking, "generation": generation}
+    # The order of the packs is known once all lengths are: until then samples lie beside it.
+    with hold(out, f"preparing {out}"), scratch_folder(out.with_name(out.name + ".samples.part")) as part:
+        with _shown(src, lines := _as_lines(src, part)):
+            samples, counts = _spill(_batches(lines, tokenizer, options, workers, advance), part, src)
+        lengths = np.diff(samples.offsets).tolist()
+        packing = plan_packs(lengths, seq_length) if pack else one_a_pack(lengths, seq_length)
+        facts = {
+            "tokenizer_sha256": tokenizer.sha256,
+            "mask": mask,
+            "thinking": thinking,
+            "generation": generation,
+            "packed": pack,
+            "source": src.name,
+            "counts": asdict(counts),
+        }
+        write_chat_data(out, samples, packing, facts, overwrite=overwrite)
+    return ChatReport(str(out), seq_length, mask, len(packing.packs), packing.fill_rate, counts)
+
+
+def _as_lines(src: Path, part: Path) -> Path:
+    """The conversations an object a line, unpacked where they are not."""
+    refuse_others(src)
+    plain = gunzipped(src, part) if is_gzip(src) else src
+    return unpacked(plain, look(plain).shape, part)
+
+
+@contextmanager
+def _shown(src: Path, lines: Path) -> Iterator[None]:
+    """Messages name what the user named."""
+    try:
+        yield
+    except BridgeError as error:
+        unit = "element" if lines != src and is_array(src) else "line"
+        raise BridgeError(
+            str(error).replace(f"{lines}, line", f"{src}, {unit}").replace(str(lines), str(src))
+        ) from None
+
+
+def find_generation(folder: Path) -> str | None:
+    """Which reasoning efforts a checkpoint knows, by the encoding that it carries; None where it carries none."""
+    found = b""
+    for path in sorted((folder / "encoding").glob("*.py")) if folder.is_dir() else ():
+        found += path.read_bytes()
+    known = [name for name, efforts in EFFORTS.items() if efforts["max"].partition("\n")[0].encode() in found]
+    # The text of April's max is 0731's high: both are found there.
+    return known[-1] if known else None
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Samples of a chunk, one behind the other: int32 and bool [tokens], int64 [samples] twice."""
+
+    tokens: np.ndarray
+    mask: np.ndarray
+    lengths: np.ndarray
+    lines: np.ndarray
+    counts: SampleCounts
+    nbytes: int
+
+
+class _Spilled(Sequence[Sample]):
+    """Samples that lie in files."""
+
+    def __init__(self, part: Path, offsets: np.ndarray, lines: np.ndarray):
+        self.offsets, self._lines = offsets, lines
+        self._tokens = np.memmap(part / "tokens", np.int32, "r")
+        self._mask = np.memmap(part / "mask", np.uint8, "r")
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, i: Any) -> Any:
+        begun, end = self.offsets[i], self.offsets[i + 1]
+        return Sample(self._tokens[begun:end], self._mask[begun:end], int(self._lines[i]))
+
+
+def _spill(batches: Iterator[_Batch], part: Path, src: Path) -> tuple[_Spilled, SampleCounts]:
+    lengths, lines, counts = [np.zeros(1, np.int64)], [], SampleCounts()
+    with (part / "tokens").open("wb") as tokens, (part / "mask").open("wb") as mask:
+        for batch in batches:
+            tokens.write(batch.tokens.data)
+            mask.write(batch.mask.view(np.uint8).data)
+            lengths.append(batch.lengths)
+            lines.append(batch.lines)
+            counts.add(batch.counts)
+    if not counts.samples:
+        raise BridgeError(
+            f"preparing {src}: none of {counts.conversations} conversations has a learned token within the length;"
+            " give a larger seq_length or another mask"
+        )
+    return _Spilled(part, np.cumsum(np.concatenate(lengths)), np.concatenate(lines)), counts
+
+
+def _batches(
+    src: Path, tokenizer: ChatTokenizer, options: dict[str, Any], workers: int, advance: Callable[[int], object]
+) -> Iterator[_Batch]:
+    """Batches in the order of the file, whoever made them."""
+    if workers <= 1:
+        for chunk in _chunks(src):
+            batch = _batch(chunk, tokenizer, str(src), options)
+            advance(batch.nbytes)
+            yield batch
+        return
+    waiting: deque[Future[_Batch]] = deque()
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start, (tokenizer.path, str(src), options))
+    try:
+        chunks = _chunks(src)
+        while True:
+            while len(waiting) < 2 * workers and (chunk := next(chunks, None)) is not None:
+                waiting.append(pool.submit(_batch_here, chunk))
+            if not waiting:
+                return
+            batch = waiting.popleft().result()
+            advance(batch.nbytes)
+            yield batch
+    except BrokenProcessPool:
+        raise BridgeError(f"preparing {src}: a worker process died (out of memory?); take fewer workers") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _chunks(src: Path) -> Iterator[Chunk]:
+    chunk: Chunk = []
+    size = 0
+    for number, raw in numbered_lines(src):
+        chunk.append((number, raw))
+        size += len(raw)
+        if size >= _CHUNK:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _batch(chunk: Chunk, tokenizer: ChatTokenizer, where: str, options: dict[str, Any]) -> _Batch:
+    counts = SampleCounts()
+    conversations = (read_line(raw, where, number) for number, raw in chunk)
+    samples = list(build_samples(conversations, tokenizer, counts=counts, where=where, **options))
+    return _Batch(
+        np.concatenate([np.zeros(0, np.int32), *(s.tokens for s in samples)]),
+        np.concatenate([np.zeros(0, bool), *(s.loss_mask for s in samples)]),
+        np.array([len(s.tokens) for s in samples], np.int64),
+        np.array([s.line for s in samples], np.int64),
+        counts,
+        sum(len(raw) for _, raw in chunk),
+    )
+
+
+# A worker process opens the tokenizer once.
+_STATE: tuple[ChatTokenizer, str, dict[str, Any]]
+
+
+def _start(path: Path, where: str, options: dict[str, Any]) -> None:
+    global _STATE
+    _STATE = (open_chat_tokenizer(path), where, options)
+
+
+def _batch_here(chunk: Chunk) -> _Batch:
+    tokenizer, where, options = _STATE
+    return _batch(chunk, tokenizer, where, options)

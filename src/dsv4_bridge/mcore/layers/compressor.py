@@ -1,0 +1,116 @@
+"""Compressed keys: every `ratio` tokens become one entry, a gated mean of their projections.
+
+Ratio 128 (HCA) means non-overlapping blocks; ratio 4 (CSA, and the indexer) means blocks whose entry
+also draws on the block before: the projections are twice as wide, first half for the block as
+*previous*, second half as *current* (technical report 2.3.1-2.3.2; transformers' compressors).
+"""
+
+import math
+
+import torch
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from ..config import DeepSeekV4Config
+from .basics import Linear, RMSNorm, new_parameter
+from .cache import CompressorCache
+from .floats import KeepsFloat32
+from .rope import rotate, turns
+
+
+class Compressor(KeepsFloat32, MegatronModule):
+    """One compressor.
+
+    Args:
+        config: the model's.
+        ratio: tokens a block, 4 or 128.
+        width: channels of an entry: head_dim, or the indexer's.
+    """
+
+    float32_names = ("ape",)
+
+    def __init__(self, config: DeepSeekV4Config, ratio: int, width: int):
+        super().__init__(config)
+        self.config: DeepSeekV4Config = config
+        self.ratio, self.width, self.overlaps = ratio, width, ratio == 4
+        wide = 2 * width if self.overlaps else width
+        self.ape = new_parameter((ratio, wide), config, torch.float32)
+        torch.nn.init.zeros_(self.ape)
+        self.linear_wkv = Linear(config.hidden_size, wide, config)
+        self.linear_wgate = Linear(config.hidden_size, wide, config)
+        self.norm = RMSNorm(config, width, config.layernorm_epsilon, whole=True)
+
+    def forward(self, x: Tensor, cache: CompressorCache | None = None, lengths: Tensor | None = None) -> Tensor:
+        """Entries of all whole blocks.
+
+        Args:
+            x: [s, b, hidden].
+            cache: memory to hand the tail to.
+            lengths: [b], tokens of each row that are no padding; with a cache.
+
+        Returns:
+            [b, s // ratio, width].
+        """
+        kv = self.linear_wkv(x).transpose(0, 1)  # [b, s, wide]
+        gate = self.linear_wgate(x).transpose(0, 1)
+        count = kv.shape[1] // self.ratio
+        whole = count * self.ratio
+        kv_blocks = kv[:, :whole].unflatten(1, (count, self.ratio))  # [b, n, ratio, wide]
+        gate_blocks = gate[:, :whole].unflatten(1, (count, self.ratio)) + self.ape
+        if self.overlaps:
+            kv_blocks = _overlapped(kv_blocks, 0.0)
+            gate_blocks = _overlapped(gate_blocks, -math.inf)
+        positions = torch.arange(count, device=x.device) * self.ratio
+        entries = self._entries(kv_blocks, gate_blocks, positions)
+        if cache is not None and lengths is not None:
+            cache.fill(kv, gate, entries, lengths)
+        return entries
+
+    def step(self, x: Tensor, cache: CompressorCache, positions: Tensor) -> Tensor:
+        """Take one token a row; a row that closes a block gets an entry.
+
+        Args:
+            x: [b, hidden].
+            cache: memory, changed in place.
+            positions: [b], position of each row's token.
+
+        Returns:
+            All entries of the memory, [b, capacity, width]; those a row does not have yet are unused.
+        """
+        kv = cache.kv.put(self.linear_wkv(x), positions)
+        gate = cache.gate.put(self.linear_wgate(x), positions)
+        closed = (positions + 1) % self.ratio == 0
+        if bool(closed.any()):
+            block = positions // self.ratio
+            slots = torch.arange(self.ratio, device=x.device)
+            now = (block[:, None] * self.ratio + slots) % cache.kv.slots
+            kv_block, gate_block = _take(kv, now), _take(gate, now) + self.ape
+            if self.overlaps:
+                before = (now - self.ratio) % cache.kv.slots
+                old_kv, old_gate = _take(kv, before), _take(gate, before) + self.ape
+                none = (block == 0)[:, None, None]
+                first, second = slice(None, self.width), slice(self.width, None)
+                old_kv = old_kv.masked_fill(none, 0.0)
+                old_gate = old_gate.masked_fill(none, -math.inf)
+                kv_block = torch.cat([old_kv[..., first], kv_block[..., second]], 1)
+                gate_block = torch.cat([old_gate[..., first], gate_block[..., second]], 1)
+            entry = self._entries(kv_block.unsqueeze(1), gate_block.unsqueeze(1), (block * self.ratio)[:, None])
+            cache.add(entry[:, 0], block, closed)
+        assert cache.entries is not None
+        return cache.entries
+
+    def _entries(self, kv: Tensor, gate: Tensor, positions: Tensor) -> Tensor:
+        """[b, n, slots, width] twice, positions [n] or [b, n] -> [b, n, width]: gate, sum, norm, rotate."""
+        weights = torch.softmax(gate, dim=2, dtype=torch.float32).to(kv.dtype)
+        return rotate(self.norm((kv * weights).sum(2)), turns(self.config, self.ratio, positions))
+
+
+def _overlapped(blocks: Tensor, nothing: float) -> Tensor:
+    """[b, n, r, 2w] -> [b, n, 2r, w]: the previous block's first half, then the own second half."""
+    first, second = blocks.chunk(2, -1)
+    before = torch.nn.functional.pad(first, (0, 0, 0, 0, 1, 0), value=nothing)[:, :-1]
+    return torch.cat([before, second], 2)
+
+
+def _take(values: Tensor, slots: Tensor) -> Tensor:
+    return values.gather(1, slots.unsqueeze(-1).expand(-1, -1, values.shape[-1]))

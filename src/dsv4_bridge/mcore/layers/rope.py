@@ -1,0 +1,128 @@
+"""Rotary position embedding: partial, interleaved, invertible, with two bases.
+
+Window layers (ratio 0) rotate by `rotary_base`; layers with compression by
+`csa_compress_rotary_base` with YaRN, for queries, window and compressed keys and the indexer alike.
+YaRN here scales frequencies only: no attention factor (arXiv 2309.00071 section 3.2; trap 12).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..config import DeepSeekV4Config
+from .documents import Documents
+
+
+def plain_frequencies(width: int, base: float) -> Tensor:
+    """base^(-2i/width) for i < width/2: [width/2] float32, radians a position."""
+    return 1.0 / (base ** (torch.arange(0, width, 2, dtype=torch.float32) / width))
+
+
+def yarn_frequencies(
+    width: int, base: float, factor: float, beta_fast: float, beta_slow: float, original_length: int
+) -> Tensor:
+    """Frequencies stretched by `factor` where a period exceeds the original length: [width/2] float32.
+
+    Pairs that turn more than `beta_fast` times within `original_length` tokens keep their frequency,
+    those that turn less than `beta_slow` times are divided by `factor`, with a linear ramp between.
+    """
+
+    def pair_of(turns: float) -> float:
+        return width * math.log(original_length / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    low = max(math.floor(pair_of(beta_fast)), 0)
+    high = min(math.ceil(pair_of(beta_slow)), width - 1)
+    ramp = (torch.arange(width // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
+    stretched = ramp.clamp(0, 1)
+    plain = 1.0 / (base ** (torch.arange(0, width, 2, dtype=torch.float32) / width))
+    return 1.0 / (factor * (1.0 / plain)) * stretched + plain * (1 - stretched)
+
+
+def layer_frequencies(config: DeepSeekV4Config, ratio: int) -> Tensor:
+    """Frequencies of a layer with compress ratio `ratio`: [qk_pos_emb_head_dim/2] float32."""
+    if ratio == 0:
+        return plain_frequencies(config.qk_pos_emb_head_dim, config.rotary_base)
+    return yarn_frequencies(
+        config.qk_pos_emb_head_dim,
+        config.csa_compress_rotary_base,
+        config.rotary_scaling_factor,
+        config.beta_fast,
+        config.beta_slow,
+        config.original_max_position_embeddings,
+    )
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Turns of every position, for both kinds of layer, and where positions restart.
+
+    Attributes:
+        window: [positions…, width/2] complex64, for window layers.
+        compressed: the same for layers with compression.
+        documents: slices of a packed row that attend each to itself; None: whole rows.
+    """
+
+    window: Tensor
+    compressed: Tensor
+    documents: Documents | None = None
+
+    def of(self, ratio: int) -> Tensor:
+        """The turns of a layer with compress ratio `ratio`."""
+        return self.compressed if ratio else self.window
+
+
+def make_rotary(config: DeepSeekV4Config, positions: Tensor, documents: Documents | None = None) -> Rotary:
+    """Turns at `positions` (any shape, int64; in each of the `documents` they count from 0)."""
+    return Rotary(turns(config, 0, positions), turns(config, 4, positions), documents)
+
+
+def turns(config: DeepSeekV4Config, ratio: int, positions: Tensor) -> Tensor:
+    """Cos + i sin of position times frequency: [positions…, width/2] complex64."""
+    frequencies = layer_frequencies(config, ratio).to(positions.device)
+    angles = positions[..., None].float() * frequencies
+    return torch.complex(angles.cos(), angles.sin())
+
+
+class _Rotate(torch.autograd.Function):
+    """A rotation's gradient is the inverse rotation of the gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, turn: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(turn)
+        return _rotated(x, turn)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        (turn,) = ctx.saved_tensors
+        return _rotated(grad, turn.conj()), None
+
+
+def _rotated(x: Tensor, turn: Tensor) -> Tensor:
+    out = x.clone(memory_format=torch.contiguous_format)
+    moved = out[..., -2 * turn.shape[-1] :]
+    if x.dtype in (torch.float32, torch.float64):
+        torch.view_as_complex(moved.unflatten(-1, (-1, 2))).mul_(turn)
+    else:
+        pairs = torch.view_as_complex(moved.float().unflatten(-1, (-1, 2)))
+        moved.copy_(torch.view_as_real(pairs.mul_(turn)).flatten(-2))
+    return out
+
+
+def rotate(x: Tensor, turn: Tensor, inverse: bool = False) -> Tensor:
+    """Rotate the last `2 * turn.shape[-1]` channels of x by pairs (2i, 2i+1), in float32.
+
+    Args:
+        x: […, channels], an even number of them.
+        turn: broadcastable to […, pairs], complex64.
+        inverse: rotate backwards.
+
+    Returns:
+        The same shape and type as x.
+    """
+    result = _Rotate.apply(x, turn.conj() if inverse else turn)
+    assert isinstance(result, Tensor)
+    return result

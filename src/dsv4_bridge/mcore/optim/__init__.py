@@ -1,0 +1,1 @@
+"""Optimizers and their state: Muon, whole tensors, what a step gathers."""

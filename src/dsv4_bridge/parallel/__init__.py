@@ -1,0 +1,1 @@
+"""Which rank holds what: pipeline layouts, and the pieces of every tensor."""

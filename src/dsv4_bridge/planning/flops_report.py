@@ -1,0 +1,202 @@
+"""What `dsv4 flops` answers: ours and the published convention side by side, as data, text and JSON."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import BridgeError
+from ..spec.flops import FlopCount, Terms, count_flops, published
+from ..spec.lora import Lora
+from ..spec.spec import ModelSpec
+from .peaks import mfu, peak_named
+
+SCHEMA = 1
+
+# Why a term of ours is another number than the published convention's.
+WHY = {
+    "projections": "the convention counts norm weights too",
+    "window": "the first tokens see no whole window",
+    "compressed": "the blocks that each token sees, not their mean",
+    "indexer": "past blocks only; no gradient unless trained",
+    "router": "the convention leaves it out",
+    "hyper_connections": "the convention leaves them out",
+    "mtp": "h_proj maps every stream, the convention counts one",
+    "adapters": "the convention trains every weight",
+}
+_FROZEN = "frozen weights have no gradients"
+
+
+@dataclass(frozen=True)
+class FlopReport:
+    """FLOPs of one model on sequences of given lengths.
+
+    Attributes:
+        what: checkpoint or variant.
+        lengths: tokens of each document.
+        seq_length: tokens of a row.
+        lora: adapters, or None.
+        train_indexer: whether the indexer has gradients.
+        recompute: what is computed twice, or None.
+        count: ours, of all tokens.
+        convention: the published formula, training, a token.
+        tokens_per_second: of one device, where it was given.
+        gpu: name of the device, where it was given.
+    """
+
+    what: str
+    lengths: tuple[int, ...]
+    seq_length: int
+    lora: Lora | None
+    train_indexer: bool
+    recompute: str | None
+    count: FlopCount
+    convention: Terms
+    tokens_per_second: float | None = None
+    gpu: str | None = None
+
+    def speed(self) -> dict[str, float]:
+        """TFLOP/s and, with a device, MFU and HFU (recompute counted) of the given speed, in both conventions."""
+        if self.tokens_per_second is None:
+            return {}
+        training = self.count.training.over(self.count.tokens).total
+        done = training + self.count.recomputed.over(self.count.tokens).total
+        per_token = {"exact": training, "published": self.convention.total, "executed": done}
+        found = {f"tflops_{k}": v * self.tokens_per_second / 1e12 for k, v in per_token.items()}
+        if self.gpu is not None:
+            peak = peak_named(self.gpu)
+            found["peak_tflops"] = peak
+            names = {"exact": "mfu_exact", "published": "mfu_published", "executed": "hfu"}
+            found |= {names[k]: mfu(v, self.tokens_per_second, peak) for k, v in per_token.items()}
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain types; FLOPs a token."""
+        count, tokens = self.count, self.count.tokens
+        parts = {
+            "forward": count.forward,
+            "input_gradients": count.input_gradients,
+            "weight_gradients": count.weight_gradients,
+            "training": count.training,
+            "recomputed": count.recomputed,
+        }
+        return {
+            "schema": SCHEMA,
+            "what": self.what,
+            "seq_length": self.seq_length,
+            "lengths": list(self.lengths),
+            "tokens": tokens,
+            "lora": {"rank": self.lora.rank, "targets": self.lora.keys} if self.lora else None,
+            "train_indexer": self.train_indexer,
+            "recompute": self.recompute,
+            "flops_per_token": {
+                name: (terms := part.over(tokens)).items() | {"total": terms.total} for name, part in parts.items()
+            },
+            "published_flops_per_token": self.convention.items() | {"total": self.convention.total},
+            "differences": self.differing(),
+            **self.speed(),
+        }
+
+    def differing(self) -> dict[str, str]:
+        """Terms where ours is another number than the convention's, and why."""
+        ours, theirs = self.count.training.over(self.count.tokens).items(), self.convention.items()
+        frozen = ("projections", "compressor", "experts", "mtp", "logits") if self.lora else ()
+        return {
+            name: _FROZEN if name in frozen else WHY[name]
+            for name in ours
+            if abs(ours[name] - theirs[name]) > 1e-9 * max(ours[name], theirs[name])
+        }
+
+
+def flop_report(
+    what: str,
+    spec: ModelSpec,
+    lengths: Sequence[int],
+    *,
+    packed: bool = False,
+    lora: Lora | None = None,
+    train_indexer: bool = False,
+    recompute: str | None = None,
+    tokens_per_second: float | None = None,
+    gpu: str | None = None,
+) -> FlopReport:
+    """Count both ways.
+
+    Args:
+        what: name for the report.
+        spec: the model.
+        lengths: of one sequence, or of documents.
+        packed: whether the documents make one row together; else each is a row.
+        lora: see `count_flops`.
+        train_indexer: see `count_flops`.
+        recompute: see `count_flops`.
+        tokens_per_second: of one device.
+        gpu: its name; needs a speed.
+
+    Raises:
+        BridgeError: see `count_flops`; a device without a speed, or an unknown one.
+    """
+    if gpu is not None:
+        peak_named(gpu)
+        if tokens_per_second is None:
+            raise BridgeError("counting FLOPs: --gpu without --tokens-per-second says nothing; give both")
+    count = count_flops(spec, lengths, lora=lora, train_indexer=train_indexer, recompute=recompute)
+    row = sum(lengths) if packed else max(lengths)
+    convention = published(spec, row, lengths)
+    settings = (lora, train_indexer, recompute, count, convention, tokens_per_second, gpu)
+    return FlopReport(what, tuple(lengths), row, *settings)
+
+
+def flop_table(report: FlopReport) -> Any:
+    """The table a person reads: GFLOP a token, term by term."""
+    from rich.console import Group
+    from rich.text import Text
+
+    from ..cli.show.tables import make_table
+
+    count, tokens = report.count, report.count.tokens
+    forward, backward = count.forward.over(tokens), (count.input_gradients + count.weight_gradients).over(tokens)
+    training, theirs = count.training.over(tokens).items(), report.convention.items()
+    again = count.recomputed.over(tokens)
+    differing = report.differing()
+    where = f"{report.seq_length:,} tokens" + (f", {len(report.lengths)} documents" if len(report.lengths) > 1 else "")
+    columns = ("term", ">forward", ">backward", ">training", ">published", ">difference", "why")
+    table = make_table(f"GFLOP a token: {report.what}, {where}", *columns)
+    for name in training:
+        if not training[name] and not theirs[name]:
+            continue
+        change = f"{(training[name] - theirs[name]) / 1e9:+.3f}" if name in differing else "="
+        row = (forward.items()[name], backward.items()[name], training[name], theirs[name])
+        table.add_row(name.replace("_", "-"), *(_giga(v) for v in row), change, differing.get(name, ""))
+    table.add_section()
+    totals = (forward.total, backward.total, sum(training.values()), report.convention.total)
+    change = f"{(totals[2] - totals[3]) / 1e9:+.3f}"
+    table.add_row("all", *(_giga(v) for v in totals), change, "")
+    lines = [
+        f"published convention: {totals[3] / 1e9:.3f} GFLOP a token; it leaves out router, hyper-connections (their",
+        "Sinkhorn too), hash lookup, adapters and recompute",
+    ]
+    if report.lora:
+        lines.append(f"adapters of rank {report.lora.rank} on {', '.join(report.lora.keys)}; the rest is frozen")
+    if again.total:
+        lines.append(
+            f"recompute ({report.recompute}): {_giga(again.total)} GFLOP a token more, executed and not in training"
+        )
+    lines += _speed_lines(report)
+    return Group(table, *(Text(line) for line in lines))
+
+
+def _speed_lines(report: FlopReport) -> list[str]:
+    speed = report.speed()
+    if not speed:
+        return []
+    line = f"{report.tokens_per_second:,.0f} tokens/s: {speed['tflops_exact']:,.1f} TFLOP/s, "
+    line += f"{speed['tflops_published']:,.1f} in the published convention"
+    if "hfu" in speed:
+        line += f"; MFU {speed['mfu_exact']:.1%}, published {speed['mfu_published']:.1%}"
+        line += f", HFU {speed['hfu']:.1%}" if report.recompute else ""
+        line += f" of {speed['peak_tflops']:,.0f} TFLOP/s ({report.gpu})"
+    return [line]
+
+
+def _giga(flops: float) -> str:
+    return f"{flops / 1e9:.3f}"

@@ -1,0 +1,167 @@
+"""What was asked of `dsv4 plan` about ranks, checked and answered: one layout, and those that fit."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import BridgeError, files_named
+from ..parallel.layout import parse_layout
+from ..spec.spec import ModelSpec
+from ..spec.variants import VARIANTS
+from ..store.hf_config import read_config, spec_from_config
+from .memory import Run, make_run_topology, plan_memory
+from .search import USABLE, Ranked, Search, micro_batches, ranked, search
+from .tensors import known_variant
+
+SCHEMA = 1
+GIB = 1 << 30
+_SPARE = 4  # micro-batches a pipeline rank and tensor-parallel rank, where no batch is given
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a user may say; None: not said.
+
+    Attributes:
+        tp: tensor-parallel ranks.
+        pp: pipeline ranks.
+        ep: expert-parallel ranks.
+        etp: expert-tensor-parallel ranks.
+        dp: data-parallel ranks.
+        vp: chunks a pipeline rank.
+        layout: written pipeline layout.
+        gpus: all ranks.
+        gpu_memory: GiB of one GPU.
+        global_batch: rows a step.
+        run: the rest.
+    """
+
+    tp: int | None = None
+    pp: int | None = None
+    ep: int | None = None
+    etp: int | None = None
+    dp: int | None = None
+    vp: int | None = None
+    layout: str | None = None
+    gpus: int | None = None
+    gpu_memory: float | None = None
+    global_batch: int | None = None
+    run: Run = field(default_factory=Run)
+
+    @property
+    def one(self) -> bool:
+        """Whether a layout was named, not only a number of GPUs."""
+        named = (self.tp, self.pp, self.ep, self.etp, self.dp, self.layout)
+        return self.gpus is None or any(size is not None for size in named)
+
+
+@dataclass(frozen=True)
+class RanksReport:
+    """The answer.
+
+    Attributes:
+        what: the checkpoint or variant.
+        chosen: the layout that was asked for, or the best.
+        gpu_memory: bytes of one GPU, where given.
+        search: what else fits, where it was asked for.
+    """
+
+    what: str
+    chosen: Ranked
+    gpu_memory: int | None
+    search: Search | None
+
+    @property
+    def fits(self) -> bool:
+        """Whether the chosen layout fits; True where no memory was given."""
+        return self.gpu_memory is None or self.chosen.fits
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain types; `schema` changes when a field's meaning does."""
+        return {
+            "schema": SCHEMA,
+            "what": self.what,
+            "plan": self.chosen.plan.to_json(),
+            "estimate": {k: getattr(self.chosen, k) for k in ("bubble", "imbalance", "communication", "time")},
+            "gpu_memory": self.gpu_memory,
+            "usable": USABLE,
+            "fits": None if self.gpu_memory is None else self.chosen.fits,
+            "search": self.search and self.search.to_json(),
+        }
+
+
+@files_named("planning")
+def spec_of(what: str | Path) -> ModelSpec:
+    """The numbers of a variant or of a folder with config.json; no tensor is read.
+
+    Raises:
+        BridgeError: neither.
+    """
+    path = Path(what)
+    if path.exists():
+        return spec_from_config(read_config(path / "config.json"), str(path / "config.json"))
+    variant = known_variant(str(what))
+    if variant is None:
+        raise BridgeError(f"planning {what}: no such folder, and no variant of that name ({', '.join(VARIANTS)})")
+    return variant.spec
+
+
+def plan_ranks(what: str, spec: ModelSpec, asked: Asked) -> RanksReport:
+    """Plan the layout that was asked for, and look for those that fit.
+
+    Raises:
+        BridgeError: what cannot work, with the rule and the nearest that does.
+    """
+    for name in ("dp", "gpus", "global_batch", "gpu_memory"):
+        if (value := getattr(asked, name)) is not None and not value > 0:
+            raise BridgeError(f"planning ranks: {name} is {value}, expected more than 0")
+    memory = None if asked.gpu_memory is None else int(asked.gpu_memory * GIB)
+    if not asked.one:
+        assert asked.gpus is not None
+        found = search(spec, asked.gpus, memory or 80 * GIB, asked.run, _batch(asked, asked.gpus), asked.vp or 1)
+        if not found.best:
+            raise BridgeError(
+                f"ranking layouts of {what}: none of {asked.gpus} GPUs keeps the rules with {asked.run.seq_length} "
+                f"tokens a row, micro-batches of {asked.run.micro_batch}, {_batch(asked, asked.gpus)} rows a step and "
+                f"{asked.vp or 1} chunks a rank; try a power of two of GPUs, and rows a step that it divides"
+            )
+        return RanksReport(what, found.best[0], memory, found)
+    chosen = _chosen(spec, asked, memory)
+    others = None
+    if memory is not None:
+        gpus = chosen.plan.gpus
+        others = search(spec, gpus, memory, asked.run, _batch(asked, gpus), asked.vp or 1)
+    return RanksReport(what, chosen, memory, others)
+
+
+def _batch(asked: Asked, gpus: int) -> int:
+    return asked.global_batch or _SPARE * gpus * asked.run.micro_batch
+
+
+def _chosen(spec: ModelSpec, asked: Asked, memory: int | None) -> Ranked:
+    tp, pp, ep, etp, vp = (1 if size is None else size for size in (asked.tp, asked.pp, asked.ep, asked.etp, asked.vp))
+    if asked.layout and asked.pp is None:
+        pp = max(1, asked.layout.count("|") + 1) // vp or 1
+    if asked.layout and asked.vp is None:
+        vp = parse_layout(asked.layout, pp, spec).vp
+    dp = asked.dp
+    if asked.gpus is not None:
+        each = max(1, tp * pp * (dp or 1))
+        if asked.gpus % each or (dp and asked.gpus != each):
+            near = each if dp else max(1, round(asked.gpus / each)) * each
+            raise BridgeError(
+                f"planning ranks: {asked.gpus} GPUs are not tp*pp*dp = {tp}*{pp}*{dp or 'any'} "
+                f"(rule: tp*pp*dp is the number of ranks). Nearest that works: --gpus {near}"
+            )
+        dp = asked.gpus // (tp * pp)
+    topology, dp = make_run_topology(spec, {"tp": tp, "pp": pp, "ep": ep, "etp": etp, "vp": vp}, asked.layout, dp)
+    rows = _batch(asked, tp * pp * dp)
+    count = 1 if asked.run.mode == "inference" else micro_batches(asked.run, rows, dp)
+    if count is None:
+        each = asked.run.micro_batch * dp
+        raise BridgeError(
+            f"planning ranks: {rows} rows a step do not divide over {dp} data-parallel ranks with micro-batches of "
+            f"{asked.run.micro_batch}. Nearest that works: --global-batch {max(1, round(rows / each)) * each}"
+        )
+    plan = plan_memory(spec, topology, dp, replace(asked.run, micro_batches=count))
+    return ranked(spec, plan, memory if memory is not None else 80 * GIB)

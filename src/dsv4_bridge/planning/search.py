@@ -1,0 +1,196 @@
+"""Which layouts of so many GPUs fit their memory, the quickest by estimate first. Pure numbers.
+
+The estimate ranks, it does not predict: operations at one rate, bytes at the rate of the slowest link of
+their group, nothing overlapped.
+
+    step = operations of the slowest stage * (1 + bubble) + bytes / link
+    bubble = (pp - 1) / (vp * micro-batches)
+    time = step / (all operations shared equally by all GPUs)
+
+A group that fits into one node (megatron-core's order: tensor, then expert, then data, then pipeline)
+uses the link inside it. Bytes of a layer and token: tensor parallelism gathers and scatters H four times a
+pass; expert parallelism sends k*H there and back; a pipeline boundary takes all streams; data parallelism
+sums gradients and gathers weights once a step.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from typing import Any
+
+from ..errors import BridgeError
+from ..parallel.layout import Layout, flop_costs, parameter_costs, solve
+from ..parallel.pieces import Topology, make_topology
+from ..spec.spec import ModelSpec
+from .memory import MemoryPlan, Run, expert_dp, least_dp, plan_memory
+
+# Operations a second of a GPU that is busy, and bytes a second of its links, in a node and between nodes: round
+# numbers of an H100 with 400 Gbit/s of network each. Only their ratios matter to the order.
+_RATE, _INSIDE, _BETWEEN = 400e12, 300e9, 40e9
+NODE = 8
+# Share of the memory that plans may use: CUDA and NCCL take some, temporaries and fragments more.
+USABLE = 0.9
+_MOST_GPUS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """One layout that was considered.
+
+    Attributes:
+        plan: it, with its bytes.
+        bubble: idle share of the pipeline, over the busy one.
+        imbalance: operations of the slowest stage over the mean, minus 1.
+        communication: share of the step.
+        time: step over the ideal one.
+        fits: whether the worst rank stays within the usable memory.
+    """
+
+    plan: MemoryPlan
+    bubble: float
+    imbalance: float
+    communication: float
+    time: float
+    fits: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain types."""
+        facts = {k: v for k, v in vars(self).items() if k != "plan"}
+        plan = self.plan.to_json()
+        return {k: plan[k] for k in ("gpus", "sizes", "layout", "worst")} | {
+            "micro_batches": self.plan.run.micro_batches,
+            **facts,
+        }
+
+
+@dataclass(frozen=True)
+class Search:
+    """What was looked for, and found.
+
+    Attributes:
+        gpus: all ranks.
+        gpu_memory: bytes of one GPU.
+        considered: layouts that keep the rules.
+        fitting: those that fit.
+        best: the best ten that fit, or the ten smallest where none does.
+    """
+
+    gpus: int
+    gpu_memory: int
+    considered: int
+    fitting: int
+    best: tuple[Ranked, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain types."""
+        return asdict(replace(self, best=())) | {"usable": USABLE, "best": [r.to_json() for r in self.best]}
+
+
+def micro_batches(run: Run, global_batch: int, dp: int) -> int | None:
+    """Micro-batches a step and pipeline; None where the batch does not divide."""
+    rows = run.micro_batch * dp
+    return None if global_batch % rows else global_batch // rows
+
+
+def search(spec: ModelSpec, gpus: int, gpu_memory: int, run: Run, global_batch: int, vp: int = 1) -> Search:
+    """Plan every layout of `gpus` ranks whose sizes are powers of two and keep the rules.
+
+    Args:
+        spec: the model.
+        gpus: all ranks.
+        gpu_memory: bytes of one GPU.
+        run: what they do; its micro_batches are set by `global_batch`.
+        global_batch: rows a step, over all ranks.
+        vp: chunks a rank.
+
+    Returns:
+        What was found; nothing where no layout keeps the rules.
+
+    Raises:
+        BridgeError: more GPUs than are ever had.
+    """
+    if not 1 <= gpus <= _MOST_GPUS:
+        raise BridgeError(f"ranking layouts: {gpus} GPUs, expected 1 to {_MOST_GPUS}")
+    found = [
+        ranked(spec, plan_memory(spec, topology, dp, batch), gpu_memory)
+        for topology, dp, batch in _candidates(spec, gpus, run, global_batch, vp)
+    ]
+    fitting = sorted((r for r in found if r.fits), key=lambda r: (r.time, r.plan.worst.total))
+    best = fitting or sorted(found, key=lambda r: (r.plan.worst.total, r.time))
+    return Search(gpus, gpu_memory, len(found), len(fitting), tuple(best[:10]))
+
+
+def _candidates(
+    spec: ModelSpec, gpus: int, run: Run, global_batch: int, vp: int
+) -> Iterator[tuple[Topology, int, Run]]:
+    limit = parameter_costs(spec)
+    layouts: dict[int, Layout] = {}
+    for pp in _powers(spec.num_hidden_layers):
+        try:
+            layouts[pp] = solve(spec, pp, vp if pp > 1 else 1, limit=limit)
+        except BridgeError:
+            break
+    sizes = product(
+        (t for t in _powers(spec.o_groups) if spec.o_groups % t == 0 and spec.vocab_size % t == 0),
+        layouts,
+        (e for e in _powers(spec.n_routed_experts) if spec.n_routed_experts % e == 0),
+        (e for e in _powers(NODE) if spec.moe_intermediate_size % e == 0),
+    )
+    for tp, pp, ep, etp in sizes:
+        dp, rest = divmod(gpus, tp * pp)
+        if rest or not dp or dp % least_dp(tp, ep, etp) or etp > tp:
+            continue
+        count = 1 if run.mode == "inference" else micro_batches(run, global_batch, dp)
+        if count is None or (run.mode != "inference" and (run.seq_length % tp or (vp > 1 < pp and count % pp))):
+            continue
+        try:
+            topology = make_topology(spec, tp, pp, ep, etp, layouts[pp])
+        except BridgeError:
+            continue
+        yield topology, dp, replace(run, micro_batches=count)
+
+
+def _powers(most: int) -> list[int]:
+    return [1 << n for n in range(most.bit_length()) if 1 << n <= most]
+
+
+def ranked(spec: ModelSpec, plan: MemoryPlan, gpu_memory: int) -> Ranked:
+    """A plan with its estimate; see the module's docstring."""
+    topology, run = plan.topology, plan.run
+    layout, costs = topology.layout, flop_costs(spec, run.seq_length)
+    passes = 1 if run.mode == "inference" else 4 if run.recompute else 3
+    tokens = run.micro_batches * run.micro_batch * run.seq_length  # of one pipeline; others have rows of their own
+    whole = sum(map(costs.of, layout.chunks))
+    slowest = 2 * passes * tokens * costs.worst(layout) / topology.tp / _RATE
+    ideal = 2 * passes * tokens * whole / (topology.tp * topology.pp) / _RATE
+    bubble = (topology.pp - 1) / (layout.vp * run.micro_batches)
+    sent = _sent_seconds(spec, plan, tokens / topology.tp, passes)
+    step = slowest * (1 + bubble) + sent
+    fits = plan.worst.total <= USABLE * gpu_memory
+    return Ranked(plan, bubble, costs.imbalance(layout), sent / step, step / ideal, fits)
+
+
+def _sent_seconds(spec: ModelSpec, plan: MemoryPlan, tokens: float, passes: int) -> float:
+    """Seconds of communication of a rank and step; `tokens` are a rank's under sequence parallelism."""
+    t, e, hidden = plan.topology, 2 if plan.run.dtype == "bf16" else 4, spec.hidden_size
+    chunks = t.layout.of_rank(0)
+    layers = max(sum(c.stop - c.start + c.mtp for c in t.layout.of_rank(r)) for r in range(t.pp))
+    training = plan.run.mode != "inference"
+    groups: list[tuple[float, int]] = []  # bytes, ranks that the group spans
+    if t.tp > 1:
+        groups.append((4 * passes * layers * tokens * hidden * e * (t.tp - 1), t.tp))
+    routed = tokens * spec.num_experts_per_tok * hidden * e
+    if t.ep > 1:
+        groups.append((2 * passes * layers * routed * (t.ep - 1) / t.ep, t.etp * t.ep))
+    if t.etp > 1:
+        groups.append((2 * passes * layers * routed * (t.etp - 1), t.etp))
+    if t.pp > 1:
+        streams = spec.hc_mult * hidden * e
+        groups.append(((1 + training) * len(chunks) * tokens * streams, plan.gpus))
+    if training:
+        stage = plan.worst
+        for copies, span in ((plan.dp, t.tp * plan.dp), (expert_dp(t, plan.dp), t.tp * plan.dp)):
+            # Both groups are charged half of what the rank holds: gradients once, weights once.
+            share = (stage.gradients + stage.weights * (plan.run.mode == "training")) / 2
+            groups.append((share * (copies - 1) / copies, span))
+    return sum(size / (_INSIDE if span <= NODE else _BETWEEN) for size, span in groups)

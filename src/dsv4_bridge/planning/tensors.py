@@ -1,0 +1,185 @@
+"""What goes where, before anything starts: the plan of a checkpoint as data, text and JSON."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import BridgeError, files_named
+from ..spec.dtypes import DTYPES
+from ..spec.plan import Plan, expand, megatron_dtype, megatron_prefix, shard_name, shard_of, stored
+from ..spec.spec import ModelSpec
+from ..spec.variants import BASE, BF16, FP4, FP8, VARIANTS, Variant
+from ..store.hf import Finding, open_hf
+from ..store.hf_config import read_config, spec_from_config
+from ..store.safetensors import INDEX, SINGLE, Shard
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One row of the table, over all its tensors.
+
+    Attributes:
+        key: row key.
+        tensors: weights.
+        shape: logical shape of one, of the first layer that has it.
+        encoding: how it is stored in the released format.
+        released_bytes: on disk in the released format, scales included.
+        megatron: on-disk Megatron name of the first, `-` for a passenger.
+        dtype: what Megatron holds.
+        megatron_bytes: on disk in the Megatron checkpoint.
+    """
+
+    key: str
+    tensors: int
+    shape: tuple[int, ...]
+    encoding: str
+    released_bytes: int
+    megatron: str
+    dtype: str
+    megatron_bytes: int
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """The plan of one checkpoint.
+
+    Attributes:
+        what: the checkpoint or variant.
+        variant: its kind.
+        rows: per row.
+        tensors: released tensors, scales included.
+        released_bytes: all of them.
+        megatron_bytes: the Megatron checkpoint (data; frames and index add less than 1 %).
+        passenger_bytes: what travels along as it is.
+        shards: released shard -> bytes.
+        findings: disagreements with the headers, where there are any to compare.
+        compared: whether headers were compared.
+    """
+
+    what: str
+    variant: str
+    rows: tuple[PlanRow, ...]
+    tensors: int
+    released_bytes: int
+    megatron_bytes: int
+    passenger_bytes: int
+    shards: dict[str, int]
+    findings: tuple[Finding, ...]
+    compared: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain types."""
+        return asdict(self)
+
+
+@files_named("planning")
+def plan(what: str | Path, headers: Mapping[str, Shard] | None = None) -> PlanReport:
+    """Plan a checkpoint: a folder with config.json (and shards, then compared), or a variant's name.
+
+    Args:
+        what: folder or name.
+        headers: headers of its shards, where they are not in the folder (see `hub.describe`).
+
+    Raises:
+        BridgeError: neither, or unusable.
+    """
+    path = Path(what)
+    if not path.exists():
+        variant = known_variant(str(what))
+        if variant is None:
+            raise BridgeError(f"planning {what}: no such folder, and no variant of that name ({', '.join(VARIANTS)})")
+        return _report(str(what), variant.name, expand(variant.spec, variant.own_mtp_head), dict(variant.encodings))
+    config = read_config(path / "config.json")
+    if headers or (path / INDEX).exists() or (path / SINGLE).exists():
+        checkpoint = open_hf(path, strict=False, headers=headers)
+        checkpoint.close()
+        encodings = {name: b.encoding for name, b in checkpoint.bound.items()}
+        by_class = dict(_guess(config).encodings) | dict(checkpoint.encodings)
+        return _report(
+            str(path),
+            checkpoint.variant,
+            checkpoint.plan,
+            by_class,
+            encodings,
+            checkpoint.findings,
+            compared=True,
+        )
+    spec = spec_from_config(config, str(path / "config.json"))
+    guess = _guess(config, spec)
+    return _report(str(path), f"{guess.name} by config.json", expand(spec, guess.own_mtp_head), dict(guess.encodings))
+
+
+def known_variant(name: str) -> Variant | None:
+    """The variant called `name`, short or by its repository, any case; planning it needs no files."""
+    known = {v.name.lower(): v for v in VARIANTS.values()} | {v.hub_id.lower(): v for v in VARIANTS.values()}
+    return known.get(name.lower().removeprefix("deepseek-ai/").removeprefix("deepseek-v4-")) or known.get(name.lower())
+
+
+def _guess(config: dict[str, Any], spec: ModelSpec | None = None) -> Variant:
+    """The variant that a config alone points to."""
+    quantised = isinstance(config.get("quantization_config"), dict)
+    expert = config.get("expert_dtype")
+    # The launch config of the FP4 releases has no expert_dtype, nor have the FP8 repacks.
+    encodings = BF16 if not quantised else {"fp8": BASE}.get(str(expert), FP4)
+    family = [v for v in VARIANTS.values() if v.encodings == encodings or (v.encodings == FP8 and encodings is FP8)]
+    for variant in family:
+        same = spec and variant.spec.hidden_size == spec.hidden_size and variant.spec.dspark == spec.dspark
+        if same:
+            return variant
+    return next(v for v in family if (v.spec.dspark is not None) == bool(spec and spec.dspark) or not spec)
+
+
+def _report(
+    what: str,
+    variant: str,
+    plan: Plan,
+    by_class: dict[str, str],
+    encodings: dict[str, str] | None = None,
+    findings: tuple[Finding, ...] = (),
+    *,
+    compared: bool = False,
+) -> PlanReport:
+    rows: dict[str, list[Any]] = {}
+    shards: dict[int, int] = {}
+    tensors = passengers = 0
+    for item in plan.items:
+        encoding = (encodings or {}).get(item.name) or by_class[item.row.encoding]
+        facts = stored(item, encoding)
+        size = sum(f.nbytes for f in facts)
+        dtype = "-" if item.passenger else megatron_dtype(item)
+        row = rows.get(f"{item.row.key} {item.passenger}")
+        if row is None:
+            name = item.row.megatron
+            first = name if isinstance(name, str) else ", ".join(n.rsplit(".", 1)[1] for n in name or ())
+            shown = "-" if item.passenger else megatron_prefix(item) + str(first)
+            row = rows[f"{item.row.key} {item.passenger}"] = [
+                item.row.key,
+                0,
+                item.shape,
+                encoding,
+                0,
+                shown,
+                dtype,
+                0,
+            ]
+        row[1] += 1
+        row[4] += size
+        row[7] += 0 if item.passenger else item.numel * DTYPES[dtype].itemsize
+        shard = shard_of(item, plan.spec)
+        shards[shard] = shards.get(shard, 0) + size
+        tensors += len(facts)
+        passengers += size if item.passenger else 0
+    done = tuple(PlanRow(*row) for row in rows.values())
+    return PlanReport(
+        what,
+        variant,
+        done,
+        tensors,
+        sum(r.released_bytes for r in done),
+        sum(r.megatron_bytes for r in done),
+        passengers,
+        {shard_name(n, plan.spec): size for n, size in sorted(shards.items())},
+        findings,
+        compared,
+    )

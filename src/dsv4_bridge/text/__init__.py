@@ -1,0 +1,1 @@
+"""Tokenizers, opened strictly, and how tokens are chosen."""

@@ -1,0 +1,90 @@
+"""Who may import whom: downwards only, and each library in its own rooms."""
+
+import ast
+from pathlib import Path
+
+import dsv4_bridge
+
+ROOT = Path(dsv4_bridge.__file__).parent
+# From the ground up. A room imports itself and lower lines; rooms of one line do not know each other.
+LAYERS = (
+    "errors",
+    "strict_json strict_yaml files ranks progress free_memory",
+    "lock",
+    "spec codec",
+    "parallel store text",
+    "lora planning chat",
+    "convert",
+    "toy mcore",
+    "data generate parity",
+    "train",
+    "cli",
+    "__init__ __main__",
+)
+MCORE = (
+    "cpu config metrics background meeting",
+    "mends kernels",
+    "layers runtime",
+    "model schedule indexer_phase",
+    "weights generate",
+    "adapters optim",
+    "checkpoints",
+    "__init__",
+)
+ONLY = {  # a library -> the rooms that may import it, at the top of a file or inside a function
+    "typer": "cli",
+    "rich": "cli",
+    "megatron": "mcore data train",
+    "transformers": "parity",
+    "matplotlib": "parity",
+    "huggingface_hub": "store",
+    "tokenizers": "text data",
+    "torch": "codec text lora convert mcore data generate parity train cli",  # plan, inspect, import: without it
+}
+
+
+def imports(path: Path, within: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """Every module that a file imports, lazily or not: ("dsv4_bridge", "spec", "table"), ("torch",)…"""
+    found: list[tuple[str, ...]] = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [tuple(alias.name.split(".")) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            start = within[: len(within) - node.level + 1] if node.level else ()
+            base = (*start, *(node.module.split(".") if node.module else ()))
+            found += [(*base, alias.name) for alias in node.names]
+    return found
+
+
+def upward(layers: tuple[str, ...], depth: int, under: Path) -> list[str]:
+    floor = {room: number for number, line in enumerate(layers) for room in line.split()}
+    wrong = []
+    for path in sorted(under.rglob("*.py")):
+        parts = path.relative_to(ROOT.parent).with_suffix("").parts
+        own = parts[depth]
+        assert own in floor, f"{path.relative_to(ROOT)} is in no layer: give it one in tests/test_layers.py"
+        for name in imports(path, parts[:-1]):
+            other = name[depth] if name[:depth] == parts[:depth] and len(name) > depth else own
+            if other in floor and other != own and floor[other] >= floor[own]:
+                wrong.append(f"{'/'.join(parts)} imports {'.'.join(name)}")
+    return wrong
+
+
+def test_downwards_only() -> None:
+    assert upward(LAYERS, 1, ROOT) == []
+
+
+def test_downwards_only_in_mcore() -> None:
+    assert upward(MCORE, 2, ROOT / "mcore") == []
+
+
+def test_libraries_stay_in_their_rooms() -> None:
+    wrong = []
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = path.relative_to(ROOT.parent).with_suffix("").parts
+        wrong += [
+            f"{'/'.join(parts)} imports {name[0]}"
+            for name in imports(path, parts[:-1])
+            if name[0] in ONLY and parts[1] not in ONLY[name[0]].split()
+        ]
+    assert wrong == []
