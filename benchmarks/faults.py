@@ -27,6 +27,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 
 from dsv4_bridge import BridgeError, make_toy
+from dsv4_bridge.codec.bf16 import to_bf16
 from dsv4_bridge.convert.verify import LEVELS, verify
 from dsv4_bridge.parity import compare, parity
 from dsv4_bridge.spec.dtypes import DTYPES
@@ -34,7 +35,6 @@ from dsv4_bridge.spec.spec import replace_spec
 from dsv4_bridge.spec.variants import VARIANTS, tiny
 from dsv4_bridge.store.hf import open_hf
 from dsv4_bridge.store.safetensors import TensorInfo
-from dsv4_bridge.toy.checkpoint import to_bf16
 
 Array = np.ndarray
 

@@ -16,14 +16,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from dsv4_bridge.cli.show.tables import TerminalProgress
+from dsv4_bridge.cli.show.progress import TerminalProgress
 from dsv4_bridge.convert.jobs import import_job
 from dsv4_bridge.convert.run import dry_run
 from dsv4_bridge.spec.plan import expand, shard_name, shard_of, stored
+from dsv4_bridge.spec.variants import variant_named
 from dsv4_bridge.store.hf import open_hf
 from dsv4_bridge.store.hf_config import released_config
 from dsv4_bridge.store.safetensors import INDEX, make_header, make_index
-from dsv4_bridge.toy.checkpoint import variant_named
 
 
 def make_sparse(folder: Path, name: str) -> None:

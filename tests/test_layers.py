@@ -22,7 +22,7 @@ LAYERS = (
     "__init__ __main__",
 )
 MCORE = (
-    "cpu config metrics background meeting",
+    "cpu config metrics background meeting device",
     "mends kernels",
     "layers runtime",
     "model schedule indexer_phase",

@@ -10,7 +10,8 @@ from safetensors import safe_open
 
 from conftest import same_files
 from dsv4_bridge import BridgeError, export_hf, import_hf, inspect, make_toy
-from dsv4_bridge.spec.plan import Item, expand, extra_state_keys, megatron_dtype, regions, scale_name
+from dsv4_bridge.spec.megatron import extra_state_keys, megatron_dtype, regions
+from dsv4_bridge.spec.plan import Item, expand, scale_name
 from dsv4_bridge.store.hf import open_hf
 
 pytestmark = pytest.mark.megatron

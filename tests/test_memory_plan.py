@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from dsv4_bridge import BridgeError
 from dsv4_bridge.cli.app import main
-from dsv4_bridge.parallel.layout import solve
-from dsv4_bridge.parallel.pieces import Coordinate, make_topology, pieces
+from dsv4_bridge.parallel.balance import solve
+from dsv4_bridge.parallel.pieces import pieces
+from dsv4_bridge.parallel.topology import Coordinate, make_topology
 from dsv4_bridge.planning.activations import Shape, chunk_bytes, in_flight, layer_bytes
 from dsv4_bridge.planning.memory import Run, make_run_topology, plan_memory
 from dsv4_bridge.planning.parameters import chunk_part

@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from conftest import DATA, inventory
-from dsv4_bridge.spec.plan import expand, extra_state_keys, regions
+from dsv4_bridge.spec.megatron import extra_state_keys, regions
+from dsv4_bridge.spec.plan import expand
 from dsv4_bridge.spec.table import ROWS
 from dsv4_bridge.spec.variants import VARIANTS
 

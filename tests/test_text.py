@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from dsv4_bridge import BridgeError, export_hf, import_hf, make_toy
+from dsv4_bridge.generate.stream import TextStream
 from dsv4_bridge.spec.spec import replace_spec
 from dsv4_bridge.spec.variants import VARIANTS, tiny
-from dsv4_bridge.text.tokenizer import TextStream, Tokenizer, end_tokens, open_tokenizer, parse_ids
+from dsv4_bridge.text.tokenizer import Tokenizer, end_tokens, open_tokenizer, parse_ids
 from dsv4_bridge.toy.tokenizer import toy_tokenizer
 
 pytestmark = pytest.mark.hf

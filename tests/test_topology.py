@@ -7,7 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv4_bridge import BridgeError
-from dsv4_bridge.parallel.layout import broken_rules, layout_of, parameter_costs, parse_layout, solve
+from dsv4_bridge.parallel.balance import parameter_costs, solve
+from dsv4_bridge.parallel.layout import broken_rules
+from dsv4_bridge.parallel.notation import layout_of, parse_layout
 from dsv4_bridge.spec.spec import ModelSpec, replace_spec
 from dsv4_bridge.spec.variants import VARIANTS
 

@@ -1,7 +1,9 @@
 """The one exception a user meets: input that cannot be used, said in one message."""
 
 import contextlib
-from collections.abc import Iterator
+import reprlib
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 
 class BridgeError(Exception):
@@ -32,3 +34,27 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
+def short(value: Any) -> str:
+    """A value for a message: its repr, cut to a line."""
+    text = _SHORT.repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+class _Short(reprlib.Repr):
+    """A repr in bounded time, whatever the value nests or repeats."""
+
+    def repr_int(self, x: int, level: int) -> str:
+        return repr(x) if abs(x) < 1 << 64 else "a huge integer"
+
+
+_SHORT = _Short(maxlevel=3, maxlist=12, maxtuple=12, maxdict=4, maxstring=80, maxother=80)
+
+
+def some(names: Iterable[str]) -> str:
+    """The first names of many, for a message; a name with odd characters is quoted."""
+    names = list(names)
+    return ", ".join(n if n.isprintable() and len(n) < 80 else short(n) for n in names[:3]) + (
+        " …" if len(names) > 3 else ""
+    )

@@ -4,8 +4,37 @@ import contextlib
 import threading
 import warnings
 from collections.abc import Callable
+from typing import Protocol
 
-from .convert.job import Progress, Silent
+
+class Progress(Protocol):
+    """Told what is about to be written and every piece that was."""
+
+    def start(self, label: str, total: int, done: int) -> None:
+        """`total` bytes are to be written, `done` of them are there already."""
+        ...
+
+    def advance(self, nbytes: int) -> None:
+        """`nbytes` more are on disk."""
+        ...
+
+    def stop(self) -> None:
+        """The work is over, or failed."""
+        ...
+
+
+class Silent:
+    """No progress."""
+
+    def start(self, label: str, total: int, done: int) -> None:
+        pass
+
+    def advance(self, nbytes: int) -> None:
+        pass
+
+    def stop(self) -> None:
+        pass
+
 
 _PAUSE = 0.1  # seconds between two words to the display
 _PATIENCE = 2.0  # seconds that the end of the work waits for a display that is stuck

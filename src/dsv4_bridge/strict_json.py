@@ -5,8 +5,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from .errors import BridgeError
-from .spec.spec import short
+from .errors import BridgeError, short
 
 
 def parse_json(raw: bytes, where: str) -> dict[str, Any]:

@@ -30,7 +30,8 @@ from dsv4_bridge.mcore.config import model_config
 from dsv4_bridge.mcore.layers.block import HyperConnectedBlock
 from dsv4_bridge.mcore.layers.rope import make_rotary
 from dsv4_bridge.mcore.model import DeepSeekV4Model
-from dsv4_bridge.spec.plan import expand, extra_state_keys, regions
+from dsv4_bridge.spec.megatron import extra_state_keys, regions
+from dsv4_bridge.spec.plan import expand
 from dsv4_bridge.spec.variants import VARIANTS
 
 # Large and unequal eps, few Sinkhorn iterations, a short YaRN: what is 1e-6 of the released numbers'

@@ -35,7 +35,8 @@ def main(path: str) -> None:
 def build_only(told: dict[str, Any]) -> list[Any]:
     """This rank's chunks, without weights."""
     from dsv4_bridge.mcore.model import build_chunks
-    from dsv4_bridge.parallel.layout import parse_layout, solve
+    from dsv4_bridge.parallel.balance import solve
+    from dsv4_bridge.parallel.notation import parse_layout
     from dsv4_bridge.store.hf import open_hf
 
     spec = open_hf(Path(told["weights"])).spec

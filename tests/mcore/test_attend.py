@@ -9,7 +9,7 @@ import torch
 
 from dsv4_bridge.mcore.kernels import attention as attend_module
 from dsv4_bridge.mcore.kernels.attention import Reach, attend
-from dsv4_bridge.mcore.layers.indexer import best_blocks, index_scores
+from dsv4_bridge.mcore.kernels.index import best_blocks, index_scores
 
 pytestmark = pytest.mark.megatron
 

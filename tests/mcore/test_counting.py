@@ -9,7 +9,7 @@ from reference import draft_spec, randomise, some_ids
 
 from dsv4_bridge import BridgeError
 from dsv4_bridge.mcore import build_model
-from dsv4_bridge.mcore.layers.indexer import best_blocks
+from dsv4_bridge.mcore.kernels.index import best_blocks
 from dsv4_bridge.mcore.layers.moe import BiasRouter
 from dsv4_bridge.mcore.layers.observe import watching
 from dsv4_bridge.mcore.metrics import collect

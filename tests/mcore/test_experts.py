@@ -30,9 +30,10 @@ from safetensors.torch import load_file, save_file
 from conftest import same_files
 from dsv4_bridge import BridgeError, export_hf, import_hf, make_toy
 from dsv4_bridge.mcore import DeepSeekV4Model, build_model, load_checkpoint, load_weights, save_checkpoint
-from dsv4_bridge.mcore.layers.experts import GroupedExperts, grouped_linear, stacked
+from dsv4_bridge.mcore.kernels.grouped import grouped_linear, stacked
+from dsv4_bridge.mcore.layers.experts import GroupedExperts
 from dsv4_bridge.mcore.layers.moe import Experts
-from dsv4_bridge.mcore.weights.load import stream_weights
+from dsv4_bridge.mcore.weights.stream import stream_weights
 from dsv4_bridge.store.hf import open_hf
 
 pytestmark = pytest.mark.megatron

@@ -15,8 +15,9 @@ from dsv4_bridge.mcore.config import model_config
 from dsv4_bridge.mcore.indexer_phase import indexer_settings, set_trained
 from dsv4_bridge.mcore.kernels import attention as attend_module
 from dsv4_bridge.mcore.kernels.attention import Reach
+from dsv4_bridge.mcore.kernels.index import IndexTerms, best_blocks, index_scores
 from dsv4_bridge.mcore.layers import indexer_loss
-from dsv4_bridge.mcore.layers.indexer import Indexer, IndexTerms, best_blocks, index_scores
+from dsv4_bridge.mcore.layers.indexer import Indexer
 from dsv4_bridge.mcore.metrics import collect
 from dsv4_bridge.mcore.schedule import Batch, forward_backward
 

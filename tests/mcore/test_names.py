@@ -13,7 +13,8 @@ from megatron.core.transformer.module import Float16Module
 from reference import draft_spec, randomise
 
 from dsv4_bridge.mcore import DeepSeekV4Model, build_model
-from dsv4_bridge.spec.plan import expand, extra_state_keys, regions
+from dsv4_bridge.spec.megatron import extra_state_keys, regions
+from dsv4_bridge.spec.plan import expand
 
 pytestmark = pytest.mark.megatron
 

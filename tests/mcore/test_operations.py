@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv4_bridge.mcore.layers.basics import inverse_rms
-from dsv4_bridge.mcore.layers.hyper_connection import HyperConnection, collapse, project, sinkhorn
-from dsv4_bridge.mcore.layers.rope import rotate
+from dsv4_bridge.mcore.kernels.norm import inverse_rms
+from dsv4_bridge.mcore.kernels.rotary import rotate
+from dsv4_bridge.mcore.kernels.streams import collapse, project, sinkhorn
+from dsv4_bridge.mcore.layers.hyper_connection import HyperConnection
 
 pytestmark = pytest.mark.megatron
 

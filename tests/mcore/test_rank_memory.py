@@ -13,7 +13,7 @@ from dsv4_bridge import make_toy
 from dsv4_bridge.mcore import build_model, load_weights
 from dsv4_bridge.mcore.adapters.adapters import add_adapters
 from dsv4_bridge.mcore.layers.cache import new_cache
-from dsv4_bridge.parallel.layout import solve
+from dsv4_bridge.parallel.balance import solve
 from dsv4_bridge.planning.activations import Shape, cache_bytes, chunk_bytes
 from dsv4_bridge.planning.memory import MemoryPlan, Run, make_run_topology, plan_memory
 from dsv4_bridge.spec.lora import CARRIERS, Lora

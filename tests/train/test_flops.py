@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from dsv4_bridge import BridgeError
 from dsv4_bridge.cli.app import app
-from dsv4_bridge.parallel.layout import flop_costs
+from dsv4_bridge.parallel.balance import flop_costs
 from dsv4_bridge.planning.flops_report import flop_report
 from dsv4_bridge.planning.peaks import mfu, peak_tflops
 from dsv4_bridge.spec.flops import (

@@ -1,7 +1,6 @@
 """What the model wrote -> a message; refused, with the place, where it is not well formed."""
 
-from ..errors import BridgeError
-from ..spec.spec import short
+from ..errors import BridgeError, short
 from ..strict_json import parse_json
 from .messages import Message, ToolCall, to_json
 from .strings import (

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..errors import BridgeError
-from ..spec.spec import short
+from ..errors import BridgeError, short
 from ..strict_json import parse_json, too_deep
 from .strings import ANSWER_TOKENS, TASKS, TURN_TOKENS
 

@@ -5,9 +5,8 @@ reasoning efforts `encoding/README.md` of the April releases and of Flash-0731 (
 sgl-project/sglang#33185 and vllm-project/vllm#50580).
 """
 
-from ..text.tokenizer import ASSISTANT, USER
-from ..text.tokenizer import THOUGHT as THINK_END
-from ..toy.tokenizer import BOS, EOS
+from ..text.tokens import ASSISTANT, BOS, EOS, USER
+from ..text.tokens import THOUGHT as THINK_END
 
 THINK_START = "<think>"
 REMINDER = "<｜latest_reminder｜>"

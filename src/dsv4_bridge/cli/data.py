@@ -81,7 +81,7 @@ def data(
     if chats and seq_length is None:
         raise BridgeError(f"preparing data: {chats[0]} holds conversations; give --seq-length, tokens of a pack")
     folder, spec = _tokenizer(tokenizer)
-    from .show.tables import TerminalProgress
+    from .show.progress import TerminalProgress
 
     progress = TerminalProgress()
     label = f"data {out}"

@@ -45,9 +45,10 @@ def flops(
 
     CKPT is a folder of either format, a hub id or a variant's name.
     """
-    from ..planning.flops_report import flop_report, flop_table
+    from ..planning.flops_report import flop_report
     from ..spec.lora import Lora
     from ..text.tokenizer import parse_ids
+    from .show.flops import flop_table
 
     if seq_length is not None and lengths is not None:
         raise BridgeError("counting FLOPs: --lengths makes a row of its sum; leave --seq-length out")
@@ -74,7 +75,7 @@ def flops(
 def _spec(ckpt: str, revision: str | None) -> Any:
     """The numbers of what the user named; no tensor is read."""
     from ..planning.ranks import spec_of
-    from ..planning.tensors import known_variant
+    from ..spec.variants import known_variant
     from ..store.megatron import looks_megatron, open_megatron
 
     path = Path(ckpt)

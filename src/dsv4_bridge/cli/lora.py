@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from .app import DryRun, ExportEncoding, Json, Lossy, Overwrite, Revision, Workers, app, put
+from .app import ExportEncoding, Json, Overwrite, Revision, Workers, app, put
+from .convert import DryRun, Lossy
 
 
 class Names(StrEnum):
@@ -64,7 +65,7 @@ def merge(
     from ..convert.run import Options
     from ..store.hub import resolve
     from .show.merge import merge_table
-    from .show.tables import TerminalProgress
+    from .show.progress import TerminalProgress
 
     options = Options(workers, overwrite=overwrite, progress=TerminalProgress(), dry_run=dry_run)
     report = run_merge(resolve(hf, revision), adapter, out, encoding.value, options, allow_lossy=allow_lossy)

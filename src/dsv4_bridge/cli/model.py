@@ -8,20 +8,13 @@ from typing import Annotated
 import typer
 
 from ..errors import printable
-from .app import Json, Revision, app, finish, put
+from .app import Dtype, Json, Revision, app, finish, put
 
 
 class Against(StrEnum):
     """Other implementations that `parity` compares with."""
 
     transformers = "transformers"
-
-
-class Dtype(StrEnum):
-    """Types that a model computes in."""
-
-    float32 = "float32"
-    bf16 = "bf16"
 
 
 @app.command()
@@ -104,8 +97,9 @@ def generate(
 
     Started by torchrun, each process holds a share of the experts.
     """
-    from ..generate.generate import Ask, InOrder
+    from ..generate.generate import Ask
     from ..generate.generate import generate as run
+    from ..generate.stream import InOrder
     from ..ranks import Ranks
     from ..store.hub import resolve
     from ..text.sampling import Sampling

@@ -7,8 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import BridgeError
-from .app import Json, Revision, app, finish, put
-from .model import Dtype
+from .app import Dtype, Json, Revision, app, finish, put
 
 
 class Mode(StrEnum):
@@ -62,8 +61,8 @@ def plan(
 
     CKPT is a folder, hub id or variant's name.
     """
-    from ..planning.tensors import known_variant
     from ..planning.tensors import plan as make_plan
+    from ..spec.variants import known_variant
 
     sizes = {"tp": tp, "pp": pp, "ep": ep, "etp": etp, "dp": dp, "vp": vp, "layout": layout, "gpus": gpus}
     sizes |= {"gpu_memory": gpu_memory, "global_batch": global_batch}
@@ -76,7 +75,7 @@ def plan(
 
         found = describe(ckpt, revision)
     if all(value is None for value in (*sizes.values(), *run.values())):
-        from .show.tables import plan_table
+        from .show.plan import plan_table
 
         report = make_plan(*found)
         put(report.to_json() if as_json else {}, as_json, "" if as_json else plan_table(report))

@@ -18,11 +18,10 @@ import numpy as np
 
 from ..errors import BridgeError, files_named
 from ..files import put, sync
-from ..progress import in_background
+from ..progress import Progress, Silent, in_background
 from ..store.checksum import Checksum
 from ..store.reading import drop_behind, open_to_read
 from ..strict_json import parse_json
-from .job import Progress, Silent
 
 _SUFFIX = ".checksums.json"
 _FORMAT = "dsv4-checksums-1"

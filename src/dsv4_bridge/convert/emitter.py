@@ -6,9 +6,8 @@ quantised encodings, the scales of a checkpoint to be like.
 
 import contextlib
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -21,69 +20,11 @@ from ..store.reading import Readahead
 from ..store.safetensors import SafetensorsFolder, TensorInfo
 from ..store.stream import CountingStream, Stream
 from .report import Report
+from .segments import Copy, Frame, Literal, Rows, Scale, Segment, Weight
 from .values import HFValues, Scratch, Values, cuts, stripe_rows, to_plain
 
 # Input is read ahead in bursts: a disk that reads and writes at once does both slowly.
 _AHEAD_MOST, _AHEAD_LEAST = 256 << 20, 64 << 20
-
-
-class Literal(NamedTuple):
-    """Bytes known beforehand: headers, frames, objects."""
-
-    data: bytes
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return len(self.data)
-
-
-class Frame(NamedTuple):
-    """Bytes made when they are needed: heads and tails of Megatron items, thousands of them alike."""
-
-    make: Callable[[], bytes]
-    nbytes: int
-
-
-class Rows(NamedTuple):
-    """Rows `start` to `stop` of an item, plain."""
-
-    item: Item
-    encoding: str
-    start: int
-    stop: int
-    nbytes: int
-
-
-class Weight(NamedTuple):
-    """The stored weight of an item under an encoding."""
-
-    item: Item
-    encoding: str
-    nbytes: int
-
-
-class Scale(NamedTuple):
-    """The stored scale of an item under an encoding."""
-
-    item: Item
-    encoding: str
-    nbytes: int
-
-
-class Copy(NamedTuple):
-    """The bytes of a tensor of a folder, as they are."""
-
-    folder: SafetensorsFolder
-    info: TensorInfo
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return self.info.nbytes
-
-
-Segment = Literal | Frame | Rows | Weight | Scale | Copy
 
 
 @dataclass

@@ -5,40 +5,12 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from ..progress import Progress, Silent
 from ..ranks import Ranks
 from .emitter import Emitter
 from .outputs import OutFile
-
-
-class Progress(Protocol):
-    """Told what is about to be written and every piece that was."""
-
-    def start(self, label: str, total: int, done: int) -> None:
-        """`total` bytes are to be written, `done` of them are there already."""
-        ...
-
-    def advance(self, nbytes: int) -> None:
-        """`nbytes` more are on disk."""
-        ...
-
-    def stop(self) -> None:
-        """The work is over, or failed."""
-        ...
-
-
-class Silent:
-    """No progress."""
-
-    def start(self, label: str, total: int, done: int) -> None:
-        pass
-
-    def advance(self, nbytes: int) -> None:
-        pass
-
-    def stop(self) -> None:
-        pass
 
 
 @dataclass(frozen=True)

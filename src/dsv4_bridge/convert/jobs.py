@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import BridgeError, files_named
 from ..spec.encodings import QUANTISED
-from ..spec.plan import Item, Plan, expand
+from ..spec.plan import Item, Plan, expand, target_encoding
 from ..spec.spec import ModelSpec
 from ..store.hf import HFCheckpoint, open_hf
 from ..store.hf_config import QUANTIZATION_CONFIG, dialect_of, released_config
@@ -250,29 +250,6 @@ def repack_job(checkpoint: HFCheckpoint, encoding: str, *, allow_lossy: bool = F
         copies=small_files(checkpoint.folder.path),
         markers=_markers(layout, _config_bytes(checkpoint.plan, checkpoint, encoding, encode, unchanged=False)),
     )
-
-
-def target_encoding(item: Item, target: str, own: str | None) -> str:
-    """Encoding of an item in a folder written as `source`, `fp8` or `bf16`.
-
-    Under `fp8` the experts have float32 scales, as the Base releases: that is what servers read where config.json
-    says `expert_dtype: fp8`. vLLM 0.33 copies the bytes of E8M0 scales there as if they were numbers.
-
-    Args:
-        item: the item.
-        target: what was asked for.
-        own: its encoding in the released checkpoint, None where that is not known.
-    """
-    plain = {"plain": "bf16", "f32": "f32", "int": "i64"}
-    if item.row.encoding in plain:
-        return plain[item.row.encoding]
-    if target == "source":
-        assert own is not None
-        return own if own != "f32" else "bf16"
-    if target == "fp8":
-        served = "fp8_pow2" if item.row.encoding == "expert" else "fp8"
-        return own if own in (served, "fp8_f32") else served
-    return "bf16"
 
 
 def _config_bytes(plan: Plan, like: HFCheckpoint | None, encoding: str, encode: Any, *, unchanged: bool) -> bytes:

@@ -10,7 +10,8 @@ from functools import partial
 
 from ..spec.dtypes import DTYPES
 from ..spec.encodings import TILE, Stored
-from ..spec.plan import Item, Plan, extra_state_keys, megatron_dtype, regions, shard_name, shard_of, stored
+from ..spec.megatron import extra_state_keys, megatron_dtype, regions
+from ..spec.plan import Item, Plan, shard_name, shard_of, stored
 from ..store.hf import HFCheckpoint
 from ..store.safetensors import make_header, make_index
 from ..store.torch_dist.frames import (
@@ -22,7 +23,7 @@ from ..store.torch_dist.frames import (
     extra_state_item,
     tensor_frame,
 )
-from .emitter import Copy, Frame, Literal, Rows, Scale, Segment, Weight
+from .segments import Copy, Frame, Literal, Rows, Scale, Segment, Weight
 
 _CHUNK_BYTES = 64 << 20  # a Megatron tensor larger than this is cut by rows into several chunks
 _FILE_BYTES = 4 << 30  # and a new .distcp file is begun

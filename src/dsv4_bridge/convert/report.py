@@ -4,8 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..codec import Certificate, EncodeStats
-from ..errors import BridgeError
-from ..spec.spec import short
+from ..errors import BridgeError, short
 
 
 @dataclass

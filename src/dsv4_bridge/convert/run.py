@@ -19,14 +19,14 @@ from typing import Any
 
 from ..errors import BridgeError
 from ..files import copy, make_folder, move, put, sync
-from ..progress import in_background
+from ..progress import Progress, Silent, in_background
 from ..ranks import shares
 from ..store.checksum import of_bytes
 from ..store.stream import Buffers, Bytes, CountingStream, FileStream
 from . import journal
 from .checksums import Sum, checksums_path, file_sum, remove_checksums, write_checksums
 from .emitter import Emitter, Report
-from .job import Job, Options, Progress, Silent, identity_hash
+from .job import Job, Options, identity_hash
 from .outputs import OutFile
 from .prepare import DONE, MARKS, RANKS, WORK, amount, begin, check_space, clear, examine, finished, readable
 from .team import Stopped, Team

@@ -14,7 +14,8 @@ from ..codec import CodecError, fp8, mxfp4
 from ..errors import BridgeError
 from ..spec.dtypes import DTYPES
 from ..spec.encodings import ENCODINGS, TILE
-from ..spec.plan import Item, Region, regions
+from ..spec.megatron import Region, regions
+from ..spec.plan import Item
 from ..spec.spec import ModelSpec
 from ..store.hf import Bound, HFCheckpoint
 from ..store.torch_dist.reader import TorchDistReader

@@ -22,8 +22,9 @@ from ..store.megatron import MegatronCheckpoint, has_config, looks_megatron, ope
 from ..store.safetensors import SafetensorsFolder, TensorInfo
 from ..store.small_files import small_files
 from ..store.stream import Bytes, as_bytes
-from .emitter import Emitter, Scale, Weight
+from .emitter import Emitter
 from .run import Progress, Silent
+from .segments import Scale, Weight
 from .values import HFValues, MegatronValues, Scratch, Values, cuts, stripe_rows, to_plain
 
 LEVELS = ("names", "values", "bytes")

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..errors import BridgeError
-from ..spec.spec import short
+from ..errors import BridgeError, short
 from ..strict_json import read_json
 from .index_files import IndexFacts, check_indexed
 from .token_ids import check_token_ids

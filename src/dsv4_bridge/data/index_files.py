@@ -21,8 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import BridgeError
-from ..spec.spec import short
+from ..errors import BridgeError, short
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEAD = struct.Struct("<9sQBQQ")

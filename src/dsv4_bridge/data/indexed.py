@@ -24,8 +24,9 @@ from ..errors import BridgeError, files_named
 from ..files import move, sync
 from ..lock import hold
 from ..spec.spec import ModelSpec
-from ..text.tokenizer import TOKENIZER, Tokenizer, open_tokenizer
+from ..text.tokenizer import Tokenizer, open_tokenizer
 from ..text.tokenizer_files import guarded
+from ..text.tokens import TOKENIZER
 from .chat.store import scratch_folder
 from .sources import BadSource, Source, Unit, explained, find_sources, texts, units
 

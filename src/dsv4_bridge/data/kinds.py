@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import BridgeError
-from ..spec.spec import short
+from ..errors import BridgeError, short
 from .chat.others import PREFERENCES, is_chat
 
 JSONL = (".jsonl", ".ndjson")

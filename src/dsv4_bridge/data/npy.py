@@ -12,8 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import BridgeError
-from ..spec.spec import short
+from ..errors import BridgeError, short
 
 _START = b"\x93NUMPY\x01\x00"
 _MOST_HEADER = 1024

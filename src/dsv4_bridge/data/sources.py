@@ -9,8 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import BridgeError
-from ..spec.spec import short
+from ..errors import BridgeError, short
 from .kinds import choose_shape, gunzipped, is_array, is_gzip, refuse_others, unpacked
 
 _UNIT = 4 << 20  # bytes of a unit, about

@@ -1,20 +1,22 @@
 """Continue texts with a checkpoint: open it, build the model, decode, answer with a report."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BridgeError, files_named
-from ..parallel.pieces import make_topology
+from ..parallel.topology import make_topology
 from ..ranks import Ranks
 from ..spec.plan import expand
 from ..spec.spec import ModelSpec
 from ..store.hf import open_hf
 from ..store.megatron import looks_megatron, open_megatron
 from ..text.sampling import Sampling
-from ..text.tokenizer import TOKENIZER, TextStream, Tokenizer, end_tokens, open_tokenizer
+from ..text.tokenizer import Tokenizer, end_tokens, open_tokenizer
+from ..text.tokens import TOKENIZER
+from .stream import Heard, TextStream
 
 if TYPE_CHECKING:
     from ..mcore import DeepSeekV4Model
@@ -93,9 +95,6 @@ class GenerateReport:
         """The report as plain data."""
         speed = round(self.new_tokens / self.seconds, 2) if self.seconds else None
         return asdict(self) | {"tokens_per_second": speed, "right": self.right}
-
-
-Heard = Callable[[int, str, bool], object]
 
 
 @files_named("generating")
@@ -235,30 +234,3 @@ def _load(path: Path, spec: ModelSpec, dtype: str) -> "DeepSeekV4Model":
     model = mcore.build_model(spec, dtype=kind, initialize_weights=False)
     mcore.load_weights(model, path, allow_lossy=True)
     return model.eval()
-
-
-class InOrder:
-    """Writes texts that grow side by side one below the other: the first at once, the next when it has ended.
-
-    Args:
-        count: of texts; more than one are numbered from 0.
-        write: takes pieces.
-    """
-
-    def __init__(self, count: int, write: Callable[[str], object]):
-        self._waiting = [f"[{row}] " if count > 1 else "" for row in range(count)]
-        self._ended = [False] * count
-        self._write, self._now = write, 0
-
-    def heard(self, row: int, piece: str, last: bool) -> None:
-        """A piece of text `row`; `last`: it ends with it."""
-        self._waiting[row] += piece
-        self._ended[row] |= last
-        while self._now < len(self._waiting):
-            if self._waiting[self._now]:
-                self._write(self._waiting[self._now])
-                self._waiting[self._now] = ""
-            if not self._ended[self._now]:
-                return
-            self._write("\n")
-            self._now += 1

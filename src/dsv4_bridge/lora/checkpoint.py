@@ -5,12 +5,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import BridgeError, files_named
+from ..errors import BridgeError, files_named, some
 from ..spec.lora import ADAPTERS, ALPHA, CARRIERS, PARTS, Lora, Target, checkpoint_name, targets
 from ..spec.plan import Item
 from ..spec.spec import ModelSpec
 from ..store.run_config import FILE, read_run_config
-from ..store.safetensors import some
 from ..store.torch_dist.reader import TorchDistReader, open_torch_dist
 from .adapters import Adapter, Adapters
 

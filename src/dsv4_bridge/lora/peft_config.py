@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import BridgeError
-from ..spec.spec import short
+from ..errors import BridgeError, short
 from ..strict_json import parse_json
 
 CONFIG = "adapter_config.json"

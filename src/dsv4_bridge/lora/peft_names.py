@@ -16,9 +16,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from ..errors import BridgeError
+from ..errors import BridgeError, short
 from ..spec.lora import Target
-from ..spec.spec import short
 from .peft_config import PeftConfig
 from .peft_patterns import matches
 

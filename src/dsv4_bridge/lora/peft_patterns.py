@@ -10,8 +10,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from ..errors import BridgeError
-from ..spec.spec import short
+from ..errors import BridgeError, short
 
 SECONDS = 10.0
 MOST = 4096  # characters of a pattern

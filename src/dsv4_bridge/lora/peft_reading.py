@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import BridgeError, files_named
+from ..errors import BridgeError, files_named, some
 from ..spec.dtypes import DTYPES
 from ..spec.lora import CARRIERS, MERGEABLE, Lora, Target, targets
 from ..spec.spec import ModelSpec
 from ..store.megatron import looks_megatron
-from ..store.safetensors import TensorInfo, read_header, some
+from ..store.safetensors import TensorInfo, read_header
 from .adapters import Adapter, Adapters
 from .checkpoint import read_adapters
 from .peft_config import CONFIG, PeftConfig, read_config, scaled

@@ -27,7 +27,8 @@ with warnings.catch_warnings():
     from .generate import generate
     from .model import DeepSeekV4Model, build_model
     from .runtime import Parallel, initialize
-    from .weights.load import load_weights, stream_weights
+    from .weights.load import load_weights
+    from .weights.stream import stream_weights
 
 __all__ = [
     "DeepSeekV4Model",

@@ -14,9 +14,9 @@ from megatron.core.transformer.experimental_attention_variant.dsa import DSAInde
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from ..errors import BridgeError
-from ..parallel.pieces import Topology
+from ..parallel.topology import Topology
+from ..spec.megatron import megatron_model
 from ..spec.spec import ModelSpec
-from ..store.run_config import megatron_model
 
 # Of the checkpoint's numbers under dev's names, what only dev's model reads.
 _OF_DEV_ALONE = ("experimental_attention_variant", "enable_hyper_connections", "pipeline_model_parallel_layout")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import BridgeError
 from ..parallel.layout import Layout
-from ..parallel.pieces import Coordinate, Topology, make_topology
+from ..parallel.topology import Coordinate, Topology, make_topology
 from ..spec.spec import ModelSpec
 from .config import DeepSeekV4Config, model_config
 from .layers.block import HyperConnectedBlock

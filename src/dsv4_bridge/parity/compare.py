@@ -204,7 +204,7 @@ def _runs(
 
 def _device() -> torch.device:
     try:
-        from ..mcore.runtime import device
+        from ..mcore.device import device
     except ImportError:
         raise BridgeError(
             "comparing with our model: megatron-core is not installed; pip install 'dsv4-bridge[megatron,hf]'"

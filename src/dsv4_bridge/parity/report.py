@@ -6,9 +6,8 @@ from html import escape
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..cli.show.parity import about, logits_of
 from ..errors import BridgeError, files_named
-from .metrics import Choice, Difference
+from .metrics import Choice, Difference, LogitsDifference
 from .result import ParityReport, Run, SiteResult
 from .sites import SITES
 
@@ -154,6 +153,56 @@ def _flips(found: Choice, tie: float) -> str:
 
 def _cells(values: Iterable[str]) -> str:
     return "".join(f"<td>{v}</td>" for v in values)
+
+
+def _runs(report: ParityReport) -> list[tuple[str, Run]]:
+    replayed = [("choices replayed", report.replayed)] if report.replayed else []
+    return [("own choices", report.free), *replayed]
+
+
+def about(report: ParityReport) -> list[str]:
+    """What was compared, and with which versions."""
+    same = report.reference == report.checkpoint
+    tokens = report.inputs
+    seed = f", seed {tokens['seed']}" if tokens["seed"] is not None else ""
+    lines = [
+        f"checkpoint  {report.checkpoint}",
+        f"reference   {'the same' if same else report.reference}, in {report.against}' DeepseekV4ForCausalLM (eager)",
+        f"tokens      {tokens['batch']} x {tokens['seq_length']}, {tokens['source']}{seed}",
+        f"exercised   {tokens['ids']:,} of {tokens['vocab_size']:,} token ids; in a CSA layer the indexer chose for "
+        f"{tokens['chosen']:,} queries",
+        f"tables      {_tables(report)}",
+        f"computed    in {report.dtype} on {report.device}: "
+        + ", ".join(f"{name} {number}" for name, number in report.versions.items()),
+    ]
+    if report.narrow is not None:
+        lines.insert(
+            3,
+            f"again       1 row with index_topk {report.narrow.index_topk} in both models, for the indexers to choose: "
+            f"for {report.narrow.chosen:,} queries a layer",
+        )
+    if report.drafts:
+        lines.append(
+            f"MTP         {len(report.drafts)} block(s) against a formula in float64, which transformers lacks"
+        )
+    return [*lines, f"left out    {report.left_out}"] if report.left_out else lines
+
+
+def _tables(report: ParityReport) -> str:
+    wrong = sum(table.differing for table in report.tables)
+    rows = f"{sum(t.rows for t in report.tables):,} rows of {len(report.tables)}: embedding, experts by token, biases"
+    return f"{rows}; {f'{wrong:,} differ' if wrong else 'all the same'}"
+
+
+def logits_of(report: ParityReport) -> list[tuple[str, LogitsDifference]]:
+    """Everything that has logits, by what it is called."""
+    found = [(title, run.logits) for title, run in _runs(report)]
+    if report.narrow is not None:
+        runs = [("", report.narrow.free)]
+        if report.narrow.replayed is not None:
+            runs.append((", replayed", report.narrow.replayed))
+        found += [(f"index_topk {report.narrow.index_topk}{how}", run.logits) for how, run in runs]
+    return found + [(f"MTP block {draft.depth}", draft.logits) for draft in report.drafts]
 
 
 def _runs(report: ParityReport) -> list[tuple[str, Run]]:

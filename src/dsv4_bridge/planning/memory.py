@@ -9,11 +9,12 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..errors import BridgeError
-from ..parallel.layout import Layout, parse_layout
-from ..parallel.pieces import Topology, make_topology
+from ..errors import BridgeError, short
+from ..parallel.layout import Layout
+from ..parallel.notation import parse_layout
+from ..parallel.topology import Topology, make_topology
 from ..spec.lora import Lora
-from ..spec.spec import ModelSpec, short
+from ..spec.spec import ModelSpec
 from .activations import DTYPE_BYTES, Shape, cache_bytes, chunk_bytes, in_flight, recomputed_bytes
 from .parameters import Count, Part, chunk_part
 

@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 from functools import cache
 
 from ..parallel.layout import Chunk, Layout
-from ..parallel.pieces import Coordinate, Topology, pieces
+from ..parallel.pieces import pieces
+from ..parallel.topology import Coordinate, Topology
 from ..spec.lora import Lora, adapter_size, targets_of
 from ..spec.plan import Item, expand
 from ..spec.spec import ModelSpec

@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BridgeError, files_named
-from ..parallel.layout import parse_layout
+from ..parallel.notation import parse_layout
 from ..spec.spec import ModelSpec
-from ..spec.variants import VARIANTS
+from ..spec.variants import VARIANTS, known_variant
 from ..store.hf_config import read_config, spec_from_config
 from .memory import Run, make_run_topology, plan_memory
 from .search import USABLE, Ranked, Search, micro_batches, ranked, search
-from .tensors import known_variant
 
 SCHEMA = 1
 GIB = 1 << 30

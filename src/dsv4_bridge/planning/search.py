@@ -19,8 +19,9 @@ from itertools import product
 from typing import Any
 
 from ..errors import BridgeError
-from ..parallel.layout import Layout, flop_costs, parameter_costs, solve
-from ..parallel.pieces import Topology, make_topology
+from ..parallel.balance import flop_costs, parameter_costs, solve
+from ..parallel.layout import Layout
+from ..parallel.topology import Topology, make_topology
 from ..spec.spec import ModelSpec
 from .memory import MemoryPlan, Run, expert_dp, least_dp, plan_memory
 

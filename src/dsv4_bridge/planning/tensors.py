@@ -7,9 +7,9 @@ from typing import Any
 
 from ..errors import BridgeError, files_named
 from ..spec.dtypes import DTYPES
-from ..spec.plan import Plan, expand, megatron_dtype, megatron_prefix, shard_name, shard_of, stored
-from ..spec.spec import ModelSpec
-from ..spec.variants import BASE, BF16, FP4, FP8, VARIANTS, Variant
+from ..spec.megatron import megatron_dtype, megatron_prefix
+from ..spec.plan import Plan, expand, shard_name, shard_of, stored
+from ..spec.variants import VARIANTS, _guess, known_variant
 from ..store.hf import Finding, open_hf
 from ..store.hf_config import read_config, spec_from_config
 from ..store.safetensors import INDEX, SINGLE, Shard
@@ -108,26 +108,6 @@ def plan(what: str | Path, headers: Mapping[str, Shard] | None = None) -> PlanRe
     spec = spec_from_config(config, str(path / "config.json"))
     guess = _guess(config, spec)
     return _report(str(path), f"{guess.name} by config.json", expand(spec, guess.own_mtp_head), dict(guess.encodings))
-
-
-def known_variant(name: str) -> Variant | None:
-    """The variant called `name`, short or by its repository, any case; planning it needs no files."""
-    known = {v.name.lower(): v for v in VARIANTS.values()} | {v.hub_id.lower(): v for v in VARIANTS.values()}
-    return known.get(name.lower().removeprefix("deepseek-ai/").removeprefix("deepseek-v4-")) or known.get(name.lower())
-
-
-def _guess(config: dict[str, Any], spec: ModelSpec | None = None) -> Variant:
-    """The variant that a config alone points to."""
-    quantised = isinstance(config.get("quantization_config"), dict)
-    expert = config.get("expert_dtype")
-    # The launch config of the FP4 releases has no expert_dtype, nor have the FP8 repacks.
-    encodings = BF16 if not quantised else {"fp8": BASE}.get(str(expert), FP4)
-    family = [v for v in VARIANTS.values() if v.encodings == encodings or (v.encodings == FP8 and encodings is FP8)]
-    for variant in family:
-        same = spec and variant.spec.hidden_size == spec.hidden_size and variant.spec.dspark == spec.dspark
-        if same:
-            return variant
-    return next(v for v in family if (v.spec.dspark is not None) == bool(spec and spec.dspark) or not spec)
 
 
 def _report(

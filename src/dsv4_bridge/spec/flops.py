@@ -18,9 +18,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
-from ..errors import BridgeError
+from ..errors import BridgeError, short
 from .lora import Lora, targets
-from .spec import ModelSpec, replace_spec, short
+from .spec import ModelSpec, replace_spec
 
 RECOMPUTE = (None, "full", "moe")
 CONVENTIONS = ("published", "exact")

@@ -58,15 +58,6 @@ class Item(NamedTuple):
         return math.prod(self.shape)
 
 
-class Region(NamedTuple):
-    """Where (part of) an item lies in a Megatron checkpoint: a box of a global tensor."""
-
-    key: str
-    global_shape: tuple[int, ...]
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-
-
 @dataclass(frozen=True)
 class Plan:
     """All items of one model, in checkpoint order."""
@@ -203,51 +194,24 @@ def shard_name(number: int, spec: ModelSpec) -> str:
 # ---------------------------------------------------------------- in a Megatron checkpoint
 
 
-def megatron_dtype(item: Item) -> str:
-    """Safetensors dtype that the Megatron side holds: BF16, F32 or I32."""
-    return {"f32": "F32", "int": "I32"}.get(item.row.encoding, "BF16")
+def target_encoding(item: Item, target: str, own: str | None) -> str:
+    """Encoding of an item in a folder written as `source`, `fp8` or `bf16`.
 
+    Under `fp8` the experts have float32 scales, as the Base releases: that is what servers read where config.json
+    says `expert_dtype: fp8`. vLLM 0.33 copies the bytes of E8M0 scales there as if they were numbers.
 
-def megatron_prefix(item: Item) -> str:
-    """Prefix of an item's on-disk Megatron names (the MTP body is `transformer_layer` on disk)."""
-    kind, index = item.block.kind, item.block.index
-    if kind == "model":
-        return ""
-    if kind == "layer":
-        return f"decoder.layers.{index}."
-    return f"mtp.layers.{index}." + ("transformer_layer." if item.row.scope == "block" else "")
-
-
-def regions(item: Item, spec: ModelSpec) -> tuple[Region, ...]:
-    """The boxes of global Megatron tensors that hold an item, in order of its rows.
-
-    Experts lie in one tensor `[experts, rows, columns]`; gate and up are stacked by rows, gate
-    first; the three-element hyper-connection scale is three tensors of one element.
+    Args:
+        item: the item.
+        target: what was asked for.
+        own: its encoding in the released checkpoint, None where that is not known.
     """
-    row, shape = item.row, item.shape
-    if item.passenger or row.megatron is None:
-        return ()
-    prefix = megatron_prefix(item)
-    if isinstance(row.megatron, tuple):
-        part = (shape[0] // len(row.megatron), *shape[1:])
-        zeros = (0,) * len(part)
-        return tuple(Region(prefix + name, part, zeros, part) for name in row.megatron)
-    index, count = row.part
-    offsets = (index * shape[0], *(0,) * (len(shape) - 1))
-    whole = (count * shape[0], *shape[1:])
-    if item.expert is not None:
-        experts = spec.n_routed_experts
-        return (Region(prefix + row.megatron, (experts, *whole), (item.expert, *offsets), (1, *shape)),)
-    return (Region(prefix + row.megatron, whole, offsets, shape),)
-
-
-def extra_state_keys(plan: Plan) -> tuple[str, ...]:
-    """Keys of the `_extra_state` objects that a Megatron loader asks for, a superset over backends."""
-    keys: dict[str, None] = {}
-    for item in plan.items:
-        if item.passenger or not item.row.state or item.row.part[0]:
-            continue
-        module = f"{megatron_prefix(item)}{item.row.megatron}".removesuffix(".weight")
-        shard = "0_1" if item.expert is None else f"{item.expert}_{plan.spec.n_routed_experts}"
-        keys[f"{module}._extra_state/shard_{shard}"] = None
-    return tuple(keys)
+    plain = {"plain": "bf16", "f32": "f32", "int": "i64"}
+    if item.row.encoding in plain:
+        return plain[item.row.encoding]
+    if target == "source":
+        assert own is not None
+        return own if own != "f32" else "bf16"
+    if target == "fp8":
+        served = "fp8_pow2" if item.row.encoding == "expert" else "fp8"
+        return own if own in (served, "fp8_f32") else served
+    return "bf16"

@@ -1,10 +1,9 @@
 """The frozen numbers of one model. config.py reads and writes them."""
 
-import reprlib
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ..errors import BridgeError
+from ..errors import BridgeError, short
 
 # Bounds that keep a corrupt config from asking for an endless plan; far above any real model.
 MAX_COUNT = {"num_hidden_layers": 1024, "n_routed_experts": 8192, "num_nextn_predict_layers": 64}
@@ -133,21 +132,6 @@ def differing(one: ModelSpec, other: ModelSpec, *, aside: bool = False) -> tuple
     pairs = [(n, getattr(one, n), getattr(other, n)) for n in names]
     return tuple(f"{n}: {short(a)} against {short(b)}" for n, a, b in pairs if a != b)
 
-
-def short(value: Any) -> str:
-    """A value for a message: its repr, cut to a line."""
-    text = _SHORT.repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-class _Short(reprlib.Repr):
-    """A repr in bounded time, whatever the value nests or repeats."""
-
-    def repr_int(self, x: int, level: int) -> str:
-        return repr(x) if abs(x) < 1 << 64 else "a huge integer"
-
-
-_SHORT = _Short(maxlevel=3, maxlist=12, maxtuple=12, maxdict=4, maxstring=80, maxother=80)
 
 _ZERO_OK = {
     "num_hash_layers",

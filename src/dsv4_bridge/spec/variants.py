@@ -11,7 +11,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
+from ..errors import BridgeError
 from .spec import DSparkSpec, ModelSpec, replace_spec
 
 _FLASH = ModelSpec(
@@ -203,3 +205,35 @@ def tiny(variant: Variant, ragged: bool = False) -> ModelSpec:
         dspark=DSparkSpec(5, 511, (3, 4, 5), 16) if spec.dspark else None,
         compress_ratios=(*start, 4, 128, 4, 128, *(0,) * spec.draft_blocks),
     )
+
+
+def variant_named(name: str) -> Variant:
+    """A variant by its name, any case.
+
+    Raises:
+        BridgeError: no such variant.
+    """
+    for variant in VARIANTS.values():
+        if variant.name.lower() == name.lower().removeprefix("deepseek-v4-"):
+            return variant
+    raise BridgeError(f"no variant {name!r}; known are {', '.join(VARIANTS)}")
+
+
+def known_variant(name: str) -> Variant | None:
+    """The variant called `name`, short or by its repository, any case; planning it needs no files."""
+    known = {v.name.lower(): v for v in VARIANTS.values()} | {v.hub_id.lower(): v for v in VARIANTS.values()}
+    return known.get(name.lower().removeprefix("deepseek-ai/").removeprefix("deepseek-v4-")) or known.get(name.lower())
+
+
+def _guess(config: dict[str, Any], spec: ModelSpec | None = None) -> Variant:
+    """The variant that a config alone points to."""
+    quantised = isinstance(config.get("quantization_config"), dict)
+    expert = config.get("expert_dtype")
+    # The launch config of the FP4 releases has no expert_dtype, nor have the FP8 repacks.
+    encodings = BF16 if not quantised else {"fp8": BASE}.get(str(expert), FP4)
+    family = [v for v in VARIANTS.values() if v.encodings == encodings or (v.encodings == FP8 and encodings is FP8)]
+    for variant in family:
+        same = spec and variant.spec.hidden_size == spec.hidden_size and variant.spec.dspark == spec.dspark
+        if same:
+            return variant
+    return next(v for v in family if (v.spec.dspark is not None) == bool(spec and spec.dspark) or not spec)

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import BridgeError
+from ..errors import BridgeError, short, some
 from ..spec.encodings import ALLOWED, ENCODINGS, QUANTISED, of_dtype
 from ..spec.plan import Item, Plan, draft_name, expand, scale_name, stored
-from ..spec.spec import ModelSpec, replace_spec, short
+from ..spec.spec import ModelSpec, replace_spec
 from ..spec.variants import recognise
 from .hf_config import read_config, spec_from_config
-from .safetensors import SafetensorsFolder, Shard, TensorInfo, some
+from .safetensors import SafetensorsFolder, Shard, TensorInfo
 
 SCHEMES = ("released", "prefixed", "saved", "modules", "resaved")
 

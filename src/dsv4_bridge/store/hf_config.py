@@ -12,8 +12,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ..errors import BridgeError
-from ..spec.spec import MAX_COUNT, DSparkSpec, ModelSpec, short, validated
+from ..errors import BridgeError, short
+from ..spec.spec import MAX_COUNT, DSparkSpec, ModelSpec, validated
 from ..strict_json import parse_json, too_deep
 
 LAYER_TYPES = {

@@ -13,8 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ..errors import BridgeError, files_named
-from ..spec.spec import short
+from ..errors import BridgeError, files_named, short
 from ..spec.variants import VARIANTS
 from .hf_config import read_config, refuse_other_models
 from .hub_limits import limited

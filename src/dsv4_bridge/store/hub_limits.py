@@ -14,8 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import BridgeError
-from ..spec.spec import short
+from ..errors import BridgeError, short
 
 _TIMEOUT = "DSV4_HUB_TIMEOUT"
 _INSTALL = threading.Lock()

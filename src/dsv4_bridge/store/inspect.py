@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BridgeError, files_named
-from ..spec.plan import regions, stored
+from ..spec.megatron import regions
+from ..spec.plan import stored
 from .hf import Finding, HFCheckpoint, mixed_encodings, open_hf
 from .megatron import MegatronCheckpoint, looks_megatron, open_along, open_megatron
 from .safetensors import Shard

@@ -8,7 +8,8 @@ from typing import Any
 from ..errors import BridgeError
 from ..spec.encodings import ALLOWED, ENCODINGS
 from ..spec.lora import ALPHA
-from ..spec.plan import Plan, expand, regions
+from ..spec.megatron import regions
+from ..spec.plan import Plan, expand
 from ..spec.spec import ASIDE, ModelSpec, differing, replace_spec
 from .hf import Finding, HFCheckpoint, finding_lines, open_hf
 from .run_config import FILE, contradictions, read_model_section, read_run_config

@@ -6,8 +6,9 @@ from typing import Any
 
 import yaml
 
-from ..errors import BridgeError
-from ..spec.spec import ModelSpec, short
+from ..errors import BridgeError, short
+from ..spec.megatron import megatron_model
+from ..spec.spec import ModelSpec
 from ..spec.variants import VARIANTS
 from ..strict_json import too_deep
 from ..strict_yaml import parse_yaml
@@ -59,57 +60,6 @@ _BRIDGE = {
     "tensor_model_parallel_size": 1,
     "pipeline_model_parallel_size": 1,
 }
-
-
-def megatron_model(spec: ModelSpec) -> dict[str, Any]:
-    """The model's numbers under the configuration names of the Megatron-LM dev branch.
-
-    rotary_percent stays 1.0 (trap 9), the compressed base is stated (its default there is wrong,
-    trap 11), and no MTP is None, not 0.
-    """
-    return {
-        "num_layers": spec.num_hidden_layers,
-        "hidden_size": spec.hidden_size,
-        "num_attention_heads": spec.num_attention_heads,
-        "experimental_attention_variant": "dsv4_hybrid",
-        "multi_latent_attention": True,
-        "v_head_dim": spec.head_dim,
-        "qk_head_dim": spec.head_dim - spec.qk_rope_head_dim,
-        "qk_pos_emb_head_dim": spec.qk_rope_head_dim,
-        "kv_lora_rank": spec.head_dim - spec.qk_rope_head_dim,
-        "q_lora_rank": spec.q_lora_rank,
-        "o_groups": spec.o_groups,
-        "o_lora_rank": spec.o_lora_rank,
-        "rotary_percent": 1.0,
-        "rotary_base": spec.rope_theta,
-        "csa_compress_rotary_base": spec.compress_rope_theta,
-        "rotary_scaling_factor": spec.rope_factor,
-        "original_max_position_embeddings": spec.rope_original_max_position_embeddings,
-        "beta_fast": spec.rope_beta_fast,
-        "beta_slow": spec.rope_beta_slow,
-        "csa_window_size": spec.sliding_window,
-        "csa_compress_ratios": list(spec.compress_ratios[: spec.num_hidden_layers + spec.mtp_layers]),
-        "dsa_indexer_n_heads": spec.index_n_heads,
-        "dsa_indexer_head_dim": spec.index_head_dim,
-        "dsa_indexer_topk": spec.index_topk,
-        "enable_hyper_connections": True,
-        "num_residual_streams": spec.hc_mult,
-        "mhc_sinkhorn_iterations": spec.hc_sinkhorn_iters,
-        "num_moe_experts": spec.n_routed_experts,
-        "moe_router_topk": spec.num_experts_per_tok,
-        "moe_ffn_hidden_size": spec.moe_intermediate_size,
-        "moe_shared_expert_intermediate_size": spec.shared_intermediate_size,
-        "moe_router_score_function": spec.scoring_func,
-        "moe_router_topk_scaling_factor": spec.routed_scaling_factor,
-        "moe_router_enable_expert_bias": True,
-        "moe_n_hash_layers": spec.num_hash_layers,
-        "actual_vocab_size": spec.vocab_size,
-        "activation_func_clamp_value": spec.swiglu_limit,
-        "layernorm_epsilon": spec.rms_norm_eps,
-        "mtp_num_layers": spec.mtp_layers or None,
-        "hetereogenous_dist_checkpoint": True,
-        "pipeline_model_parallel_layout": None,
-    }
 
 
 # Key of the `model:` section -> field of config.json, where the value is the same.

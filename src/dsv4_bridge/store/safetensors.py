@@ -16,9 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..errors import BridgeError
+from ..errors import BridgeError, short, some
 from ..spec.dtypes import DTYPES
-from ..spec.spec import short
 from ..strict_json import parse_json
 from .reading import drop_behind, open_to_read
 
@@ -299,14 +298,6 @@ def _check_index(path: Path, weight_map: Mapping[str, str], tensors: Mapping[str
         said = [f"{len(lost)} not where the index says ({some(lost)})"] if lost else []
         said += [f"{len(extra)} in a shard but not in the index ({some(extra)})"] if extra else []
         raise BridgeError(f"opening {path}: index and shard headers disagree: {'; '.join(said)}")
-
-
-def some(names: Iterable[str]) -> str:
-    """The first names of many, for a message; a name with odd characters is quoted."""
-    names = list(names)
-    return ", ".join(n if n.isprintable() and len(n) < 80 else short(n) for n in names[:3]) + (
-        " …" if len(names) > 3 else ""
-    )
 
 
 # ---------------------------------------------------------------- writing

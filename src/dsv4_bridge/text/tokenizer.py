@@ -5,15 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import BridgeError
-from ..spec.spec import ModelSpec, short
+from ..errors import BridgeError, short
+from ..spec.spec import ModelSpec
 from ..strict_json import read_json
 from .tokenizer_files import guarded, read_tokenizer
+from .tokens import ASSISTANT, GENERATION, THOUGHT, TOKENIZER, USER
 
-TOKENIZER = "tokenizer.json"
 CONFIG = "config.json"
-GENERATION = "generation_config.json"
-USER, ASSISTANT, THOUGHT = "<｜User｜>", "<｜Assistant｜>", "</think>"
 _MOST_CONFIG = 64 << 20
 _BROKEN = "\ufffd"  # stands at the end of a text while its last character lacks bytes
 
@@ -108,65 +106,3 @@ def parse_ids(text: str) -> list[int]:
     if wrong := [part for part in parts if not (part.isascii() and part.isdecimal() and len(part) < 10)]:
         raise BridgeError(f"reading token ids: {short(wrong[0])} is none; give numbers with commas, as 1,2,3")
     return [int(part) for part in parts]
-
-
-class TextStream:
-    """A text that grows token by token, and may end at a stop text.
-
-    What is given out is final: a character that lacks bytes, or the beginning of a stop text, is held
-    back until it is decided.
-
-    Args:
-        tokenizer: its tokenizer.
-        stops: texts that end it; they are no part of it.
-
-    Attributes:
-        text: all that was given out.
-        stopped: whether a stop text came.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
-        self.text, self.stopped = "", False
-        self._tokenizer, self._stops = tokenizer, tuple(stops)
-        self._ids: list[int] = []
-        # Tokens before `_from` are settled; those up to `_given` are decoded again for context only.
-        self._from = self._given = 0
-        self._held = ""
-
-    def push(self, token: int) -> str:
-        """Take a token; the text that it settles."""
-        self._ids.append(token)
-        fresh = self._fresh()
-        if fresh.endswith(_BROKEN):
-            return ""
-        self._from, self._given = self._given, len(self._ids)
-        return self._give(self._held + fresh)
-
-    def finish(self) -> str:
-        """The text that is still held back."""
-        rest = "" if self.stopped else self._held + self._fresh()
-        self._from = self._given = len(self._ids)
-        given = self._give(rest)
-        rest, self._held = self._held, ""
-        self.text += rest
-        return given + rest
-
-    def _fresh(self) -> str:
-        known = self._tokenizer.decode(self._ids[self._from : self._given])
-        return self._tokenizer.decode(self._ids[self._from :])[len(known) :]
-
-    def _give(self, text: str) -> str:
-        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
-        if found:
-            self.stopped = True
-            given, self._held = text[: min(found)], ""
-        else:
-            kept = max((_overlap(text, stop) for stop in self._stops), default=0)
-            given, self._held = text[: len(text) - kept], text[len(text) - kept :]
-        self.text += given
-        return given
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that a stop text begins with."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -11,8 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import BridgeError
-from ..spec.spec import short
+from ..errors import BridgeError, short
 from ..strict_json import parse_json, read_small, too_deep
 from .safe_patterns import why_unsafe
 

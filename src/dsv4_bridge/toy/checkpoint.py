@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 
 from ..codec import fp8, mxfp4
+from ..codec.bf16 import to_bf16
 from ..convert.values import cuts
 from ..errors import BridgeError, files_named
 from ..spec.dtypes import DTYPES
 from ..spec.encodings import ENCODINGS, QUANTISED, Stored
 from ..spec.plan import Item, Plan, expand, shard_name, shard_of, stored
 from ..spec.spec import ModelSpec
-from ..spec.variants import VARIANTS, Variant, tiny
+from ..spec.variants import Variant, tiny, variant_named
 from ..store.hf_config import released_config
 from ..store.safetensors import INDEX, make_header, make_index
 from ..store.stream import Buffers, FileStream
@@ -28,18 +29,6 @@ from .tokenizer import toy_tokenizer
 
 PAYLOADS = ("natural", "random", "extreme")
 _ROWS = 1024  # rows made at a time; a multiple of 128
-
-
-def variant_named(name: str) -> Variant:
-    """A variant by its name, any case.
-
-    Raises:
-        BridgeError: no such variant.
-    """
-    for variant in VARIANTS.values():
-        if variant.name.lower() == name.lower().removeprefix("deepseek-v4-"):
-            return variant
-    raise BridgeError(f"no variant {name!r}; known are {', '.join(VARIANTS)}")
 
 
 @files_named("making a toy")
@@ -131,12 +120,6 @@ def _plain(item: Item, encoding: str, rng: np.random.Generator, spec: ModelSpec)
     norm = key.endswith("norm")
     values = 1 + 0.2 * values if norm else values * np.float32(0.5 if len(shape) == 1 else 0.05)
     return values.astype("<f4") if encoding == "f32" else to_bf16(values)
-
-
-def to_bf16(values: np.ndarray) -> np.ndarray:
-    """float32 to bf16 bit patterns, to nearest even (finite values)."""
-    bits = np.ascontiguousarray(values, "<f4").view("<u4")
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
 
 
 def _natural(encoding: str, shape: tuple[int, int], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

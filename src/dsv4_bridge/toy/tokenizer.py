@@ -3,9 +3,8 @@
 import json
 
 from ..spec.spec import ModelSpec
-from ..text.tokenizer import ASSISTANT, THOUGHT, USER
+from ..text.tokens import ASSISTANT, BOS, EOS, THOUGHT, USER
 
-BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 # As in the released tokenizer, those of thoughts and tool calls are visible in decoded text.
 _VISIBLE = ("<think>", THOUGHT, "｜DSML｜")
 _OTHERS = (USER, ASSISTANT, *_VISIBLE, "<｜latest_reminder｜>", "<｜action｜>")

@@ -26,7 +26,7 @@ from ..mcore.optim.param_gather import wait_for_inner
 from ..mcore.optim.state import fuse
 from ..mcore.optim.whole import whole_optimizer
 from ..mcore.runtime import free_memory
-from ..parallel.layout import parse_layout
+from ..parallel.notation import parse_layout
 from ..planning.memory import check_run, make_run_topology, plan_memory
 from ..spec.spec import ModelSpec
 from .initial import initialize_weights
@@ -90,7 +90,7 @@ def make_trainer(recipe: Recipe, spec: ModelSpec, world: int, *, fresh: bool = T
     check_room(recipe, spec)
     layout = parse_layout(p.layout, p.pp, spec) if p.layout else None
     if layout is None and p.pp > 1:
-        from ..parallel.layout import solve
+        from ..parallel.balance import solve
 
         layout = solve(spec, p.pp, p.vp)
     chunks = build_chunks(

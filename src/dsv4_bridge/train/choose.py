@@ -12,8 +12,7 @@ from typing import Any
 
 import yaml
 
-from ..errors import BridgeError
-from ..spec.spec import short
+from ..errors import BridgeError, short
 from ..strict_json import read_small
 from ..strict_yaml import parse_yaml
 from .recipe import Recipe

@@ -14,7 +14,7 @@ from ..data.token_ids import check_token_ids, unknown
 from ..errors import BridgeError
 from ..mcore.schedule import Batch
 from ..spec.spec import ModelSpec
-from ..text.tokenizer import TOKENIZER
+from ..text.tokens import TOKENIZER
 from .plan import small_folder
 from .recipe import Recipe
 

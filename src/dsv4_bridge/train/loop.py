@@ -21,9 +21,9 @@ from megatron.core.num_microbatches_calculator import (
 
 from ..errors import BridgeError, files_named
 from ..mcore.checkpoints import Saver, load_checkpoint
+from ..mcore.device import device
 from ..mcore.metrics import collect
 from ..mcore.optim.param_gather import gather_all
-from ..mcore.runtime import device
 from ..mcore.schedule import Batch, forward_backward
 from ..planning.peaks import mfu, peak_named, peak_tflops
 from ..spec.flops import flops_per_token

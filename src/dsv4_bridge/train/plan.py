@@ -12,7 +12,7 @@ from ..spec.spec import ModelSpec
 from ..spec.variants import VARIANTS, tiny
 from ..store.megatron import ALONG, looks_megatron, open_megatron
 from ..store.torch_dist.reader import find_iteration
-from ..text.tokenizer import TOKENIZER
+from ..text.tokens import TOKENIZER
 from .choose import change
 from .recipe import Recipe
 

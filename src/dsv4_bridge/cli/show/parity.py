@@ -8,7 +8,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from ...parity.metrics import Choice, Difference, LogitsDifference
+from ...parity.metrics import Choice, Difference
+from ...parity.report import _runs, about, logits_of
 from ...parity.result import ParityReport, Run, SiteResult, Tolerance
 
 _LEGEND = (
@@ -24,40 +25,6 @@ def parity_table(report: ParityReport, every_site: bool = False) -> Group:
     return Group(
         Text("\n".join(about(report))), Text(), table, Text(_LEGEND, "dim"), logits_table(report), Text(verdict, style)
     )
-
-
-def about(report: ParityReport) -> list[str]:
-    """What was compared, and with which versions."""
-    same = report.reference == report.checkpoint
-    tokens = report.inputs
-    seed = f", seed {tokens['seed']}" if tokens["seed"] is not None else ""
-    lines = [
-        f"checkpoint  {report.checkpoint}",
-        f"reference   {'the same' if same else report.reference}, in {report.against}' DeepseekV4ForCausalLM (eager)",
-        f"tokens      {tokens['batch']} x {tokens['seq_length']}, {tokens['source']}{seed}",
-        f"exercised   {tokens['ids']:,} of {tokens['vocab_size']:,} token ids; in a CSA layer the indexer chose for "
-        f"{tokens['chosen']:,} queries",
-        f"tables      {_tables(report)}",
-        f"computed    in {report.dtype} on {report.device}: "
-        + ", ".join(f"{name} {number}" for name, number in report.versions.items()),
-    ]
-    if report.narrow is not None:
-        lines.insert(
-            3,
-            f"again       1 row with index_topk {report.narrow.index_topk} in both models, for the indexers to choose: "
-            f"for {report.narrow.chosen:,} queries a layer",
-        )
-    if report.drafts:
-        lines.append(
-            f"MTP         {len(report.drafts)} block(s) against a formula in float64, which transformers lacks"
-        )
-    return [*lines, f"left out    {report.left_out}"] if report.left_out else lines
-
-
-def _tables(report: ParityReport) -> str:
-    wrong = sum(table.differing for table in report.tables)
-    rows = f"{sum(t.rows for t in report.tables):,} rows of {len(report.tables)}: embedding, experts by token, biases"
-    return f"{rows}; {f'{wrong:,} differ' if wrong else 'all the same'}"
 
 
 def layers_table(report: ParityReport) -> Table:
@@ -111,22 +78,6 @@ def logits_table(report: ParityReport) -> Table:
             *(f"{x:.1e}" for x in (found.kl_mean, found.kl_p95, found.kl_max)),
         )
     return table
-
-
-def logits_of(report: ParityReport) -> list[tuple[str, LogitsDifference]]:
-    """Everything that has logits, by what it is called."""
-    found = [(title, run.logits) for title, run in _runs(report)]
-    if report.narrow is not None:
-        runs = [("", report.narrow.free)]
-        if report.narrow.replayed is not None:
-            runs.append((", replayed", report.narrow.replayed))
-        found += [(f"index_topk {report.narrow.index_topk}{how}", run.logits) for how, run in runs]
-    return found + [(f"MTP block {draft.depth}", draft.logits) for draft in report.drafts]
-
-
-def _runs(report: ParityReport) -> list[tuple[str, Run]]:
-    replayed = [("choices replayed", report.replayed)] if report.replayed else []
-    return [("own choices", report.free), *replayed]
 
 
 def _error(site: SiteResult, tolerance: Tolerance) -> tuple[Text, Text]:

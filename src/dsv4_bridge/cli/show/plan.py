@@ -6,8 +6,9 @@ from rich.text import Text
 from ...planning.memory import StageMemory
 from ...planning.ranks import GIB, RanksReport
 from ...planning.search import USABLE, Ranked
+from ...planning.tensors import PlanReport
 from ...spec.lora import Lora
-from .tables import make_table
+from .tables import make_table, size
 
 
 def _gib(nbytes: int) -> str:
@@ -102,3 +103,50 @@ def _ranked(found: Ranked) -> list[str]:
     shown = text if len(text) <= 44 else text[:41] + "..."
     shares = [f"{x:.1%}" for x in (found.bubble, found.imbalance, found.communication)]
     return [*sizes, shown, _gib(plan.worst.total), *shares, f"{found.time:.2f}"]
+
+
+def plan_table(report: PlanReport) -> Group:
+    """What goes where."""
+    title = f"plan of {report.what} ({report.variant})"
+    table = make_table(
+        title,
+        "row",
+        ">tensors",
+        "shape",
+        "stored",
+        ">released",
+        "Megatron name (first)",
+        "dtype",
+        ">Megatron",
+    )
+    for r in report.rows:
+        shape = "x".join(map(str, r.shape))
+        table.add_row(
+            r.key,
+            f"{r.tensors:,}",
+            shape,
+            r.encoding,
+            size(r.released_bytes),
+            r.megatron,
+            r.dtype,
+            size(r.megatron_bytes),
+        )
+    table.add_section()
+    table.add_row(
+        "all",
+        f"{sum(r.tensors for r in report.rows):,}",
+        "",
+        "",
+        size(report.released_bytes),
+        "",
+        "",
+        size(report.megatron_bytes),
+    )
+    lines = [
+        Text(f"released  {report.tensors:,} tensors, {report.released_bytes:,} bytes in {len(report.shards)} shards"),
+        Text(f"megatron  {report.megatron_bytes:,} bytes + {report.passenger_bytes:,} bytes of passengers"),
+    ]
+    if report.compared and not report.findings:
+        lines.append(Text("headers   every tensor is as planned", "green"))
+    lines += [Text(f"  {f}", "red") for f in report.findings]
+    return Group(table, *lines)

@@ -1,20 +1,11 @@
 """Tables and progress for people; nothing here decides anything."""
 
 import sys
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
@@ -24,11 +15,8 @@ from ...convert.checksums import FilesReport
 from ...convert.emitter import Report
 from ...convert.verify import VerifyReport
 from ...errors import printable
-from ...planning.tensors import PlanReport
 from ...store.inspect import InspectReport
 from ..doctor import Check
-
-_QUIET_SECONDS = 10.0
 
 
 class Plain(Console):
@@ -50,44 +38,6 @@ class Plain(Console):
 def show(what: Any) -> None:
     """Print to stdout; wide when it is no terminal, so that nothing is cut."""
     Plain(width=None if sys.stdout.isatty() else 140, highlight=False).print(what)
-
-
-class TerminalProgress:
-    """A bar with bytes, speed and time left on a terminal; a plain line every ten seconds otherwise."""
-
-    def __init__(self) -> None:
-        self._console = Plain(stderr=True)
-        self._bar: Progress | None = None
-        self._done = self._total = 0
-        self._began = self._said = 0.0
-        self._label = ""
-
-    def start(self, label: str, total: int, done: int) -> None:
-        self._label, self._total, self._done = label, total, done
-        self._began = self._said = time.monotonic()
-        if self._console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-            self._bar = Progress(*columns, TimeRemainingColumn(), console=self._console)
-            self._task = self._bar.add_task(label, total=total, completed=done)
-            self._bar.start()
-
-    def advance(self, nbytes: int) -> None:
-        self._done += nbytes
-        if self._bar:
-            self._bar.advance(self._task, nbytes)
-        elif time.monotonic() - self._said > _QUIET_SECONDS:
-            self._said = time.monotonic()
-            speed = self._done / (self._said - self._began) / 1e9
-            share = 100 * self._done / max(1, self._total)
-            line = (
-                f"{self._label}: {share:5.1f} %  {self._done / 1e9:.1f} of {self._total / 1e9:.1f} GB  {speed:.2f} GB/s"
-            )
-            self._console.print(line, highlight=False)
-
-    def stop(self) -> None:
-        if self._bar:
-            self._bar.stop()
-            self._bar = None
 
 
 def size(nbytes: int | float) -> str:
@@ -177,53 +127,6 @@ def inspect_facts(report: InspectReport) -> Group:
     found = [Text(f"  {f}", "red") for f in report.findings]
     verdict = Text("every tensor is claimed", "bold green") if report.sound else Text("NOT sound:", "bold red")
     return Group(*lines, verdict, *found)
-
-
-def plan_table(report: PlanReport) -> Group:
-    """What goes where."""
-    title = f"plan of {report.what} ({report.variant})"
-    table = make_table(
-        title,
-        "row",
-        ">tensors",
-        "shape",
-        "stored",
-        ">released",
-        "Megatron name (first)",
-        "dtype",
-        ">Megatron",
-    )
-    for r in report.rows:
-        shape = "x".join(map(str, r.shape))
-        table.add_row(
-            r.key,
-            f"{r.tensors:,}",
-            shape,
-            r.encoding,
-            size(r.released_bytes),
-            r.megatron,
-            r.dtype,
-            size(r.megatron_bytes),
-        )
-    table.add_section()
-    table.add_row(
-        "all",
-        f"{sum(r.tensors for r in report.rows):,}",
-        "",
-        "",
-        size(report.released_bytes),
-        "",
-        "",
-        size(report.megatron_bytes),
-    )
-    lines = [
-        Text(f"released  {report.tensors:,} tensors, {report.released_bytes:,} bytes in {len(report.shards)} shards"),
-        Text(f"megatron  {report.megatron_bytes:,} bytes + {report.passenger_bytes:,} bytes of passengers"),
-    ]
-    if report.compared and not report.findings:
-        lines.append(Text("headers   every tensor is as planned", "green"))
-    lines += [Text(f"  {f}", "red") for f in report.findings]
-    return Group(table, *lines)
 
 
 def conversion_table(report: Report, out: Path, *, dry_run: bool) -> Group:

@@ -8,8 +8,7 @@ from typing import Any
 
 from ...chat.encode import effort_text
 from ...chat.messages import Message, read_messages
-from ...errors import BridgeError
-from ...spec.spec import short
+from ...errors import BridgeError, short
 from ...strict_json import parse_json
 from .others import as_messages
 

@@ -12,8 +12,8 @@ import numpy as np
 from ...chat.encode import Segment
 from ...chat.strings import ANSWER_TOKENS, TURN_TOKENS
 from ...errors import BridgeError
-from ...text.tokenizer import TOKENIZER
 from ...text.tokenizer_files import guarded, read_tokenizer
+from ...text.tokens import TOKENIZER
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ...errors import BridgeError
-from ...spec.spec import short
+from ...errors import BridgeError, short
 
 PREFERENCES = frozenset({"chosen", "rejected"})
 _SPEAKERS = {

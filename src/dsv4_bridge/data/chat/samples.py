@@ -9,8 +9,7 @@ from ...chat.encode import MASKS as SEGMENT_MASKS
 from ...chat.encode import drops_thoughts, segments_of
 from ...chat.messages import Message
 from ...chat.strings import THINK_END
-from ...errors import BridgeError
-from ...spec.spec import short
+from ...errors import BridgeError, short
 from .jsonl import Conversation, mode_of
 from .masks import ChatTokenizer, Tokens, tokenize_all
 

@@ -24,9 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import BridgeError
+from ...errors import BridgeError, short
 from ...files import sync
-from ...spec.spec import short
 from ...strict_json import read_json
 from ..npy import read_npy
 from .packing import Pack, Packing

@@ -19,8 +19,9 @@ from ...errors import BridgeError
 from ...lora.adapters import Adapter, Adapters, check_fit
 from ...spec.lora import ADAPTERS, ALPHA, PARTS, Lora, Target, targets
 from ...spec.table import ROWS
+from ..kernels.grouped import grouped_linear
 from ..layers.attention import HybridAttention
-from ..layers.experts import Matrices, grouped_linear
+from ..layers.experts import Matrices
 from ..model import DeepSeekV4Model
 from ..weights.places import Place, places
 from .layers import AdapterBank, Held, LoraAdapter, adapter_dtype

@@ -26,8 +26,10 @@ from torch.distributed import ProcessGroup
 
 from ..config import DeepSeekV4Config
 from ..kernels.attention import Reach, attend, attend_one
+from ..kernels.norm import inverse_rms
+from ..kernels.rotary import rotate
 from ..metrics import Tally
-from .basics import Linear, RMSNorm, inverse_rms, new_parameter
+from .basics import Linear, RMSNorm, new_parameter
 from .cache import Cache, LayerCache, slot_positions
 from .compressor import Compressor
 from .documents import Documents
@@ -35,7 +37,7 @@ from .floats import KeepsFloat32
 from .indexer import Indexer
 from .indexer_loss import indexer_loss
 from .observe import observe
-from .rope import Rotary, rotate
+from .rope import Rotary
 
 
 class CoreAttention(KeepsFloat32, MegatronModule):

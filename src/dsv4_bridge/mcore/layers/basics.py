@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
@@ -59,31 +58,6 @@ class RMSNorm(torch.nn.Module):
 
     def set_extra_state(self, state: Any) -> None:
         pass
-
-
-class _InverseRMS(torch.autograd.Function):
-    """One pass over x each way; by single operations, three and six, each with a copy of x."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, eps: float) -> Tensor:  # type: ignore[override]
-        wide = torch.promote_types(x.dtype, torch.float32)
-        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square()
-        inverse = torch.rsqrt(square / x.shape[-1] + eps)
-        ctx.save_for_backward(x, inverse)
-        return inverse
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
-        x, inverse = ctx.saved_tensors
-        return (x * (grad * inverse.pow(3) / -x.shape[-1])).to(x.dtype), None
-
-
-def inverse_rms(x: Tensor, eps: float) -> Tensor:
-    """1 / root of the mean square over the last axis, float32: […, n] -> […, 1]."""
-    result = _InverseRMS.apply(x, eps)
-    assert isinstance(result, Tensor)
-    return result
 
 
 def mark_sequence_parallel(config: TransformerConfig, *parameters: torch.nn.Parameter) -> None:

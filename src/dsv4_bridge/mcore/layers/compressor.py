@@ -12,10 +12,11 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from ..config import DeepSeekV4Config
+from ..kernels.rotary import rotate
 from .basics import Linear, RMSNorm, new_parameter
 from .cache import CompressorCache
 from .floats import KeepsFloat32
-from .rope import rotate, turns
+from .rope import turns
 
 
 class Compressor(KeepsFloat32, MegatronModule):

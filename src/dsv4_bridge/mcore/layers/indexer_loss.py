@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from ..kernels.attention import OnBlocks, Reach, weights_on_blocks
-from .indexer import IndexTerms
+from ..kernels.index import IndexTerms
 
 
 def indexer_loss(

@@ -8,7 +8,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...convert.values import Scratch, check_ids, cuts, stripe_rows
-from ...parallel.pieces import Coordinate, Piece, chunk_of, pieces
+from ...parallel.pieces import Piece, pieces
+from ...parallel.topology import Coordinate, chunk_of
 from ...spec.dtypes import DTYPES
 from ...spec.encodings import ENCODINGS
 from ...spec.plan import Item

@@ -1,0 +1,124 @@
+"""The verbs that look: what is this, are two the same, can this machine do it."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import BridgeError
+from .app import Json, Revision, Workers, app, finish, put
+
+
+class Level(StrEnum):
+    """How closely `verify` looks."""
+
+    names = "names"
+    values = "values"
+    bytes = "bytes"
+
+
+class Payload(StrEnum):
+    """What a toy's weights are."""
+
+    natural = "natural"
+    random = "random"
+    extreme = "extreme"
+
+
+@app.command()
+def demo(
+    keep: Annotated[Path | None, typer.Option("--keep", help="Folder to leave the checkpoints in.")] = None,
+) -> None:
+    """The whole story on a tiny checkpoint: make, import, export, verify."""
+    from .demo import demo as run_demo
+
+    run_demo(keep)
+
+
+@app.command()
+def toy(
+    dst: Path,
+    variant: Annotated[str, typer.Option("--variant", help="Released variant to imitate.")] = "Flash",
+    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    payload: Annotated[Payload, typer.Option("--payload", help="Gaussian, random codes, or every legal extreme.")] = (
+        Payload.natural
+    ),
+    ragged: Annotated[bool, typer.Option("--ragged", help="Widths that are no multiples of 128.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Make a small random checkpoint in the released format of a variant."""
+    from ..store.inspect import inspect as look
+    from ..toy.checkpoint import make_toy
+
+    made = look(make_toy(dst, variant, seed, payload=payload.value, ragged=ragged))
+    facts = {
+        "path": made.path,
+        "variant": variant,
+        "seed": seed,
+        "tensors": made.tensors,
+        "bytes": made.bytes,
+    }
+    put(facts, as_json, f"{dst}: a toy {variant}, {made.tensors} tensors, {made.bytes / 1e6:.1f} MB")
+
+
+@app.command()
+def inspect(ckpt: str, revision: Revision = None, as_json: Json = False) -> None:
+    """What is this: variant, encodings, coverage, sizes, what is missing or unknown."""
+    from ..store.hub import describe
+    from ..store.inspect import inspect as look
+    from .show.tables import inspect_table
+
+    report = look(*describe(ckpt, revision))
+    put(report.to_json(), as_json, inspect_table(report))
+    finish(report.sound)
+
+
+@app.command()
+def verify(
+    a: str,
+    b: Annotated[str | None, typer.Argument(help="Second checkpoint; without it, A's files and its checksums.")] = None,
+    level: Annotated[Level | None, typer.Option("--level", help="How closely.", show_default="values")] = None,
+    revision: Revision = None,
+    checksums: Annotated[
+        Path | None, typer.Option("--checksums", help="Those of A's files; by default A.checksums.json beside it.")
+    ] = None,
+    workers: Workers = 2,
+    as_json: Json = False,
+) -> None:
+    """Are two checkpoints the same, or the files of one still as they were written? Exit code 1 if they differ."""
+    from ..convert.verify import verify as compare
+    from ..store.hub import resolve
+    from .show.progress import TerminalProgress
+    from .show.tables import files_verdict, verify_table
+
+    if b is None:
+        from ..convert.checksums import verify_files
+
+        if level or revision:
+            raise BridgeError("verifying files: --level and --revision are of two checkpoints; name a second one")
+        held = verify_files(a, checksums, workers=workers, progress=TerminalProgress())
+        put(held.to_json(), as_json, files_verdict(held))
+        finish(held.same)
+        return
+    if checksums:
+        raise BridgeError("verifying: --checksums is of the files of one checkpoint; leave the second one out")
+    one, other = (Path(x) if Path(x).exists() else resolve(x, revision) for x in (a, b))
+    report = compare(one, other, (level or Level.values).value, TerminalProgress())
+    put(report.to_json(), as_json, verify_table(report))
+    finish(report.same)
+
+
+@app.command()
+def doctor(folder: Annotated[Path | None, typer.Argument()] = None, as_json: Json = False) -> None:
+    """Can this machine do the work; FOLDER is where outputs would go."""
+    from dataclasses import asdict
+
+    from .doctor import doctor as examine
+    from .show.tables import doctor_table
+
+    if folder is not None and not folder.is_dir():
+        raise BridgeError(f"examining {folder}: not a folder")
+    checks = examine(folder)
+    put({"checks": [asdict(c) for c in checks]}, as_json, doctor_table(checks))
+    finish(all(c.state != "bad" for c in checks))

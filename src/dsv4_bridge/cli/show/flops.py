@@ -1,0 +1,61 @@
+"""FLOPs for people."""
+
+from typing import Any
+
+from ...planning.flops_report import FlopReport
+
+
+def flop_table(report: FlopReport) -> Any:
+    """The table a person reads: GFLOP a token, term by term."""
+    from rich.console import Group
+    from rich.text import Text
+
+    from ..cli.show.tables import make_table
+
+    count, tokens = report.count, report.count.tokens
+    forward, backward = count.forward.over(tokens), (count.input_gradients + count.weight_gradients).over(tokens)
+    training, theirs = count.training.over(tokens).items(), report.convention.items()
+    again = count.recomputed.over(tokens)
+    differing = report.differing()
+    where = f"{report.seq_length:,} tokens" + (f", {len(report.lengths)} documents" if len(report.lengths) > 1 else "")
+    columns = ("term", ">forward", ">backward", ">training", ">published", ">difference", "why")
+    table = make_table(f"GFLOP a token: {report.what}, {where}", *columns)
+    for name in training:
+        if not training[name] and not theirs[name]:
+            continue
+        change = f"{(training[name] - theirs[name]) / 1e9:+.3f}" if name in differing else "="
+        row = (forward.items()[name], backward.items()[name], training[name], theirs[name])
+        table.add_row(name.replace("_", "-"), *(_giga(v) for v in row), change, differing.get(name, ""))
+    table.add_section()
+    totals = (forward.total, backward.total, sum(training.values()), report.convention.total)
+    change = f"{(totals[2] - totals[3]) / 1e9:+.3f}"
+    table.add_row("all", *(_giga(v) for v in totals), change, "")
+    lines = [
+        f"published convention: {totals[3] / 1e9:.3f} GFLOP a token; it leaves out router, hyper-connections (their",
+        "Sinkhorn too), hash lookup, adapters and recompute",
+    ]
+    if report.lora:
+        lines.append(f"adapters of rank {report.lora.rank} on {', '.join(report.lora.keys)}; the rest is frozen")
+    if again.total:
+        lines.append(
+            f"recompute ({report.recompute}): {_giga(again.total)} GFLOP a token more, executed and not in training"
+        )
+    lines += _speed_lines(report)
+    return Group(table, *(Text(line) for line in lines))
+
+
+def _speed_lines(report: FlopReport) -> list[str]:
+    speed = report.speed()
+    if not speed:
+        return []
+    line = f"{report.tokens_per_second:,.0f} tokens/s: {speed['tflops_exact']:,.1f} TFLOP/s, "
+    line += f"{speed['tflops_published']:,.1f} in the published convention"
+    if "hfu" in speed:
+        line += f"; MFU {speed['mfu_exact']:.1%}, published {speed['mfu_published']:.1%}"
+        line += f", HFU {speed['hfu']:.1%}" if report.recompute else ""
+        line += f" of {speed['peak_tflops']:,.0f} TFLOP/s ({report.gpu})"
+    return [line]
+
+
+def _giga(flops: float) -> str:
+    return f"{flops / 1e9:.3f}"

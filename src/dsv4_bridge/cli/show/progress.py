@@ -1,0 +1,47 @@
+"""Progress in a terminal, and in a log."""
+
+import time
+
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from .tables import Plain
+
+_QUIET_SECONDS = 10.0
+
+
+class TerminalProgress:
+    """A bar with bytes, speed and time left on a terminal; a plain line every ten seconds otherwise."""
+
+    def __init__(self) -> None:
+        self._console = Plain(stderr=True)
+        self._bar: Progress | None = None
+        self._done = self._total = 0
+        self._began = self._said = 0.0
+        self._label = ""
+
+    def start(self, label: str, total: int, done: int) -> None:
+        self._label, self._total, self._done = label, total, done
+        self._began = self._said = time.monotonic()
+        if self._console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+            self._bar = Progress(*columns, TimeRemainingColumn(), console=self._console)
+            self._task = self._bar.add_task(label, total=total, completed=done)
+            self._bar.start()
+
+    def advance(self, nbytes: int) -> None:
+        self._done += nbytes
+        if self._bar:
+            self._bar.advance(self._task, nbytes)
+        elif time.monotonic() - self._said > _QUIET_SECONDS:
+            self._said = time.monotonic()
+            speed = self._done / (self._said - self._began) / 1e9
+            share = 100 * self._done / max(1, self._total)
+            line = (
+                f"{self._label}: {share:5.1f} %  {self._done / 1e9:.1f} of {self._total / 1e9:.1f} GB  {speed:.2f} GB/s"
+            )
+            self._console.print(line, highlight=False)
+
+    def stop(self) -> None:
+        if self._bar:
+            self._bar.stop()
+            self._bar = None

@@ -1,0 +1,68 @@
+"""Scores of compressed blocks and the best of them."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Scores held and queries scored at a time: what stays in a core's cache, and more for a GPU.
+_BUDGET, _CHUNK = 1 << 18, 64
+
+
+_GPU_TIMES = 16
+
+
+class IndexTerms(NamedTuple):
+    """What scores are made of.
+
+    Attributes:
+        queries: [b, s, heads, width], rotated.
+        keys: [b, n, width], entries of the indexer's own compressor.
+        weights: [b, s, heads] float32, of the heads.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    weights: Tensor
+
+
+def every_block(length: int, batch: int, count: int, device: torch.device) -> Tensor:
+    """All visible blocks of every query, [b, s, count] int64, -1 where a block is not complete yet."""
+    visible = (torch.arange(length, device=device) + 1) // 4
+    block = torch.arange(count, device=device)
+    return torch.where(block < visible[:, None], block, -1).expand(batch, -1, -1)
+
+
+def index_scores(q: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
+    """Scores in float32: q [b, s, heads, w], keys [b, n, w], weights [b, s, heads] -> [b, s, n]."""
+    dots = torch.matmul(q.float().flatten(1, 2), keys.float().mT).unflatten(1, q.shape[1:3])
+    return torch.matmul(weights.unsqueeze(2) * q.shape[-1] ** -0.5, dots.relu_()).squeeze(2)
+
+
+def best_blocks(scores: Tensor, visible: Tensor, topk: int) -> Tensor:
+    """Indices of the best visible blocks, in any order.
+
+    Of blocks with equal scores those in front are taken. `torch.topk` takes any, other ones for another number of
+    columns: then a choice would depend on how queries are cut into chunks, on the device, and on whether a
+    sequence is decoded step by step. So a block's score and its place make one integer, and no two are equal: what
+    is chosen is what a stable sort has in front, without waiting for the device.
+
+    Args:
+        scores: [b, s, n], float32 or narrower; -0 equals 0, and NaN counts as +inf.
+        visible: [1 or b, s], how many blocks a query sees.
+        topk: of n blocks.
+
+    Returns:
+        [b, s, topk] int64, -1 where there are fewer.
+    """
+    column = torch.arange(scores.shape[-1], device=scores.device)
+    seen = torch.nan_to_num(scores.float(), nan=math.inf, posinf=math.inf, neginf=-math.inf)
+    seen = seen.add_(0.0).masked_fill_(column >= visible.unsqueeze(-1), -math.inf)  # -0 + 0 is 0
+    # The bits of positive floats order them as integers do; those of negative ones the other way round.
+    bits = seen.view(torch.int32)
+    bits ^= (bits >> 31).bitwise_and_(0x7FFFFFFF)
+    last = scores.shape[-1] - 1
+    keys = bits.long().bitwise_left_shift_(32).bitwise_or_(last - column)
+    best = last - keys.topk(topk, dim=-1, sorted=False).values.bitwise_and_(0xFFFFFFFF)
+    return best.masked_fill_(best >= visible.unsqueeze(-1), -1)

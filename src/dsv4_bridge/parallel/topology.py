@@ -1,0 +1,78 @@
+"""How many ranks of each kind, and which pipeline chunk holds what."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ..errors import BridgeError
+from ..spec.plan import Item
+from ..spec.spec import ModelSpec
+from .balance import solve
+from .layout import Layout
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Sizes of the parallel groups, and the pipeline layout.
+
+    Attributes:
+        tp: tensor-parallel ranks: attention heads, output groups, vocabulary, shared expert.
+        pp: pipeline ranks.
+        ep: expert-parallel ranks: whole experts.
+        etp: expert-tensor-parallel ranks: each expert's width.
+        layout: which chunk of the pipeline holds what.
+    """
+
+    tp: int
+    pp: int
+    ep: int
+    etp: int
+    layout: Layout
+
+
+class Coordinate(NamedTuple):
+    """One rank's place in each group."""
+
+    tp: int = 0
+    pp: int = 0
+    ep: int = 0
+    etp: int = 0
+
+
+def make_topology(
+    spec: ModelSpec, tp: int = 1, pp: int = 1, ep: int = 1, etp: int = 1, layout: Layout | None = None, vp: int = 1
+) -> Topology:
+    """A topology that the model can be cut by; without a layout, the solver's.
+
+    Raises:
+        BridgeError: each size that does not divide what it cuts, with the sizes that do.
+    """
+    divided = (
+        ("tp", tp, "o_groups", spec.o_groups),
+        ("tp", tp, "num_attention_heads", spec.num_attention_heads),
+        ("tp", tp, "vocab_size", spec.vocab_size),
+        ("tp", tp, "the shared expert's width", spec.shared_intermediate_size),
+        ("ep", ep, "n_routed_experts", spec.n_routed_experts),
+        ("etp", etp, "moe_intermediate_size", spec.moe_intermediate_size),
+    )
+    wrong = [
+        f"{name} {size} does not divide {what} {total} (nearest that does: {_nearest(size, total)})"
+        for name, size, what, total in divided
+        if size < 1 or total % size
+    ]
+    if wrong:
+        raise BridgeError("cutting the model: " + "; ".join(wrong))
+    return Topology(tp, pp, ep, etp, layout or solve(spec, pp, vp))
+
+
+def _nearest(size: int, total: int) -> int:
+    return min((d for d in range(1, total + 1) if total % d == 0), key=lambda d: (abs(d - size), d))
+
+
+def chunk_of(item: Item, spec: ModelSpec, layout: Layout) -> tuple[int, ...]:
+    """Numbers of the pipeline chunks that hold an item: one, and a second for the embedding that MTP reads."""
+    last = len(layout.chunks) - 1
+    if item.block.kind == "layer":
+        return (next(n for n, c in enumerate(layout.chunks) if c.start <= item.block.index < c.stop),)
+    if item.block.kind == "mtp" or item.row.key != "embed":
+        return (last,)
+    return (0, last) if spec.mtp_layers and last else (0,)

@@ -1,0 +1,116 @@
+"""Megatron's names and shapes of the model's tensors: the one place that knows them."""
+
+from typing import Any, NamedTuple
+
+from .plan import Item, Plan
+from .spec import ModelSpec
+
+
+class Region(NamedTuple):
+    """Where (part of) an item lies in a Megatron checkpoint: a box of a global tensor."""
+
+    key: str
+    global_shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+def megatron_dtype(item: Item) -> str:
+    """Safetensors dtype that the Megatron side holds: BF16, F32 or I32."""
+    return {"f32": "F32", "int": "I32"}.get(item.row.encoding, "BF16")
+
+
+def megatron_prefix(item: Item) -> str:
+    """Prefix of an item's on-disk Megatron names (the MTP body is `transformer_layer` on disk)."""
+    kind, index = item.block.kind, item.block.index
+    if kind == "model":
+        return ""
+    if kind == "layer":
+        return f"decoder.layers.{index}."
+    return f"mtp.layers.{index}." + ("transformer_layer." if item.row.scope == "block" else "")
+
+
+def regions(item: Item, spec: ModelSpec) -> tuple[Region, ...]:
+    """The boxes of global Megatron tensors that hold an item, in order of its rows.
+
+    Experts lie in one tensor `[experts, rows, columns]`; gate and up are stacked by rows, gate
+    first; the three-element hyper-connection scale is three tensors of one element.
+    """
+    row, shape = item.row, item.shape
+    if item.passenger or row.megatron is None:
+        return ()
+    prefix = megatron_prefix(item)
+    if isinstance(row.megatron, tuple):
+        part = (shape[0] // len(row.megatron), *shape[1:])
+        zeros = (0,) * len(part)
+        return tuple(Region(prefix + name, part, zeros, part) for name in row.megatron)
+    index, count = row.part
+    offsets = (index * shape[0], *(0,) * (len(shape) - 1))
+    whole = (count * shape[0], *shape[1:])
+    if item.expert is not None:
+        experts = spec.n_routed_experts
+        return (Region(prefix + row.megatron, (experts, *whole), (item.expert, *offsets), (1, *shape)),)
+    return (Region(prefix + row.megatron, whole, offsets, shape),)
+
+
+def extra_state_keys(plan: Plan) -> tuple[str, ...]:
+    """Keys of the `_extra_state` objects that a Megatron loader asks for, a superset over backends."""
+    keys: dict[str, None] = {}
+    for item in plan.items:
+        if item.passenger or not item.row.state or item.row.part[0]:
+            continue
+        module = f"{megatron_prefix(item)}{item.row.megatron}".removesuffix(".weight")
+        shard = "0_1" if item.expert is None else f"{item.expert}_{plan.spec.n_routed_experts}"
+        keys[f"{module}._extra_state/shard_{shard}"] = None
+    return tuple(keys)
+
+
+def megatron_model(spec: ModelSpec) -> dict[str, Any]:
+    """The model's numbers under the configuration names of the Megatron-LM dev branch.
+
+    rotary_percent stays 1.0 (trap 9), the compressed base is stated (its default there is wrong,
+    trap 11), and no MTP is None, not 0.
+    """
+    return {
+        "num_layers": spec.num_hidden_layers,
+        "hidden_size": spec.hidden_size,
+        "num_attention_heads": spec.num_attention_heads,
+        "experimental_attention_variant": "dsv4_hybrid",
+        "multi_latent_attention": True,
+        "v_head_dim": spec.head_dim,
+        "qk_head_dim": spec.head_dim - spec.qk_rope_head_dim,
+        "qk_pos_emb_head_dim": spec.qk_rope_head_dim,
+        "kv_lora_rank": spec.head_dim - spec.qk_rope_head_dim,
+        "q_lora_rank": spec.q_lora_rank,
+        "o_groups": spec.o_groups,
+        "o_lora_rank": spec.o_lora_rank,
+        "rotary_percent": 1.0,
+        "rotary_base": spec.rope_theta,
+        "csa_compress_rotary_base": spec.compress_rope_theta,
+        "rotary_scaling_factor": spec.rope_factor,
+        "original_max_position_embeddings": spec.rope_original_max_position_embeddings,
+        "beta_fast": spec.rope_beta_fast,
+        "beta_slow": spec.rope_beta_slow,
+        "csa_window_size": spec.sliding_window,
+        "csa_compress_ratios": list(spec.compress_ratios[: spec.num_hidden_layers + spec.mtp_layers]),
+        "dsa_indexer_n_heads": spec.index_n_heads,
+        "dsa_indexer_head_dim": spec.index_head_dim,
+        "dsa_indexer_topk": spec.index_topk,
+        "enable_hyper_connections": True,
+        "num_residual_streams": spec.hc_mult,
+        "mhc_sinkhorn_iterations": spec.hc_sinkhorn_iters,
+        "num_moe_experts": spec.n_routed_experts,
+        "moe_router_topk": spec.num_experts_per_tok,
+        "moe_ffn_hidden_size": spec.moe_intermediate_size,
+        "moe_shared_expert_intermediate_size": spec.shared_intermediate_size,
+        "moe_router_score_function": spec.scoring_func,
+        "moe_router_topk_scaling_factor": spec.routed_scaling_factor,
+        "moe_router_enable_expert_bias": True,
+        "moe_n_hash_layers": spec.num_hash_layers,
+        "actual_vocab_size": spec.vocab_size,
+        "activation_func_clamp_value": spec.swiglu_limit,
+        "layernorm_epsilon": spec.rms_norm_eps,
+        "mtp_num_layers": spec.mtp_layers or None,
+        "hetereogenous_dist_checkpoint": True,
+        "pipeline_model_parallel_layout": None,
+    }
