@@ -21,14 +21,14 @@ test-all: $(VENV)/.ready
 	$(PY) -m pytest -n 2 --dist loadfile -m ""
 
 check: $(VENV)/.ready
-	$(VENV)/bin/ruff format --check src tests benchmarks
-	$(VENV)/bin/ruff check src tests benchmarks
+	$(VENV)/bin/ruff format --check src tests benchmarks docs
+	$(VENV)/bin/ruff check src tests benchmarks docs
 	$(VENV)/bin/pyright src
 	$(VENV)/bin/shellcheck examples/slurm/*.sh
 
 format: $(VENV)/.ready
-	$(VENV)/bin/ruff format src tests benchmarks
-	$(VENV)/bin/ruff check --fix src tests benchmarks
+	$(VENV)/bin/ruff format src tests benchmarks docs
+	$(VENV)/bin/ruff check --fix src tests benchmarks docs
 
 bench: $(VENV)/.ready
 	$(PY) -m pip install --quiet --no-deps megatron-bridge==0.6.2
@@ -42,4 +42,4 @@ clean:
 
 .PHONY: docs
 docs: $(VENV)/.ready
-	$(PY) -m dsv4_bridge.docs docs
+	$(PY) docs/generate.py

@@ -106,7 +106,7 @@ def run(faults: Faults, words: list[str], at: int = -1, number: int = 0) -> Ran:
         sys.stdout, sys.stderr = io.StringIO(), said
         faults.at, faults.number, faults.calls = at, number, 0
         try:
-            from dsv4_bridge.cli.app import main
+            from dsv4_bridge.cli import main
 
             sys.argv = ["dsv4", *words]
             faults.on = True

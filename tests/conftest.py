@@ -51,7 +51,7 @@ def same_files(a: Path, b: Path) -> list[str]:
 
 def dsv4(*args: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
     """Run the command in its own process."""
-    command = [sys.executable, "-c", "from dsv4_bridge.cli.app import main; main()", *map(str, args)]
+    command = [sys.executable, "-c", "from dsv4_bridge.cli import main; main()", *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | env, timeout=300, check=False)
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv4_bridge import BridgeError
-from dsv4_bridge.cli.app import main
+from dsv4_bridge.cli import main
 from dsv4_bridge.parallel.balance import solve
 from dsv4_bridge.parallel.pieces import pieces
 from dsv4_bridge.parallel.topology import Coordinate, make_topology

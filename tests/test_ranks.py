@@ -114,7 +114,7 @@ def test_ranks_write_what_one_process_writes(
 
 def test_torchrun_starts_them(source: Path, megatron: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
-    command += ["-m", "dsv4_bridge.cli.app", "import", str(source), str(tmp_path / "out")]
+    command += ["-m", "dsv4_bridge.cli", "import", str(source), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert same_files(megatron, tmp_path / "out") == []
@@ -135,7 +135,7 @@ def test_shares_are_even_and_cover_every_file_once() -> None:
 
 def test_the_converter_needs_no_torch(source: Path, tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom dsv4_bridge.cli.app import main\ntry:\n    main()\n"
+        "import sys\nfrom dsv4_bridge.cli import main\ntry:\n    main()\n"
         "finally:\n    print('torch' in sys.modules, file=sys.stderr)"
     )
     command = [sys.executable, "-c", code, "import", str(source), str(tmp_path / "out")]

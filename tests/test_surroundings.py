@@ -19,7 +19,7 @@ ROOT = Path(dsv4_bridge.__file__).parents[1]
 
 
 def run(*args: object, prefix: tuple[str, ...] = (), code: str = "", **env: str) -> subprocess.CompletedProcess[str]:
-    body = f"{code}\nfrom dsv4_bridge.cli.app import main; main()"
+    body = f"{code}\nfrom dsv4_bridge.cli import main; main()"
     command = [*prefix, sys.executable, "-W", "ignore", "-c", body, *map(str, args)]
     merged = {k: v for k, v in (os.environ | env).items() if v != "UNSET"}
     return subprocess.run(command, capture_output=True, text=True, env=merged, timeout=120, check=False)
@@ -154,7 +154,7 @@ def test_a_conversion_that_is_interrupted_says_how_to_go_on(
     number: signal.Signals, code: int, workers: str, toy_flash: Path, toy_megatron: Path, tmp_path: Path
 ) -> None:
     heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # also below nohup
-    body = f"{SLOW}\n{heard}\nfrom dsv4_bridge.cli.app import main; main()"
+    body = f"{SLOW}\n{heard}\nfrom dsv4_bridge.cli import main; main()"
     command = [sys.executable, "-W", "ignore", "-c", body, "import", toy_flash, tmp_path / "out", "--workers", workers]
     process = subprocess.Popen([str(c) for c in command], stderr=subprocess.PIPE, text=True, start_new_session=True)
     journal = tmp_path / "out/.dsv4-partial/journal.jsonl"

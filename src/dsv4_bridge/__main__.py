@@ -1,5 +1,5 @@
 """`python -m dsv4_bridge` is the `dsv4` command."""
 
-from .cli.app import main
+from .cli import main
 
 main()

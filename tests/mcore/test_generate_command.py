@@ -16,7 +16,7 @@ import torch
 
 from conftest import dsv4
 from dsv4_bridge import BridgeError
-from dsv4_bridge.cli.app import main
+from dsv4_bridge.cli import main
 from dsv4_bridge.generate.generate import Ask, generate
 from dsv4_bridge.generate.stream import InOrder
 from dsv4_bridge.mcore import build_model, load_weights

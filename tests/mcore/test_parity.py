@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import dsv4
 from dsv4_bridge import BridgeError, import_hf, make_toy, repack
-from dsv4_bridge.cli.app import main
+from dsv4_bridge.cli import main
 from dsv4_bridge.mcore import initialize
 from dsv4_bridge.parity import Inputs, parity
 from dsv4_bridge.parity.inputs import token_ids

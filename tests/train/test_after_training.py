@@ -10,7 +10,6 @@ from training import make_start, make_text, run, small_spec, small_variant
 from typer.testing import CliRunner
 
 from dsv4_bridge import export_hf, make_toy
-from dsv4_bridge.cli import lora as cli_lora
 from dsv4_bridge.cli.app import app
 from dsv4_bridge.convert.merge import merge
 from dsv4_bridge.errors import BridgeError
@@ -21,7 +20,6 @@ from dsv4_bridge.lora.peft import export_peft
 from dsv4_bridge.mcore import build_model, load_weights
 from dsv4_bridge.store.small_files import small_files
 
-assert cli_lora  # its verbs are registered
 pytestmark = [pytest.mark.megatron, pytest.mark.hf]
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from dsv4_bridge.cli import data as cli_data  # noqa: F401 - the verbs
 from dsv4_bridge.cli.app import app
 from dsv4_bridge.train.choose import choose
 from dsv4_bridge.train.recipes import RECIPES

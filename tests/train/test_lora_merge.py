@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 
 from conftest import same_files
 from dsv4_bridge import make_toy
-from dsv4_bridge.cli import lora as cli_lora
 from dsv4_bridge.cli.app import app
 from dsv4_bridge.codec import reference
 from dsv4_bridge.convert.merge import merge
@@ -25,8 +24,6 @@ from dsv4_bridge.spec.lora import CARRIERS, Lora, targets
 from dsv4_bridge.spec.spec import ModelSpec, replace_spec
 from dsv4_bridge.spec.variants import VARIANTS, tiny
 from dsv4_bridge.store.hf import open_hf
-
-assert cli_lora  # its verbs are registered
 
 
 @pytest.fixture(scope="module")

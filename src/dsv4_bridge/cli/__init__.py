@@ -1,5 +1,96 @@
-"""The command `dsv4`."""
+"""The command `dsv4`: its verbs in the order of `--help`, its messages, its exit codes."""
 
-from .app import main
+import contextlib
+import gc
+import os
+import signal
+import sys
+import threading
+from typing import Any
 
-__all__ = ["main"]
+import typer
+
+from ..errors import BridgeError, os_error, printable
+from . import check, convert, data, flops, lora, model, plan, train  # noqa: F401 - verbs register themselves
+from .app import app
+
+# As `--help` lists them: look, convert, run, train.
+_ORDER = "demo toy inspect plan import export repack verify generate parity data recipes train lora merge flops doctor"
+_PLACE = {name: place for place, name in enumerate(_ORDER.split())}
+app.registered_commands.sort(key=lambda verb: _PLACE[verb.name or getattr(verb.callback, "__name__", "")])
+
+
+def main() -> None:
+    """Entry point: runs a verb, turns every BridgeError into one message and exit code 2."""
+    # A plan is hundreds of thousands of small objects that all stay: looking for garbage among them
+    # again and again takes a third of the time.
+    gc.set_threshold(200_000, 20, 100)
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        code = app(standalone_mode=False)
+    except BridgeError as error:
+        _say(str(error))
+        code = 2
+    except ModuleNotFoundError as error:
+        if (extra := _EXTRAS.get((error.name or "").partition(".")[0])) is None:
+            raise
+        _say(f"{error.name} is not installed, which this needs; pip install 'dsv4-bridge[{extra}]'")
+        code = 2
+    except typer.TyperException as error:  # bad arguments
+        message = getattr(error, "format_message", error.__str__)()
+        _say(f"{message} (dsv4 --help lists verbs and options)")
+        code = 2
+    except _Terminated:
+        code = 143
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    except BrokenPipeError:  # stdout's reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        code = 0
+    except OSError as error:
+        _say(f"{_verb()}: {os_error(error)}")
+        code = 2
+    if code in (130, 143):  # typer turns Ctrl-C into its code
+        _say(f"interrupted; {_GO_ON.get(_verb(), 'nothing is left half written')}")
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+    if any(thread.name == "progress" for thread in threading.enumerate()):
+        os._exit(code or 0)  # a display that is stuck in a full pipe would end the interpreter with an error
+    sys.exit(code or 0)
+
+
+# Top-level modules -> what brings them.
+_EXTRAS = {
+    **dict.fromkeys(("megatron", "triton", "psutil"), "megatron"),
+    **dict.fromkeys(("transformers", "peft", "accelerate", "tokenizers"), "hf"),
+    "tensorboard": "train",
+    "matplotlib": "report",
+}
+
+
+_GO_ON = {
+    **dict.fromkeys(
+        ("import", "export", "repack"), "what is finished is kept: the same command with --resume goes on from there"
+    ),
+    "train": "no step was made since the last checkpoint, or they are lost; the same command goes on from there",
+}
+
+
+class _Terminated(BaseException):
+    """SIGTERM came."""
+
+
+def _terminated(number: int, frame: Any) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
+    raise _Terminated
+
+
+def _verb() -> str:
+    return next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+
+
+def _say(message: str) -> None:
+    """A message on stderr; gone if nobody listens."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write(f"dsv4: {printable(message)}\n")
+        sys.stderr.flush()

@@ -1,5 +1,5 @@
 """`python -m dsv4_bridge.cli` is the `dsv4` command."""
 
-from .app import main
+from . import main
 
 main()

@@ -117,7 +117,7 @@ def _logits(report: ParityReport) -> str:
 
 
 def _sites(report: ParityReport) -> str:
-    runs = _runs(report)
+    runs = runs_of(report)
     over = "".join(f'<th class="run" colspan="3">{title}</th>' for title, _ in runs)
     columns = "".join("<th>error</th><th>1&minus;cosine</th><th>flips</th>" for _ in runs)
     rows = []
@@ -155,7 +155,8 @@ def _cells(values: Iterable[str]) -> str:
     return "".join(f"<td>{v}</td>" for v in values)
 
 
-def _runs(report: ParityReport) -> list[tuple[str, Run]]:
+def runs_of(report: ParityReport) -> list[tuple[str, Run]]:
+    """The model with its own choices, and with those replayed, each with its title."""
     replayed = [("choices replayed", report.replayed)] if report.replayed else []
     return [("own choices", report.free), *replayed]
 
@@ -196,15 +197,10 @@ def _tables(report: ParityReport) -> str:
 
 def logits_of(report: ParityReport) -> list[tuple[str, LogitsDifference]]:
     """Everything that has logits, by what it is called."""
-    found = [(title, run.logits) for title, run in _runs(report)]
+    found = [(title, run.logits) for title, run in runs_of(report)]
     if report.narrow is not None:
         runs = [("", report.narrow.free)]
         if report.narrow.replayed is not None:
             runs.append((", replayed", report.narrow.replayed))
         found += [(f"index_topk {report.narrow.index_topk}{how}", run.logits) for how, run in runs]
     return found + [(f"MTP block {draft.depth}", draft.logits) for draft in report.drafts]
-
-
-def _runs(report: ParityReport) -> list[tuple[str, Run]]:
-    replayed = [("choices replayed", report.replayed)] if report.replayed else []
-    return [("own choices", report.free), *replayed]

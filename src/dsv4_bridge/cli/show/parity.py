@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ...parity.metrics import Choice, Difference
-from ...parity.report import _runs, about, logits_of
+from ...parity.report import about, logits_of, runs_of
 from ...parity.result import ParityReport, Run, SiteResult, Tolerance
 
 _LEGEND = (
@@ -30,11 +30,11 @@ def parity_table(report: ParityReport, every_site: bool = False) -> Group:
 def layers_table(report: ParityReport) -> Table:
     """One line a layer: its worst sub-layer, its flipped choices."""
     table = _table("layer", "kind")
-    for run in _runs(report):
-        _columns(table, run, len(_runs(report)), "worst", ">error", ">1-cosine", ">experts", ">blocks")
+    for run in runs_of(report):
+        _columns(table, run, len(runs_of(report)), "worst", ">error", ">1-cosine", ">experts", ">blocks")
     for layer, kind in [*enumerate(report.layers), (None, "")]:
         cells: list[Any] = []
-        for _, run in _runs(report):
+        for _, run in runs_of(report):
             sites = run.of_layer(layer)
             worst = max((s for s in sites if isinstance(s.found, Difference)), key=lambda s: s.error)
             cells += [worst.site, *_error(worst, report.tolerance)]
@@ -46,14 +46,14 @@ def layers_table(report: ParityReport) -> Table:
 def sites_table(report: ParityReport) -> Table:
     """One line a sub-layer."""
     table = _table("layer", "sub-layer")
-    for run in _runs(report):
-        _columns(table, run, len(_runs(report)), ">error", ">1-cosine", ">relative", ">flips")
+    for run in runs_of(report):
+        _columns(table, run, len(runs_of(report)), ">error", ">1-cosine", ">relative", ">flips")
     last: int | None = 0
     for index, first in enumerate(report.free.sites):
         if first.layer != last:
             table.add_section()
         cells: list[Any] = []
-        for _, run in _runs(report):
+        for _, run in runs_of(report):
             site = run.sites[index]
             relative = f"{site.found.relative:.1e}" if isinstance(site.found, Difference) else ""
             cells += [*_error(site, report.tolerance), relative, _flips(site)]
