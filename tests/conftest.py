@@ -11,7 +11,7 @@ import pytest
 # Two test processes share two cores: more threads would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parent / "files"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -1,11 +1,8 @@
 """A few hundred mutated inputs of each loader; benchmarks/fuzz.py runs as many as you like."""
 
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import fuzz
 from dsv4_bridge import BridgeError

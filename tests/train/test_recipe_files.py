@@ -1,12 +1,9 @@
 """Recipes from YAML: a file that leaves things out is the recipe that it names, and nothing in one is a traceback."""
 
 import random
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from conftest import dsv4
 from dsv4_bridge import BridgeError

@@ -2,7 +2,7 @@
 
 Derived from what the modules of `mcore` and megatron-core 0.19's experts, router and loss save for
 their backward, each storage counted once; held within 5 % of what autograd saves by
-tests/mcore/test_memory_plan.py.
+tests/planning/test_memory_plan.py.
 
 Symbols: T tokens of a micro-batch, T1 = T / tp of them under sequence parallelism; H hidden_size;
 n hyper-connection streams; h heads and g output groups of a rank; d head_dim; e bytes of the model's type.

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-from conftest import DATA, dsv4
 from damage import (
     INDEX,
     a_header,
@@ -29,6 +27,8 @@ from damage import (
     spoiled,
     with_header,
 )
+
+from conftest import DATA, dsv4
 from dsv4_bridge import export_hf, import_hf, inspect, repack, verify
 
 E0 = "layers.0.ffn.experts"

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from fake_hub import REPO, SMALL, UNWANTED, Answer, FakeHub, commit_of
 
 from conftest import dsv4, same_files
 from dsv4_bridge import BridgeError, export_hf, import_hf, inspect, make_toy, plan
 from dsv4_bridge.store import hub
 from dsv4_bridge.store.safetensors import read_header
 from dsv4_bridge.store.small_files import small_files
-from fake_hub import REPO, SMALL, UNWANTED, Answer, FakeHub, commit_of
 
 
 @pytest.fixture(scope="module")

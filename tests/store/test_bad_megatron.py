@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from damage import Shards, drop, edit, holder, linked, listing, one_message, poke, put, refuses, spoiled
 
 from conftest import dsv4
-from damage import Shards, drop, edit, holder, linked, listing, one_message, poke, put, refuses, spoiled
 from dsv4_bridge import Options, export_hf, import_hf, inspect, make_toy, repack
 
 # ---------------------------------------------------------------- values that cannot be

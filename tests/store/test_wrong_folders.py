@@ -6,9 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from damage import one_message, refuses
 
 from conftest import dsv4, same_files
-from damage import one_message, refuses
 from dsv4_bridge import Options, export_hf, import_hf, inspect, repack, verify
 from dsv4_bridge.store.small_files import small_files
 

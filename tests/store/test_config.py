@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from configs import LAYER_NAMES, RELEASED, config, transformers_dialect
+
 from conftest import config_path
 from dsv4_bridge import BridgeError, Options, export_hf, import_hf, repack
 from dsv4_bridge.spec.megatron import megatron_model

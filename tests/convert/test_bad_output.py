@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from conftest import dsv4, same_files
 from damage import (
     INDEX,
     edit,
@@ -25,6 +23,8 @@ from damage import (
     put,
     refuses,
 )
+
+from conftest import dsv4, same_files
 from dsv4_bridge import Options, export_hf, import_hf, inspect, make_toy, verify
 
 # ---------------------------------------------------------------- where it is to be written

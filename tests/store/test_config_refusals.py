@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from configs import NOT_NUMBERS, config, transformers_dialect
+
 from conftest import DATA
 from dsv4_bridge import BridgeError
 from dsv4_bridge.spec.spec import ModelSpec, replace_spec

@@ -7,13 +7,10 @@ import json
 import os
 import shutil
 import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 from conftest import same_files
 from dsv4_bridge import BridgeError, Options, import_hf, make_toy

@@ -1,9 +1,6 @@
 """A few mutated adapters; benchmarks/fuzz_adapters.py runs as many as you like."""
 
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from fuzz_adapters import Fuzzer
 

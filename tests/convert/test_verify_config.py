@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from damage import refuses
 
 from conftest import dsv4
-from damage import refuses
 from dsv4_bridge import export_hf, import_hf, inspect, make_toy, verify
 from dsv4_bridge.store.hf import open_hf
 from dsv4_bridge.store.hf_config import read_config, released_config, spec_from_config
