@@ -165,7 +165,7 @@ def test_what_we_write_loads_with_equal_values(family: Family, folder: str) -> N
     computed = {n: b for n, b in model.named_buffers() if n not in theirs}
     assert any("inv_freq" in n for n in computed)
     assert_same({n: b for n, b in family.reference.named_buffers() if n not in theirs}, computed)
-    # ids of experts arrive as integers, never through a float (trap 25)
+    # ids of experts arrive as integers, never through a float
     arrived, table = model.model.layers[0].mlp.gate.tid2eid, stored(family.toy)["layers.0.ffn.gate.tid2eid"]
     assert arrived.dtype == torch.int64 and table[0] == "I64"
     assert arrived.numpy().tobytes() == table[2]

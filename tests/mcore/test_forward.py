@@ -37,7 +37,7 @@ def test_more_choices_than_blocks_means_all_of_them() -> None:
 
 @pytest.mark.parametrize("spec", [small_spec(), PRO], ids=["small", "pro"])
 def test_the_clamp_fires_in_routed_and_shared_experts(spec: ModelSpec) -> None:
-    """What makes the comparisons above see the clamp (trap 28)."""
+    """What makes the comparisons above see the clamp."""
     with torch.no_grad(), counting_clamped(spec) as found:
         pair(spec).reference(some_ids(spec, 2, 128))
     kinds = [f"{kind} {side}" for kind in ("routed", "shared") for side in ("gate", "up", "-up")]
@@ -45,7 +45,7 @@ def test_the_clamp_fires_in_routed_and_shared_experts(spec: ModelSpec) -> None:
 
 
 def test_far_more_blocks_than_choices() -> None:
-    """8 of 576 blocks (trap 64)."""
+    """8 of 576 blocks."""
     spec = small_spec()
     assert_equal_to_reference(spec, 1, 2304)
     late = recorded(spec, 1, 2304).choices.chosen["attn.index", "layers.1"][0, -1]

@@ -111,7 +111,7 @@ class Emitter:
     def _plain(self, item: Item, encoding: str, start: int, stop: int, stream: Stream, report: Report) -> None:
         for stripe in self.source(item).stripes(item, start, stop, self.scratch):
             if item.row.encoding == "int":
-                # Never through a float: bf16 turns 383 into 384 (trap 25).
+                # Never through a float: bf16 turns 383 into 384.
                 stream.write(stripe.astype("<i4" if encoding == "i32" else "<i8"))
                 continue
             plain, rounded = to_plain(item, stripe, encoding, self.scratch)

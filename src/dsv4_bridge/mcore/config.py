@@ -80,35 +80,35 @@ def refuse_unsound(config: DeepSeekV4Config) -> None:
     balancing = [kinds] if isinstance(kinds, str) else list(kinds)
     coefficients = list(weights) if isinstance(weights, list | tuple) else [weights]
     rules = (
-        (config.bias_activation_fusion, "bias_activation_fusion", "megatron's fused SwiGLU drops the clamp (trap 28)"),
+        (config.bias_activation_fusion, "bias_activation_fusion", "megatron's fused SwiGLU drops the clamp"),
         (
             config.moe_shared_expert_overlap,
             "moe_shared_expert_overlap",
-            "the overlapped shared expert drops the clamp (trap 28)",
+            "the overlapped shared expert drops the clamp",
         ),
         (
             config.use_te_activation_func,
             "use_te_activation_func",
-            "Transformer Engine's SwiGLU has no clamp (trap 28)",
+            "Transformer Engine's SwiGLU has no clamp",
         ),
         (
             config.use_transformer_engine_op_fuser,
             "use_transformer_engine_op_fuser",
-            "its fused SwiGLU has no clamp (trap 28)",
+            "its fused SwiGLU has no clamp",
         ),
         (
             config.rotary_percent != 1.0,
             "rotary_percent",
-            "qk_pos_emb_head_dim is already the rotated width; another factor would rotate less of it (trap 9)",
+            "qk_pos_emb_head_dim is already the rotated width; another factor would rotate less of it",
         ),
         (config.apply_rope_fusion, "apply_rope_fusion", "the fused kernel has neither inverse nor partial rotation"),
-        (config.mscale not in (0.0, 1.0), "mscale", "DeepSeek-V4's YaRN has no attention factor (trap 12)"),
+        (config.mscale not in (0.0, 1.0), "mscale", "DeepSeek-V4's YaRN has no attention factor"),
         (config.moe_router_fusion, "moe_router_fusion", "the fused router takes no precomputed choice of experts"),
         (config.moe_router_pre_softmax, "moe_router_pre_softmax", "scores are sqrt(softplus), not a softmax"),
         (
             config.moe_router_score_function != "sqrtsoftplus",
             "moe_router_score_function",
-            "scores are sqrt(softplus) (trap 24)",
+            "scores are sqrt(softplus)",
         ),
         (
             config.moe_expert_capacity_factor is not None,
@@ -180,7 +180,7 @@ def refuse_unsound(config: DeepSeekV4Config) -> None:
     if len(config.csa_compress_ratios) != config.num_layers + draft:
         found.append(
             f"  csa_compress_ratios has {len(config.csa_compress_ratios)} entries, expected one for each of "
-            f"{config.num_layers} layers and {draft} MTP layers (trap 51)"
+            f"{config.num_layers} layers and {draft} MTP layers"
         )
     if unknown := sorted(set(config.csa_compress_ratios) - {0, 4, 128}):
         found.append(f"  csa_compress_ratios holds {unknown}: DeepSeek-V4 knows 0, 4 and 128")

@@ -4,7 +4,7 @@ A layout is a list of chunks in the order that data flows through them; chunk c 
 c % pp. Its written form is megatron-core's: `E` embedding, `t` decoder layer, `m` MTP layer, `L` loss,
 `|` between chunks, `*n` and `(…)*n` for repeats, commas ignored: `Et*11|t*11|t*11|t*10mL`.
 
-Rules (megatron.md section 5):
+Rules:
 1. hash layers stand in the chunk of the embedding, for token ids reach no other;
 2. the last decoder layer stands in the last chunk, for what passes between chunks is all streams, and
    the last layer's chunk makes one of them;

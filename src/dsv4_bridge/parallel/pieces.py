@@ -36,7 +36,7 @@ def pieces(
     """What the rank at `at` holds of an item in its pipeline chunk number `chunk`; empty if nothing.
 
     Layers and experts are numbered from the chunk's and the rank's first; the body of an MTP layer is
-    `mtp_model_layer` in a live model (megatron.md 1f). A module holds one expert, or with `grouped` all of
+    `mtp_model_layer` in a live model. A module holds one expert, or with `grouped` all of
     the rank's, which changes names only.
     """
     if item.passenger or chunk not in chunk_of(item, spec, topology.layout):

@@ -1,7 +1,7 @@
 """Bytes that one micro-batch leaves on a rank between forward and backward. Pure numbers.
 
 Derived from what the modules of `mcore` and megatron-core 0.19's experts, router and loss save for
-their backward, each storage counted once; held within 5 % of what autograd saves by
+their backward, each storage counted once; held within 1 % of what autograd saves by
 tests/planning/test_memory_plan.py.
 
 Symbols: T tokens of a micro-batch, T1 = T / tp of them under sequence parallelism; H hidden_size;

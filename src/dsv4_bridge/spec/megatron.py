@@ -68,8 +68,8 @@ def extra_state_keys(plan: Plan) -> tuple[str, ...]:
 def megatron_model(spec: ModelSpec) -> dict[str, Any]:
     """The model's numbers under the configuration names of the Megatron-LM dev branch.
 
-    rotary_percent stays 1.0 (trap 9), the compressed base is stated (its default there is wrong,
-    trap 11), and no MTP is None, not 0.
+    rotary_percent stays 1.0, the compressed base is stated (its default there is
+    wrong), and no MTP is None, not 0.
     """
     return {
         "num_layers": spec.num_hidden_layers,

@@ -318,7 +318,7 @@ def mixed_encodings(checkpoint: HFCheckpoint) -> Iterator[tuple[str, str, int]]:
 
 
 def _check_draft_kind(tensors: Mapping[str, TensorInfo], spec: ModelSpec, path: Path) -> None:
-    # `num_nextn_predict_layers` stays 1 in DSpark releases: the tensors decide (trap 47).
+    # `num_nextn_predict_layers` stays 1 in DSpark releases: the tensors decide.
     names = {n.removeprefix("model.") for n in tensors if n.removeprefix("model.").startswith("mtp.0.")}
     dspark, mtp = draft_name("dspark.main_proj") in names, draft_name("mtp.e_proj") in names
     if dspark and spec.dspark is None:

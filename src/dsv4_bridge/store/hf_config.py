@@ -3,7 +3,7 @@
 *released*: what DeepSeek ships (`compress_ratios`, `num_hash_layers`, `rope_scaling`).
 *transformers*: what transformers writes (`layer_types`, `compress_rates`, `mlp_layer_types`,
 nested `rope_parameters`). Both read into one `ModelSpec`; a missing field is an error that names
-it, never a default. Pitfalls: facts of trap 9, 51 and 52 (each has a test).
+it, never a default.
 """
 
 import stat
@@ -232,7 +232,7 @@ def _rope_fields(config: Mapping[str, Any], where: str, hf: bool) -> dict[str, A
 
 
 def _rope_width(config: Mapping[str, Any], where: str, head_dim: int) -> int:
-    # partial_rotary_factor applies to head_dim, never on top of an already narrow width (trap 9).
+    # partial_rotary_factor applies to head_dim, never on top of an already narrow width.
     if "qk_rope_head_dim" in config:
         return _take(config, "qk_rope_head_dim", int, where)
     factor = config.get("partial_rotary_factor")
@@ -343,7 +343,7 @@ def released_config(spec: ModelSpec, expert_dtype: str | None, quantized: bool) 
     Args:
         spec: the model.
         expert_dtype: `fp4`, `fp8`, or None to leave the key out (BF16 copies).
-        quantized: whether to state the FP8 `quantization_config`; a BF16 copy must not (trap 53).
+        quantized: whether to state the FP8 `quantization_config`; a BF16 copy must not.
     """
     config: dict[str, Any] = {"architectures": ["DeepseekV4ForCausalLM"], "model_type": "deepseek_v4"}
     config |= {name: getattr(spec, name) for name in (*_SAME, *_MARKS)}

@@ -58,7 +58,7 @@ def attend(q: Tensor, kv: Tensor, blocks: Tensor | None, chosen: Tensor | None, 
         reach: what queries may see.
 
     Returns:
-        [b, s, h, d] in q's type. Scores are scaled by d^-0.5 (no YaRN factor, trap 12).
+        [b, s, h, d] in q's type. Scores are scaled by d^-0.5 (no YaRN factor).
     """
     result = _Attend.apply(q, kv, blocks, chosen, sink, reach)
     assert isinstance(result, Tensor)

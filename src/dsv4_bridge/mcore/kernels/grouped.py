@@ -122,7 +122,7 @@ def stacked(weights: Sequence[Tensor]) -> Tensor:
 
 
 def clamped_swiglu(x: Tensor, weights: Tensor, limit: float | None) -> Tensor:
-    """`silu(min(gate, limit)) * clamp(up, -limit, limit)` times the routing weight, in x's type (trap 30).
+    """`silu(min(gate, limit)) * clamp(up, -limit, limit)` times the routing weight, in x's type.
 
     Args:
         x: [T, 2f], gate then up.

@@ -136,7 +136,7 @@ class CoreAttention(KeepsFloat32, MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
-        """As megatron's, with the sink cut by heads (trap 19)."""
+        """As megatron's, with the sink cut by heads."""
         return super().sharded_state_dict(prefix, sharded_offsets, metadata) | sharded_rows(
             self, "attn_sink", prefix, sharded_offsets, metadata
         )

@@ -175,7 +175,7 @@ class HyperConnectedBlock(KeepsFloat32, TransformerBlock):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
-        """As megatron's, which would leave the head's bare parameters out (trap 7)."""
+        """As megatron's, which would leave the head's bare parameters out."""
         found = super().sharded_state_dict(prefix, sharded_offsets, metadata or {})
         return found | sharded_head(self, prefix, metadata, self.tp_group)
 

@@ -1,4 +1,4 @@
-"""Parameters and buffers that stay float32 whatever the model is cast to (traps 4, 29, 57).
+"""Parameters and buffers that stay float32 whatever the model is cast to.
 
 megatron-core's Float16Module calls `module.bfloat16()`, which would round them.
 """

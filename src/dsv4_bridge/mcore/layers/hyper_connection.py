@@ -1,7 +1,7 @@
 """Manifold-constrained hyper-connections: several residual streams, mixed around every sub-layer.
 
 Streams are [s, b, n*h], stream-major; n streams of width h. The mathematics is transformers'
-DeepseekV4HyperConnection: eps inside the root (trap 3), the mixing matrix used transposed (trap 1),
+DeepseekV4HyperConnection: eps inside the root, the mixing matrix used transposed,
 weights computed and applied in float32.
 """
 

@@ -4,7 +4,7 @@ score(t, i) = sum over heads of w[t, head] * relu(q[t, head] . k[i]), on entries
 the best `index_topk` visible blocks are chosen. The choice has no gradient: the indexer is frozen by
 construction, as in transformers, unless it is trained by an objective of its own (`indexer_loss`;
 technical report 2.3.1). The Hadamard rotation of the released inference code is orthonormal, applied to both
-sides, and cancels (trap 16).
+sides, and cancels.
 """
 
 import torch

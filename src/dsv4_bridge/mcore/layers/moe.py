@@ -1,9 +1,9 @@
 """Mixture of experts: routed by token id in the first layers, by score and bias in the others.
 
 Scores are sqrt(softplus(logits)) in float32. A biased router adds `expert_bias` for the choice only;
-weights are the plain scores of the chosen experts, over their sum, times the scaling factor (trap 24).
+weights are the plain scores of the chosen experts, over their sum, times the scaling factor.
 SwiGLU is clamped in routed and shared experts, and the weight multiplies the activation in front of
-the second matrix (trap 30).
+the second matrix.
 """
 
 from functools import partial
@@ -191,7 +191,7 @@ class HashRouter(BiasRouter):
             raise BridgeError(
                 f"routing {self.block} by token id: the stage got no input_ids; a hash layer needs them with its input"
             )
-        ids = input_ids.transpose(0, 1)  # [s, b], the order of the tokens in `logits` (trap 26)
+        ids = input_ids.transpose(0, 1)  # [s, b], the order of the tokens in `logits`
         if self.config.sequence_parallel:
             ids = ids.chunk(self.tp_group.size())[self.tp_group.rank()]
         return self.tid2eid[ids.reshape(-1)].long()

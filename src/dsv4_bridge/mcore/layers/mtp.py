@@ -1,7 +1,7 @@
 """Multi-token prediction: one more layer that predicts the token after the next.
 
 Stream j of depth k's input is e_proj(enorm(embedding of token t + k + 1)) + h_proj(hnorm(stream j of
-the depth before)); the streams enter in front of the learned head (trap 50). Each depth has its own
+the depth before)); the streams enter in front of the learned head. Each depth has its own
 head and norm and shares the output layer (technical report 2.1; released inference/model.py).
 """
 
@@ -84,7 +84,7 @@ class MTPLayer(KeepsFloat32, MegatronModule):
             Normed hidden states [s, b, h], and this depth's streams [s, b, n*h].
         """
         n = self.config.num_residual_streams
-        # 3-D, for megatron's linear flattens no more than that in its backward (trap 56).
+        # 3-D, for megatron's linear flattens no more than that in its backward.
         parts = self.hnorm(streams.unflatten(-1, (n, -1))).flatten(1, 2)  # [s, b*n, h]
         mixed = self._whole(self.h_proj, parts).unflatten(1, (-1, n))
         mixed = mixed + self._whole(self.e_proj, self.enorm(embedded)).unsqueeze(2)

@@ -2,7 +2,7 @@
 
 Window layers (ratio 0) rotate by `rotary_base`; layers with compression by
 `csa_compress_rotary_base` with YaRN, for queries, window and compressed keys and the indexer alike.
-YaRN here scales frequencies only: no attention factor (arXiv 2309.00071 section 3.2; trap 12).
+YaRN here scales frequencies only: no attention factor (arXiv 2309.00071 section 3.2).
 """
 
 import math
