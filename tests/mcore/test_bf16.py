@@ -1,7 +1,7 @@
 """In bfloat16 the model is as close to transformers as the type allows, once choices are the same.
 
-Near-ties in bf16 choose other blocks and experts, in either model: alone that turns a token's logits
-. So first everything is chosen; then the reference's choices are replayed.
+Near-ties in bf16 choose other blocks and experts, in either model: alone that turns a token's
+logits. So first everything is chosen; then the reference's choices are replayed.
 """
 
 from functools import cache

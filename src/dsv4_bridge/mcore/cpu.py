@@ -1,4 +1,4 @@
-"""Run megatron-core where there is no CUDA: the one place that patches anything.
+"""Run megatron-core where there is no CUDA. What is wrong on any device is mended in `mends`.
 
 megatron-core 0.19 computes with plain torch operations, but asks CUDA for its device, streams and
 random states on the way. `install` answers those questions for a CPU. Nothing is patched where a

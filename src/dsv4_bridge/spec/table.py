@@ -1,6 +1,6 @@
 """ROWS: every kind of tensor in a DeepSeek-V4 checkpoint, one row each. Data, no logic.
 
-`items.py` expands the rows to exact names; nothing else in the package knows a tensor name.
+`plan.py` expands the rows to exact names; nothing else in the package knows a tensor name.
 
 Columns
     released    name in the released checkpoints, behind the block's prefix
@@ -9,8 +9,8 @@ Columns
     megatron    parameter name in the Megatron-LM dev GPT model, behind the block's prefix, as the
                 torch_dist checkpoint spells it; None: no place for it, a passenger. Several names:
                 the released tensor is cut into that many equal parts along its first axis
-    scope       model | block (decoder layers and draft blocks) | mtp (first MTP block) |
-                mtp_own (Base's copies) | draft_last (last draft block) | dspark_first | dspark_last
+    scope       model | block (decoder layers and draft blocks) | mtp (MTP blocks of any depth) |
+                mtp_own (Base's copies) | dspark_first | dspark_last
     when        always | compressed (ratio 4 or 128) | csa (ratio 4) | hash | routed
     shape       dimensions by their config.json names; `*` multiplies, `/` divides
     cut         how tensor parallelism cuts it: whole | columns (first axis) | rows (second axis) |

@@ -1,6 +1,6 @@
 """A Hugging Face checkpoint folder, bound to the plan: every tensor claimed, or an error.
 
-Names come in four schemes, all expanded from the one table and looked up exactly:
+Names come in five schemes, all expanded from the one table and looked up exactly:
 
 | scheme | written by | example |
 |---|---|---|
