@@ -6,6 +6,8 @@ from functools import cache
 from itertools import pairwise
 
 from ..errors import BridgeError
+from ..spec.flops import forward_costs
+from ..spec.plan import expand
 from ..spec.spec import ModelSpec
 from .layout import Chunk, Layout
 
@@ -46,46 +48,14 @@ class Costs:
 
 
 def flop_costs(spec: ModelSpec, length: int = 4096) -> Costs:
-    """Forward multiply-adds a token of each piece, at sequences of `length` tokens.
-
-    Terms: projections, attention over window and compressed entries, compressor and indexer, experts,
-    router, hyper-connections; MTP has two extra projections, of one embedding and of every stream, and the head once
-    more.
-    """
-    hidden, heads, width = spec.hidden_size, spec.num_attention_heads, spec.head_dim
-    projections = (
-        spec.q_lora_rank * (hidden + heads * width)
-        + hidden * width
-        + heads * width * spec.o_lora_rank
-        + spec.o_groups * spec.o_lora_rank * hidden
-    )
-    experts = 3 * hidden * spec.moe_intermediate_size * (spec.num_experts_per_tok + spec.n_shared_experts)
-    mixing = 2 * spec.hc_mult * hidden * spec.hc_mult * (spec.hc_mult + 2)
-    always = projections + experts + mixing + hidden * spec.n_routed_experts
-    window = 2 * heads * width * min(spec.sliding_window, length)
-
-    def layer(ratio: int) -> float:
-        if ratio == 0:
-            return always + window
-        blocks = length / ratio / 2  # a query sees half of them on average
-        if ratio == 128:
-            return always + window + 2 * heads * width * blocks + 2 * hidden * width
-        index = spec.index_n_heads * spec.index_head_dim
-        indexer = hidden * 4 * spec.index_head_dim + spec.q_lora_rank * index + index * blocks
-        return always + window + 2 * heads * width * min(spec.index_topk, blocks) + 4 * hidden * width + indexer
-
-    head = spec.vocab_size * hidden
-    ratios = spec.compress_ratios
-    entry = (1 + spec.hc_mult) * hidden * hidden
-    draft = sum(layer(ratios[spec.num_hidden_layers + k]) + entry + head for k in range(spec.mtp_layers))
-    return Costs(tuple(layer(r) for r in ratios[: spec.num_hidden_layers]), 0.0, draft, head)
+    """Forward FLOPs a token of each piece, at sequences of `length` tokens, as `spec.flops` counts them."""
+    layers, draft, head = forward_costs(spec, length)
+    return Costs(layers, 0.0, draft, head)
 
 
 @cache
 def parameter_costs(spec: ModelSpec) -> Costs:
     """Parameters of each piece, as the table lists them; passengers not counted."""
-    from ..spec.plan import expand
-
     layers = [0.0] * spec.num_hidden_layers
     embedding = mtp = head = 0.0
     for item in expand(spec).items:

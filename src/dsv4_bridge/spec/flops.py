@@ -146,19 +146,40 @@ def count_flops(
     return FlopCount(sum(lengths), Terms(**forward), Terms(**inputs), Terms(**weights), Terms(**again))
 
 
+def forward_costs(spec: ModelSpec, length: int) -> tuple[tuple[float, ...], float, float]:
+    """Forward FLOPs a token, of sequences of `length` tokens: of each decoder layer, all MTP depths, and the head."""
+
+    def cost(works: Iterator[_Work]) -> float:
+        return sum(2 * work.products for work in works) / length
+
+    count = spec.num_hidden_layers
+    layers = tuple(cost(_layer(spec, ratio, (length,))) for ratio in spec.compress_ratios[:count])
+    draft = [
+        cost(_layer(spec, spec.compress_ratios[count + k], (length,))) + cost(_head(spec, length, k + 1))
+        for k in range(spec.mtp_layers)
+    ]
+    return layers, sum(draft), cost(_head(spec, length, 0))
+
+
 def _works(spec: ModelSpec, lengths: Sequence[int], lora: Lora | None) -> Iterator[_Work]:
-    tokens, hidden, n = sum(lengths), spec.hidden_size, spec.hc_mult
-    depths = spec.mtp_layers
+    tokens, depths = sum(lengths), spec.mtp_layers
     for ratio in spec.compress_ratios[: spec.num_hidden_layers + depths]:
         yield from _layer(spec, ratio, lengths)
-    for heads in range(1 + depths):
-        yield _Work("logits", tokens * hidden * spec.vocab_size, layer=False)
-        yield _Work("hyper_connections", tokens * n * n * hidden, layer=False)  # the learned head's map
-        yield _Work("hyper_connections", tokens * n * hidden, False, False)
-        # Of every depth: one token's embedding, and each of the n streams before.
-        yield _Work("mtp", tokens * (1 + n) * hidden * hidden * (heads > 0), layer=False)
+    for depth in range(1 + depths):
+        yield from _head(spec, tokens, depth)
     if lora:
         yield _Work("adapters", tokens * adapter_work(spec, lora))
+
+
+def _head(spec: ModelSpec, tokens: int, depth: int) -> Iterator[_Work]:
+    """What stands beside the layers: the output of the trunk (depth 0), or input and output of an MTP depth."""
+    hidden, n = spec.hidden_size, spec.hc_mult
+    yield _Work("logits", tokens * hidden * spec.vocab_size, layer=False)
+    yield _Work("hyper_connections", tokens * n * n * hidden, layer=False)  # the learned head's map
+    yield _Work("hyper_connections", tokens * n * hidden, False, False)
+    if depth:
+        # One token's embedding, and each of the n streams before.
+        yield _Work("mtp", tokens * (1 + n) * hidden * hidden, layer=False)
 
 
 def _layer(spec: ModelSpec, ratio: int, lengths: Sequence[int]) -> Iterator[_Work]:
