@@ -23,8 +23,8 @@ class Journals:
         report = Report(3, 99, {"a": EncodeStats(4, 1, 3)}, {"b": Certificate(4, 4)}, {"c": 5}, 1)
         (folder / "x").write_bytes(b"x" * 9)
         journal.begin(folder, "0" * 64, "import")
-        journal.enter(folder, 0, "x", folder / "x", report.to_json())
-        journal.enter(folder, 1, "y", folder / "x", report.to_json())
+        journal.enter(folder, 0, "x", folder / "x", 7, report.to_json())
+        journal.enter(folder, 1, "y", folder / "x", 7, report.to_json())
         journal.place(folder)
         self._sound = {path.name: path.read_bytes() for path in folder.glob("journal*")}
 

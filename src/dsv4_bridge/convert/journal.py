@@ -78,7 +78,7 @@ def is_of(line: Mapping[str, Any], path: Path) -> bool:
 
 def _finished(entry: Mapping[str, Any]) -> bool:
     numbers = (entry.get("size"), entry.get("written"), entry.get("crc32c"))
-    if not isinstance(entry.get("file"), str) or any(type(n) is not int for n in numbers):
+    if not isinstance(entry.get("file"), str) or any(type(n) is not int or not 0 <= n < 1 << 63 for n in numbers):
         return False
     try:
         Report.from_json(entry["report"])
