@@ -28,7 +28,7 @@ MCORE = (
     "model schedule indexer_phase",
     "weights generate",
     "adapters optim",
-    "checkpoints",
+    "checkpoints pretrained",
     "__init__",
 )
 ONLY = {  # a library -> the rooms that may import it, at the top of a file or inside a function

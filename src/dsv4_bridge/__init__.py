@@ -1,7 +1,7 @@
 """Move DeepSeek-V4 between its released checkpoints and Megatron-Core, and prove it is the same model.
 
-The verbs of the command are functions here: `inspect`, `plan`, `import_hf`, `export_hf`, `repack`,
-`verify`, `verify_files`, `make_toy`. They are loaded on first use.
+`open` looks into a checkpoint of either format; the verbs of the command are functions. All are loaded on first use.
+Those that need torch live in rooms of their own: `mcore` (the model), `parity`, `generate.generate`, `train.loop`.
 """
 
 from importlib import import_module
@@ -12,39 +12,64 @@ from .errors import BridgeError
 if TYPE_CHECKING:
     from .convert.checksums import verify_files
     from .convert.jobs import export_hf, import_hf, repack
+    from .convert.merge import merge
     from .convert.run import Options
     from .convert.verify import verify
+    from .planning.ranks import plan_ranks
     from .planning.tensors import plan
+    from .spec import ModelSpec
+    from .spec.flops import count_flops, flops_per_token
+    from .store.checkpoint import Checkpoint
+    from .store.checkpoint import open_checkpoint as open
     from .store.inspect import inspect
     from .toy.checkpoint import make_toy
 
 __all__ = [
     "BridgeError",
+    "Checkpoint",
+    "ModelSpec",
     "Options",
+    "count_flops",
     "export_hf",
+    "flops_per_token",
     "import_hf",
     "inspect",
     "make_toy",
+    "merge",
+    "open",
     "plan",
+    "plan_ranks",
     "repack",
     "verify",
     "verify_files",
 ]
 
-_ROOMS = {
-    "Options": "convert.run",
-    "export_hf": "convert.jobs",
-    "import_hf": "convert.jobs",
-    "inspect": "store.inspect",
-    "make_toy": "toy.checkpoint",
-    "plan": "planning.tensors",
-    "repack": "convert.jobs",
-    "verify": "convert.verify",
-    "verify_files": "convert.checksums",
+_PLACES = {
+    "Checkpoint": "store.checkpoint:Checkpoint",
+    "ModelSpec": "spec.spec:ModelSpec",
+    "Options": "convert.run:Options",
+    "count_flops": "spec.flops:count_flops",
+    "export_hf": "convert.jobs:export_hf",
+    "flops_per_token": "spec.flops:flops_per_token",
+    "import_hf": "convert.jobs:import_hf",
+    "inspect": "store.inspect:inspect",
+    "make_toy": "toy.checkpoint:make_toy",
+    "merge": "convert.merge:merge",
+    "open": "store.checkpoint:open_checkpoint",
+    "plan": "planning.tensors:plan",
+    "plan_ranks": "planning.ranks:plan_ranks",
+    "repack": "convert.jobs:repack",
+    "verify": "convert.verify:verify",
+    "verify_files": "convert.checksums:verify_files",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name in _ROOMS:
-        return getattr(import_module(f".{_ROOMS[name]}", __name__), name)
+    if name in _PLACES:
+        module, _, attribute = _PLACES[name].partition(":")
+        return getattr(import_module(f".{module}", __name__), attribute)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

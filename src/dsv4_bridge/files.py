@@ -10,6 +10,8 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+AnyPath = str | os.PathLike[str]
+
 
 def sync(path: Path) -> None:
     """Bring the bytes of a file, or the names in a folder, to the disk."""

@@ -26,12 +26,12 @@ from transformers import DeepseekV4Config, DeepseekV4ForCausalLM, DeepseekV4Mode
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer  # noqa: E402
 
 from dsv4_bridge import BridgeError, export_hf, import_hf, inspect, make_toy, repack  # noqa: E402
-from dsv4_bridge.convert.values import HFValues, Scratch  # noqa: E402
 from dsv4_bridge.spec.plan import expand  # noqa: E402
 from dsv4_bridge.spec.spec import replace_spec  # noqa: E402
 from dsv4_bridge.spec.variants import BF16, VARIANTS, tiny  # noqa: E402
 from dsv4_bridge.store.hf import disk_name, open_hf  # noqa: E402
 from dsv4_bridge.store.safetensors import SafetensorsFolder  # noqa: E402
+from dsv4_bridge.store.values import HFValues, Scratch  # noqa: E402
 
 pytestmark = pytest.mark.hf
 

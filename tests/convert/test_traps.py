@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from conftest import same_files
 from dsv4_bridge import BridgeError, export_hf, import_hf, inspect, make_toy
-from dsv4_bridge.convert.values import HFValues, Scratch
 from dsv4_bridge.spec.megatron import regions
 from dsv4_bridge.store.hf import open_hf
 from dsv4_bridge.store.torch_dist.reader import open_torch_dist
+from dsv4_bridge.store.values import HFValues, Scratch
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:

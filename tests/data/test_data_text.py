@@ -15,8 +15,8 @@ from dsv4_bridge.cli.app import app
 from dsv4_bridge.data import sources as text_sources
 from dsv4_bridge.data.indexed import prepare_pretraining
 from dsv4_bridge.data.sources import find_sources, texts, units
-from dsv4_bridge.planning.ranks import spec_of
 from dsv4_bridge.spec.spec import replace_spec
+from dsv4_bridge.store.named import spec_of
 from dsv4_bridge.text.tokenizer import open_tokenizer
 
 pytestmark = pytest.mark.megatron

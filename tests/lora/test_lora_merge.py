@@ -81,7 +81,7 @@ KINDS = {
 def test_report_agrees_with_an_independent_computation(
     toy: Path, spec: ModelSpec, kind: str, encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dsv4_bridge.convert.values._STRIPE_BYTES", 1 << 15)  # several stripes a tensor
+    monkeypatch.setattr("dsv4_bridge.store.values._STRIPE_BYTES", 1 << 15)  # several stripes a tensor
     adapters = random_adapters(spec, KINDS[kind], 0.03)
     export_peft(adapters, spec, tmp_path / "adapter")
     report = merge(toy, tmp_path / "adapter", tmp_path / "out", encoding)

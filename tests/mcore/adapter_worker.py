@@ -24,10 +24,10 @@ def build(told: dict[str, Any]) -> tuple[list[Any], list[Any], Any]:
 
 def some_adapters(spec: Any, lora: Any, weights: Path) -> Any:
     """Random adapters, the same on all ranks; magnitudes near the norms of the rows."""
-    from dsv4_bridge.convert.values import HFValues, Scratch
     from dsv4_bridge.lora.adapters import Adapter, Adapters
     from dsv4_bridge.spec.lora import targets
     from dsv4_bridge.store.hf import open_hf
+    from dsv4_bridge.store.values import HFValues, Scratch
 
     random, values = torch.Generator().manual_seed(11), {}
     released = open_hf(weights)

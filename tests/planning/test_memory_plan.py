@@ -290,7 +290,8 @@ def test_a_folder_is_planned_by_its_config(
 
 def test_a_plan_needs_no_torch() -> None:
     code = (
-        "import sys; from dsv4_bridge.planning.ranks import Asked, plan_ranks, spec_of;"
+        "import sys; from dsv4_bridge.planning.ranks import Asked, plan_ranks;"
+        "from dsv4_bridge.store.named import spec_of;"
         "plan_ranks('Flash', spec_of('Flash'), Asked(tp=2)); sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

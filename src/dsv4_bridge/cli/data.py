@@ -125,9 +125,9 @@ def data(
 
 def _tokenizer(named: str) -> tuple[Path, Any]:
     """The folder of a checkpoint's small files, and the model's numbers; no tensor is read."""
-    from ..planning.ranks import spec_of
     from ..store.hub import fetch_small
     from ..store.megatron import looks_megatron, open_megatron
+    from ..store.named import spec_of
 
     path = Path(named)
     if looks_megatron(path):

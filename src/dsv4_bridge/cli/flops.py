@@ -1,8 +1,7 @@
 """The verb `flops`."""
 
 from enum import StrEnum
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -47,6 +46,7 @@ def flops(
     """
     from ..planning.flops_report import flop_report
     from ..spec.lora import Lora
+    from ..store.named import spec_of
     from ..text.tokenizer import parse_ids
     from .show.flops import flop_table
 
@@ -57,7 +57,7 @@ def flops(
     if tokens_per_second is not None and not tokens_per_second < float("inf"):
         raise BridgeError(f"counting FLOPs: --tokens-per-second is {tokens_per_second}, expected a number")
     lora = None if lora_rank is None else Lora(lora_rank, targets=tuple(lora_target or ()))
-    spec = _spec(ckpt, revision)
+    spec = spec_of(ckpt, revision, "counting FLOPs of")
     report = flop_report(
         ckpt,
         spec if mtp else spec.without_draft(),
@@ -70,23 +70,3 @@ def flops(
         gpu=gpu,
     )
     put(report.to_json() if as_json else {}, as_json, "" if as_json else flop_table(report))
-
-
-def _spec(ckpt: str, revision: str | None) -> Any:
-    """The numbers of what the user named; no tensor is read."""
-    from ..planning.ranks import spec_of
-    from ..spec.variants import known_variant
-    from ..store.megatron import looks_megatron, open_megatron
-
-    path = Path(ckpt)
-    if looks_megatron(path):
-        opened = open_megatron(path, strict=False)
-        opened.close()
-        return opened.spec
-    if not path.exists() and (revision or known_variant(ckpt) is None) and "/" in ckpt:
-        from ..store.hub import describe
-
-        return spec_of(describe(ckpt, revision)[0])
-    if not path.exists() and known_variant(ckpt) is None:
-        raise BridgeError(f"counting FLOPs of {ckpt}: no such folder, and no variant of that name, as Flash or Pro")
-    return spec_of(ckpt)

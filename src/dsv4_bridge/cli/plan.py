@@ -86,8 +86,9 @@ def plan(
 
 def _plan_ranks(ckpt: str, where: Any, sizes: dict[str, Any], run: dict[str, Any], as_json: bool) -> None:
     from ..planning.memory import Run
-    from ..planning.ranks import Asked, plan_ranks, spec_of
+    from ..planning.ranks import Asked, plan_ranks
     from ..spec.lora import Lora
+    from ..store.named import spec_of
     from .show.plan import ranks_table
 
     rank, targets = run.pop("lora_rank", None), run.pop("lora_target", None)
@@ -95,6 +96,6 @@ def _plan_ranks(ckpt: str, where: Any, sizes: dict[str, Any], run: dict[str, Any
         word = "--lora-rank" if rank else "--lora-target"
         raise BridgeError(f"planning ranks: {word} without --mode lora changes nothing; give both or neither")
     run["lora"] = Lora(rank or 16, targets=tuple(targets or ()))
-    ranks = plan_ranks(ckpt, spec_of(where), Asked(**sizes, run=Run(**run)))
+    ranks = plan_ranks(ckpt, spec_of(where, doing="planning"), Asked(**sizes, run=Run(**run)))
     put(ranks.to_json() if as_json else {}, as_json, "" if as_json else ranks_table(ranks))
     finish(ranks.fits)

@@ -19,9 +19,9 @@ from ..store.hf import HFCheckpoint
 from ..store.reading import Readahead
 from ..store.safetensors import SafetensorsFolder, TensorInfo
 from ..store.stream import CountingStream, Stream
+from ..store.values import HFValues, Scratch, Values, cuts, stripe_rows, to_plain
 from .report import Report
 from .segments import Copy, Frame, Literal, Rows, Scale, Segment, Weight
-from .values import HFValues, Scratch, Values, cuts, stripe_rows, to_plain
 
 # Input is read ahead in bursts: a disk that reads and writes at once does both slowly.
 _AHEAD_MOST, _AHEAD_LEAST = 256 << 20, 64 << 20

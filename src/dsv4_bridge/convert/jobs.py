@@ -2,26 +2,30 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import BridgeError, files_named
+from ..files import AnyPath
 from ..spec.encodings import QUANTISED
 from ..spec.plan import Item, Plan, expand, target_encoding
-from ..spec.spec import ModelSpec
+from ..spec.spec import ModelSpec, differing
 from ..store.hf import HFCheckpoint, open_hf
 from ..store.hf_config import QUANTIZATION_CONFIG, dialect_of, released_config
+from ..store.hub import resolve
 from ..store.megatron import ALONG, PASSENGERS, TRACKER, MegatronCheckpoint, open_along, open_megatron
 from ..store.run_config import FILE as RUN_CONFIG
 from ..store.run_config import run_config
 from ..store.safetensors import INDEX
 from ..store.small_files import small_files
 from ..store.torch_dist.frames import METADATA_JSON, metadata_bytes
+from ..store.values import HFValues, MegatronValues, Values
 from .emitter import Emitter, Report
 from .outputs import HFLayout, hf_layout, hf_layout_like, megatron_layout, passengers_file
 from .run import Job, Options, run
-from .values import HFValues, MegatronValues
 
 ITERATION = "iter_0000000"
 ENCODINGS = ("source", "fp8", "bf16")
@@ -29,8 +33,8 @@ ENCODINGS = ("source", "fp8", "bf16")
 
 @files_named("importing")
 def import_hf(
-    source: Path,
-    out: Path,
+    source: AnyPath,
+    out: AnyPath,
     options: Options | None = None,
     *,
     drop_passengers: bool = False,
@@ -39,7 +43,7 @@ def import_hf(
     """Convert a Hugging Face folder into a Megatron torch_dist checkpoint.
 
     Args:
-        source: the folder, in any naming scheme and encoding.
+        source: the folder, in any naming scheme and encoding, or `owner/name` on the Hub.
         out: the new checkpoint root.
         options: workers, resume, overwrite, progress.
         drop_passengers: leave out what Megatron has no place for, instead of carrying it along.
@@ -48,6 +52,7 @@ def import_hf(
     Raises:
         BridgeError: see `convert.run`.
     """
+    source, out = resolve(os.fspath(source)), Path(out)
     checkpoint = open_hf(source)
     try:
         job = import_job(checkpoint, drop_passengers=drop_passengers, allow_lossy=allow_lossy)
@@ -93,9 +98,9 @@ def _kept(spec: ModelSpec, drop: bool) -> ModelSpec:
 
 @files_named("exporting")
 def export_hf(
-    source: Path,
-    out: Path,
-    like: Path | None = None,
+    source: AnyPath,
+    out: AnyPath,
+    like: AnyPath | None = None,
     encoding: str = "source",
     options: Options | None = None,
     *,
@@ -107,7 +112,8 @@ def export_hf(
     Args:
         source: Megatron checkpoint, root or iteration folder.
         out: the new folder.
-        like: released folder the checkpoint came from: its scales, files and config are kept.
+        like: released folder the checkpoint came from, or `owner/name` on the Hub: its scales, files and config are
+            kept.
         encoding: `source` (that of `like`), `fp8` or `bf16`.
         options: workers, resume, overwrite, progress.
         drop_passengers: leave out what Megatron has no place for.
@@ -116,6 +122,7 @@ def export_hf(
     Raises:
         BridgeError: see `convert.run`.
     """
+    source, out, like = Path(source), Path(out), resolve(os.fspath(like)) if like is not None else None
     if encoding not in ENCODINGS:
         raise BridgeError(f"exporting {source}: encoding {encoding!r} is not one of {', '.join(ENCODINGS)}")
     if encoding == "source" and like is None and not (source / "config.json").is_file():
@@ -136,6 +143,40 @@ def export_hf(
         for opened in (released, megatron, along):
             if opened:
                 opened.close()
+
+
+def model_job(
+    values: Values, plan: Plan, like: HFCheckpoint | None, encoding: str, *, allow_lossy: bool = False
+) -> Job:
+    """The job that writes the items of `plan` from any source of values, and what it lacks from `like`.
+
+    Raises:
+        BridgeError: `source` without `like`, or two models.
+    """
+    if encoding not in ENCODINGS or (encoding == "source" and like is None):
+        raise BridgeError(f"saving a model: encoding {encoding!r} needs like=, or is not one of {', '.join(ENCODINGS)}")
+    if like and (others := differing(plan.spec.without_draft(), like.spec.without_draft())):
+        raise BridgeError(f"saving a model like {like.folder.path}: they are two models ({'; '.join(others[:8])})")
+    held = {i.name for i in plan.items if not i.passenger}
+    whole = like.plan if like else plan
+    kept = whole if like else replace(plan, items=tuple(i for i in plan.items if not i.passenger))
+    lacking = frozenset(i.name for i in kept.items if i.name not in held)
+
+    def encode(item: Item) -> str:
+        own = like.bound[item.name].encoding if like else None
+        return own if own and item.name in lacking else target_encoding(item, encoding, own)
+
+    exact = like is not None and encoding == "source" and like.scheme == "released"
+    layout = hf_layout_like(like) if exact and like else hf_layout(kept, encode)
+    return Job(
+        label="save model",
+        files=layout.files,
+        emitter=lambda: Emitter(values, HFValues(like) if like else None, like, allow_lossy, lacking=lacking),
+        identity={"kind": "model"},
+        copies=small_files(like.folder.path) if like else {},
+        markers=_markers(layout, _config_bytes(kept, like, encoding, encode, unchanged=exact)),
+        resumable=False,
+    )
 
 
 def export_job(
@@ -206,12 +247,12 @@ def _export_plan(
 
 @files_named("repacking")
 def repack(
-    source: Path, out: Path, encoding: str, options: Options | None = None, *, allow_lossy: bool = False
+    source: AnyPath, out: AnyPath, encoding: str, options: Options | None = None, *, allow_lossy: bool = False
 ) -> Report:
     """Re-encode a Hugging Face folder as FP8 (128x128 scales, float32 ones for experts) or BF16 throughout.
 
     Args:
-        source: the folder.
+        source: the folder, or `owner/name` on the Hub.
         out: the new folder, in released names.
         encoding: `fp8` or `bf16`; tensors that are FP8 already stay as they are under `fp8`.
         options: workers, resume, overwrite, progress.
@@ -222,6 +263,7 @@ def repack(
     """
     if encoding not in ("fp8", "bf16"):
         raise BridgeError(f"repacking {source}: encoding {encoding!r} is not fp8 or bf16")
+    source, out = resolve(os.fspath(source)), Path(out)
     checkpoint = open_hf(source)
     try:
         apart(source, out)

@@ -11,6 +11,7 @@ decoded again and compared:
 """
 
 import math
+import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -22,20 +23,22 @@ import torch
 from torch import Tensor
 
 from ..errors import BridgeError, files_named
+from ..files import AnyPath
 from ..lora.adapters import Adapter, Adapters, check_shapes, updated
 from ..lora.peft_reading import open_adapters
 from ..spec.dtypes import DTYPES
 from ..spec.encodings import ENCODINGS, QUANTISED
 from ..spec.plan import Item
 from ..store.hf import HFCheckpoint, open_hf
+from ..store.hub import resolve
 from ..store.safetensors import INDEX
 from ..store.stream import Bytes, Stream, as_bytes
+from ..store.values import HFValues, Scratch, Values, decode, scale_rows
 from .emitter import Emitter, Report
 from .job import Job
 from .jobs import apart, repack_job
 from .outputs import hf_layout_like
 from .run import Options, run
-from .values import HFValues, Scratch, Values, decode, scale_rows
 
 ENCODINGS_OUT = ("source", "fp8", "bf16")
 MOST = 0.5  # of a delta; more lost than this is warned of
@@ -159,9 +162,9 @@ class MergeReport:
 
 @files_named("merging")
 def merge(
-    source: Path,
-    adapter: Path,
-    out: Path,
+    source: AnyPath,
+    adapter: AnyPath,
+    out: AnyPath,
     encoding: str = "source",
     options: Options | None = None,
     *,
@@ -170,7 +173,7 @@ def merge(
     """Merge adapters into a Hugging Face folder.
 
     Args:
-        source: the released folder, in any naming and encoding.
+        source: the released folder, in any naming and encoding, or `owner/name` on the Hub.
         adapter: folder of `export_peft` or peft, or a Megatron checkpoint of adapters.
         out: the new folder; in released names. With `source` and a source in those names its files, index and
             config are kept, byte for byte where no adapter is.
@@ -183,6 +186,7 @@ def merge(
             would round, or an output that is in the way.
     """
     options = options or Options()
+    source, adapter, out = resolve(os.fspath(source)), Path(adapter), Path(out)
     if encoding not in ENCODINGS_OUT:
         raise BridgeError(f"merging {adapter}: encoding {encoding!r} is not one of {', '.join(ENCODINGS_OUT)}")
     if options.resume:

@@ -6,6 +6,7 @@ and a released one, the bytes that an export would write against those that are 
 the configuration that the model computes with must be the same.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,18 +15,20 @@ from typing import Any
 import numpy as np
 
 from ..errors import BridgeError, files_named
+from ..files import AnyPath
 from ..progress import in_background
 from ..spec.plan import Item, stored
 from ..spec.spec import ModelSpec, differing
 from ..store.hf import HFCheckpoint, finding_lines, open_hf
+from ..store.hub import resolve
 from ..store.megatron import MegatronCheckpoint, has_config, looks_megatron, open_along, open_megatron
 from ..store.safetensors import SafetensorsFolder, TensorInfo
 from ..store.small_files import small_files
 from ..store.stream import Bytes, as_bytes
+from ..store.values import HFValues, MegatronValues, Scratch, Values, cuts, stripe_rows, to_plain
 from .emitter import Emitter
 from .run import Progress, Silent
 from .segments import Scale, Weight
-from .values import HFValues, MegatronValues, Scratch, Values, cuts, stripe_rows, to_plain
 
 LEVELS = ("names", "values", "bytes")
 _MAX_DIFFERENCES = 1000  # named one by one in a report; the rest is counted
@@ -128,14 +131,15 @@ class Side:
 
 
 @files_named("verifying")
-def verify(a: Path, b: Path, level: str = "values", progress: Progress | None = None) -> VerifyReport:
-    """Compare two checkpoints, each a Hugging Face folder or a Megatron checkpoint.
+def verify(a: AnyPath, b: AnyPath, level: str = "values", progress: Progress | None = None) -> VerifyReport:
+    """Compare two checkpoints, each a Hugging Face folder, a Megatron checkpoint or `owner/name` on the Hub.
 
     Raises:
         BridgeError: one cannot be read, or is not sound in itself.
     """
     if level not in LEVELS:
         raise BridgeError(f"verifying: level {level!r} is not one of {', '.join(LEVELS)}")
+    a, b = resolve(os.fspath(a)), resolve(os.fspath(b))
     progress = in_background(progress or Silent())
     one = other = None
     try:

@@ -26,6 +26,7 @@ with warnings.catch_warnings():
     from .checkpoints import load_checkpoint, save_checkpoint
     from .generate import generate
     from .model import DeepSeekV4Model, build_model
+    from .pretrained import from_pretrained, save_pretrained
     from .runtime import Parallel, initialize
     from .weights.load import load_weights
     from .weights.stream import stream_weights
@@ -34,10 +35,12 @@ __all__ = [
     "DeepSeekV4Model",
     "Parallel",
     "build_model",
+    "from_pretrained",
     "generate",
     "initialize",
     "load_checkpoint",
     "load_weights",
     "save_checkpoint",
+    "save_pretrained",
     "stream_weights",
 ]

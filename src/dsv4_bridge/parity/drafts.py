@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..convert.values import Scratch, Values
 from ..mcore.layers.observe import watching
 from ..spec.plan import Item, Plan, expand
 from ..spec.spec import ModelSpec
+from ..store.values import Scratch, Values
 from .formula import Formula, look_ahead
 from .metrics import compare_logits
 from .opened import opened_whole

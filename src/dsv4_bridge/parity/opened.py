@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..convert.values import HFValues, MegatronValues, Values
 from ..errors import BridgeError
 from ..spec.spec import ModelSpec
 from ..store.hf import open_hf
 from ..store.megatron import looks_megatron, open_megatron
+from ..store.values import HFValues, MegatronValues, Values
 
 
 @contextmanager

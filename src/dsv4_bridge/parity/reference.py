@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..convert.values import Scratch, Values
 from ..errors import BridgeError
 from ..spec.plan import expand
 from ..spec.spec import ModelSpec
 from ..store.hf import disk_name
 from ..store.hf_config import released_config
+from ..store.values import Scratch, Values
 
 
 @dataclass

@@ -1,14 +1,11 @@
 """What was asked of `dsv4 plan` about ranks, checked and answered: one layout, and those that fit."""
 
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
-from ..errors import BridgeError, files_named
+from ..errors import BridgeError
 from ..parallel.notation import parse_layout
 from ..spec.spec import ModelSpec
-from ..spec.variants import VARIANTS, known_variant
-from ..store.hf_config import read_config, spec_from_config
 from .memory import Run, make_run_topology, plan_memory
 from .search import USABLE, Ranked, Search, micro_batches, ranked, search
 
@@ -87,22 +84,6 @@ class RanksReport:
             "fits": None if self.gpu_memory is None else self.chosen.fits,
             "search": self.search and self.search.to_json(),
         }
-
-
-@files_named("planning")
-def spec_of(what: str | Path) -> ModelSpec:
-    """The numbers of a variant or of a folder with config.json; no tensor is read.
-
-    Raises:
-        BridgeError: neither.
-    """
-    path = Path(what)
-    if path.exists():
-        return spec_from_config(read_config(path / "config.json"), str(path / "config.json"))
-    variant = known_variant(str(what))
-    if variant is None:
-        raise BridgeError(f"planning {what}: no such folder, and no variant of that name ({', '.join(VARIANTS)})")
-    return variant.spec
 
 
 def plan_ranks(what: str, spec: ModelSpec, asked: Asked) -> RanksReport:

@@ -1,6 +1,7 @@
 """The frozen numbers of one model. config.py reads and writes them."""
 
 from dataclasses import dataclass, fields
+from importlib import import_module
 from typing import Any
 
 from ..errors import BridgeError, short
@@ -80,6 +81,16 @@ class ModelSpec:
     rope_original_max_position_embeddings: int
     compress_ratios: tuple[int, ...]
     dspark: DSparkSpec | None = None
+
+    @classmethod
+    def from_pretrained(cls, name: Any, revision: str | None = None) -> "ModelSpec":
+        """The numbers of a checkpoint of either format, of `owner/name` on the Hub, or of a variant, as `Flash`.
+
+        Raises:
+            BridgeError: there is none of that name, or it is another model.
+        """
+        # The one look upward: users of transformers expect it here, and reading a checkpoint is not this room's.
+        return import_module("dsv4_bridge.store.named").spec_of(name, revision)
 
     @property
     def mtp_layers(self) -> int:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import BridgeError, short, some
+from ..files import AnyPath
 from ..spec.encodings import ALLOWED, ENCODINGS, QUANTISED, of_dtype
 from ..spec.plan import Item, Plan, draft_name, expand, scale_name, stored
 from ..spec.spec import ModelSpec, replace_spec
@@ -96,7 +97,7 @@ class HFCheckpoint:
 
 
 def open_hf(
-    path: Path, strict: bool = True, partial: bool = False, headers: Mapping[str, Shard] | None = None
+    path: AnyPath, strict: bool = True, partial: bool = False, headers: Mapping[str, Shard] | None = None
 ) -> HFCheckpoint:
     """Open a folder, recognise it, and bind every tensor to the plan.
 
@@ -109,6 +110,7 @@ def open_hf(
     Raises:
         BridgeError: unreadable, another model, a contradiction, or (strict) any finding.
     """
+    path = Path(path)
     if not path.is_dir():
         raise BridgeError(f"opening {path}: not a folder")
     config = read_config(path / "config.json")

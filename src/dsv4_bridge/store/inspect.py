@@ -1,14 +1,17 @@
 """What is this checkpoint: variant, encodings, coverage, sizes, what is missing or unknown."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import BridgeError, files_named
+from ..errors import files_named
+from ..files import AnyPath
 from ..spec.megatron import regions
 from ..spec.plan import stored
 from .hf import Finding, HFCheckpoint, mixed_encodings, open_hf
+from .hub import describe
 from .megatron import MegatronCheckpoint, looks_megatron, open_along, open_megatron
 from .safetensors import Shard
 
@@ -28,7 +31,7 @@ class InspectReport:
     """What `inspect` found.
 
     Attributes:
-        path: the checkpoint.
+        path: the checkpoint, or `owner/name` on the Hub.
         format: `huggingface` or `megatron`.
         variant: name of the variant, `custom (…)` for other sizes.
         naming: naming scheme of its tensors.
@@ -68,24 +71,25 @@ class InspectReport:
 
 
 @files_named("inspecting")
-def inspect(path: Path, headers: Mapping[str, Shard] | None = None) -> InspectReport:
+def inspect(path: AnyPath, headers: Mapping[str, Shard] | None = None) -> InspectReport:
     """Describe a Hugging Face folder or Megatron checkpoint by its headers alone.
 
     Args:
-        path: the checkpoint.
+        path: the checkpoint, or `owner/name` on the Hub.
         headers: headers of its shards, where they are not in the folder (see `hub.describe`).
 
     Raises:
         BridgeError: it cannot be read, or is another model.
     """
+    path = Path(path)
+    if not path.exists():  # on the Hub, headers are enough
+        path, headers = describe(os.fspath(path))
     if looks_megatron(path):
         megatron = open_megatron(path, strict=False)
         try:
             return _megatron(megatron, path)
         finally:
             megatron.close()
-    if not path.exists():
-        raise BridgeError(f"opening {path}: no such file or folder")
     hf = open_hf(path, strict=False, headers=headers)
     try:
         return _hf(hf, path)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BridgeError
+from ..files import AnyPath
 from ..spec.encodings import ALLOWED, ENCODINGS
 from ..spec.lora import ALPHA
 from ..spec.megatron import regions
@@ -67,7 +68,7 @@ def looks_megatron(path: Path) -> bool:
     return named or (not (path / "config.json").exists() and any(path.glob("iter_*/.metadata")))
 
 
-def open_megatron(path: Path, like: HFCheckpoint | None = None, strict: bool = True) -> MegatronCheckpoint:
+def open_megatron(path: AnyPath, like: HFCheckpoint | None = None, strict: bool = True) -> MegatronCheckpoint:
     """Open a checkpoint folder (root or iteration).
 
     Args:
@@ -79,6 +80,7 @@ def open_megatron(path: Path, like: HFCheckpoint | None = None, strict: bool = T
     Raises:
         BridgeError: unreadable, not a DeepSeek-V4 of these numbers, or (strict) any finding.
     """
+    path = Path(path)
     reader = open_torch_dist(path)
     try:
         folder = Path(reader.path)

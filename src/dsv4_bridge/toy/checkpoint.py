@@ -15,8 +15,8 @@ import numpy as np
 
 from ..codec import fp8, mxfp4
 from ..codec.bf16 import to_bf16
-from ..convert.values import cuts
 from ..errors import BridgeError, files_named
+from ..files import AnyPath
 from ..spec.dtypes import DTYPES
 from ..spec.encodings import ENCODINGS, QUANTISED, Stored
 from ..spec.plan import Item, Plan, expand, shard_name, shard_of, stored
@@ -25,6 +25,7 @@ from ..spec.variants import Variant, tiny, variant_named
 from ..store.hf_config import released_config
 from ..store.safetensors import INDEX, make_header, make_index
 from ..store.stream import Buffers, FileStream
+from ..store.values import cuts
 from .tokenizer import toy_tokenizer
 
 PAYLOADS = ("natural", "random", "extreme")
@@ -33,7 +34,7 @@ _ROWS = 1024  # rows made at a time; a multiple of 128
 
 @files_named("making a toy")
 def make_toy(
-    out: Path,
+    out: AnyPath,
     variant: str = "Flash",
     seed: int = 0,
     *,
@@ -54,7 +55,7 @@ def make_toy(
     Raises:
         BridgeError: unknown variant or payload, or the folder is in the way.
     """
-    kind = variant_named(variant)
+    out, kind = Path(out), variant_named(variant)
     if payload not in PAYLOADS:
         raise BridgeError(f"payload {payload!r} is not one of {', '.join(PAYLOADS)}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

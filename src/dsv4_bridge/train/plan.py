@@ -6,11 +6,12 @@ from typing import Any
 
 from ..errors import BridgeError
 from ..planning.memory import Run
-from ..planning.ranks import Asked, RanksReport, plan_ranks, spec_of
+from ..planning.ranks import Asked, RanksReport, plan_ranks
 from ..spec.lora import Lora
 from ..spec.spec import ModelSpec
 from ..spec.variants import VARIANTS, tiny
 from ..store.megatron import ALONG, looks_megatron, open_megatron
+from ..store.named import spec_of
 from ..store.torch_dist.reader import find_iteration
 from ..text.tokens import TOKENIZER
 from .choose import change

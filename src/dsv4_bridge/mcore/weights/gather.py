@@ -7,12 +7,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...convert.values import Scratch, check_ids, cuts, stripe_rows
 from ...parallel.pieces import Piece, pieces
 from ...parallel.topology import Coordinate, chunk_of
 from ...spec.dtypes import DTYPES
 from ...spec.encodings import ENCODINGS
 from ...spec.plan import Item
+from ...store.values import Scratch, check_ids, cuts, stripe_rows
 from ..model import DeepSeekV4Model
 from .places import Place, places, to_numpy
 

@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...convert.values import HFValues, MegatronValues, Scratch, Values
 from ...errors import BridgeError, files_named
 from ...spec.encodings import TILE
 from ...spec.plan import Item
@@ -15,6 +14,7 @@ from ...spec.spec import ModelSpec
 from ...store.hf import open_hf
 from ...store.megatron import looks_megatron, open_megatron
 from ...store.reading import kept_in_cache
+from ...store.values import HFValues, MegatronValues, Scratch, Values
 from ..model import DeepSeekV4Model
 from .places import Place, places
 

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from ...convert.emitter import Emitter
 from ...convert.segments import Scale, Weight
-from ...convert.values import HFValues
 from ...errors import BridgeError
 from ...spec.dtypes import DTYPES
 from ...spec.plan import stored, target_encoding
 from ...store.hf import HFCheckpoint, open_hf
 from ...store.stream import Bytes, as_bytes
+from ...store.values import HFValues
 from ..model import DeepSeekV4Model
 from .gather import ModelValues
 from .load import _check_numbers

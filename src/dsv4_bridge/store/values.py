@@ -17,8 +17,8 @@ from ..spec.encodings import ENCODINGS, TILE
 from ..spec.megatron import Region, regions
 from ..spec.plan import Item
 from ..spec.spec import ModelSpec
-from ..store.hf import Bound, HFCheckpoint
-from ..store.torch_dist.reader import TorchDistReader
+from .hf import Bound, HFCheckpoint
+from .torch_dist.reader import TorchDistReader
 
 # A stripe of values fits the second-level caches together with its codes.
 _STRIPE_BYTES = 2 << 20

@@ -1,0 +1,150 @@
+"""A checkpoint of either format, opened: one type to the outside."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+
+from ..errors import BridgeError, files_named, short
+from ..spec.plan import Item, Plan, stored
+from ..spec.spec import ModelSpec
+from .hf import HFCheckpoint, open_hf
+from .hub import resolve
+from .megatron import MegatronCheckpoint, looks_megatron, open_along, open_megatron
+from .values import HFValues, MegatronValues, Scratch, Values
+
+
+class Tensor(NamedTuple):
+    """What is known of a tensor without reading it.
+
+    Attributes:
+        shape: of its values.
+        encoding: how it is stored: bf16, f32, fp8, fp8_f32, mxfp4, i32, i64.
+        kind: row of the table of tensors.
+        nbytes: on disk, scales included.
+    """
+
+    shape: tuple[int, ...]
+    encoding: str
+    kind: str
+    nbytes: int
+
+
+@dataclass(frozen=True, repr=False)
+class Checkpoint:
+    """An opened checkpoint; closes its files at the end of a `with`.
+
+    Attributes:
+        path: the folder.
+        kind: `huggingface` or `megatron`.
+        spec: the model's numbers.
+        plan: every item that it holds.
+    """
+
+    path: Path
+    kind: str
+    spec: ModelSpec
+    plan: Plan
+    _opened: HFCheckpoint | MegatronCheckpoint
+    _along: HFCheckpoint | None
+
+    @property
+    def variant(self) -> str:
+        """The released variant, `custom (…)` for other sizes, `unknown` where another tool wrote it."""
+        opened = self._opened
+        return opened.variant if isinstance(opened, HFCheckpoint) else str(opened.source.get("variant", "unknown"))
+
+    @cached_property
+    def source(self) -> Values:
+        """Where its items' values come from, a stripe at a time."""
+        opened = self._opened
+        return HFValues(opened) if isinstance(opened, HFCheckpoint) else MegatronValues(opened.reader, opened.spec)
+
+    @cached_property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Released name -> what is known of the tensor, in the order of the release."""
+        return {name: self._tensor(item) for name, item in self.plan.by_name.items() if self._source(item)}
+
+    def values(self, name: str) -> np.ndarray:
+        """A whole tensor, decoded.
+
+        Args:
+            name: its released name, as `layers.0.attn.wq_a.weight`.
+
+        Returns:
+            float32 of its shape (bf16 widened, exactly), or int64 for tables of ids.
+
+        Raises:
+            BridgeError: no tensor of that name, or it cannot be read.
+        """
+        item = self.plan.by_name.get(name)
+        source = self._source(item) if item else None
+        if item is None or source is None:
+            near = [n for n in self.tensors if n.startswith(name)][:3]
+            hint = f"; it has {', '.join(near)}" if near else "; names are released ones, see `tensors`"
+            raise BridgeError(f"reading {self.path}: it has no tensor {short(name)}{hint}")
+        ids = item.row.encoding == "int"
+        out, at, scratch = np.empty(item.shape, np.int64 if ids else np.float32), 0, Scratch()
+        with files_named(f"reading {name} of {self.path}"):
+            for stripe in source.stripes(item, 0, item.shape[0], scratch):
+                wide = stripe if ids or stripe.dtype != np.uint16 else stripe.astype(np.uint32) << 16
+                out[at : at + len(stripe)] = wide if ids else wide.view(np.float32)
+                at += len(stripe)
+        return out
+
+    def close(self) -> None:
+        """Close its files."""
+        for opened in (self._opened, self._along):
+            if opened:
+                opened.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Checkpoint {self.path}: {self.kind}, {self.variant}, {len(self.tensors):,} tensors>"
+
+    def _source(self, item: Item) -> Values | None:
+        """Where an item is; None for what did not travel with a Megatron checkpoint."""
+        if not item.passenger or isinstance(self._opened, HFCheckpoint):
+            return self.source
+        return HFValues(self._along) if self._along and item.name in self._along.bound else None
+
+    def _tensor(self, item: Item) -> Tensor:
+        source: Any = self._source(item)
+        encoding = source.encoding(item)
+        return Tensor(item.shape, encoding, item.row.key, sum(fact.nbytes for fact in stored(item, encoding)))
+
+
+@files_named("opening")
+def open_checkpoint(name: str | os.PathLike[str], revision: str | None = None) -> Checkpoint:
+    """Open a checkpoint; its tensors are read when they are asked for.
+
+    Args:
+        name: a Hugging Face folder, a Megatron checkpoint (root or iteration folder), or `owner/name` on the Hub,
+            whose files are fetched.
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        BridgeError: there is none, or its tensors are not those of its model.
+    """
+    path = resolve(os.fspath(name), revision)
+    if looks_megatron(path):
+        megatron = open_megatron(path)
+        try:
+            return Checkpoint(path, "megatron", megatron.spec, megatron.plan, megatron, open_along(megatron))
+        except BaseException:
+            megatron.close()
+            raise
+    hf = open_hf(path)
+    return Checkpoint(path, "huggingface", hf.spec, hf.plan, hf, None)
