@@ -72,9 +72,9 @@ def test_a_display_that_hangs_delays_nothing(toy_flash: Path, toy_megatron: Path
 _EXPORT = """
 import sys, time
 from pathlib import Path
-from dsv4_bridge import render
+from dsv4_bridge.cli.show import progress
 from dsv4_bridge.cli import main
-render._QUIET_SECONDS = 0.0  # a line at every word
+progress._QUIET_SECONDS = 0.0  # a line at every word
 print("ready", flush=True)
 sys.argv = ["dsv4", *sys.argv[1:]]
 main()

@@ -7,6 +7,7 @@ from bugs import Bug, Trap, put
 from checks import TINY
 
 from dsv4_bridge.mcore import config
+from dsv4_bridge.mcore.kernels import streams
 from dsv4_bridge.mcore.layers import attention, block, compressor, hyper_connection, mtp, rope
 from dsv4_bridge.mcore.layers.attention import CoreAttention, HybridAttention
 from dsv4_bridge.mcore.layers.basics import RMSNorm
@@ -66,7 +67,7 @@ HYPER_CONNECTIONS = [
         checks.equal_to_transformers_at_released_eps,
         {
             "outside": put(
-                hyper_connection,
+                streams,
                 "inverse_rms",
                 lambda _: lambda x, eps: 1 / (x.float().square().mean(-1, keepdim=True).sqrt() + eps),
             ),

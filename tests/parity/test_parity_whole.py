@@ -1,7 +1,6 @@
 """By default parity looks at what it judges: whole tables, a choice of the indexers, MTP blocks."""
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,16 +10,13 @@ import torch
 from reference import draft_spec
 from test_parity import Page
 
+import faults
 from dsv4_bridge import make_toy
 from dsv4_bridge.mcore.layers.indexer import Indexer
 from dsv4_bridge.parity import Inputs, parity
 from dsv4_bridge.parity.inputs import token_ids
 from dsv4_bridge.parity.report import write_report
 from dsv4_bridge.parity.tables import compare_tables, digests, kept
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-import faults
 
 pytestmark = [pytest.mark.megatron, pytest.mark.hf]
 

@@ -107,7 +107,7 @@ def test_frame_beyond_4_gib(shape, tmp_path):
 def test_bytes_do_not_depend_on_the_process_or_the_order():
     script = """
 import hashlib, sys
-from dsv4_bridge.store.torch_dist_frames import *
+from dsv4_bridge.store.torch_dist.frames import *
 h = hashlib.sha256()
 for d in ("BF16", "F32", "F8_E4M3", "F8_E8M0"):
     f = tensor_frame(d, (3, 70))
