@@ -39,9 +39,9 @@ _WRAPPED = ("pread", "preadv", "pwrite", "write", "read", "fsync", "ftruncate", 
 _PATIENCE = 120.0
 # Imported once, before the children part.
 _MODULES = (
-    *(f"dsv4_bridge.{m}" for m in ("cli", "bridge", "render", "verifying", "train.merge", "train.lora_files")),
-    *("dsv4_bridge.train.loop", "dsv4_bridge.data.indexed", "dsv4_bridge.data.chat.prepare"),
-    *("dsv4_bridge.mcore", "megatron.core.dist_checkpointing", "tokenizers"),
+    *(f"dsv4_bridge.{m}" for m in ("cli", "cli.show.tables", "convert.jobs", "convert.verify", "convert.merge")),
+    *(f"dsv4_bridge.{m}" for m in ("lora.peft", "train.loop", "data.indexed", "data.chat.prepare", "mcore")),
+    *("megatron.core.dist_checkpointing", "tokenizers"),
 )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BridgeError, files_named
+from ..files import AnyPath
 from ..parallel.topology import make_topology
 from ..ranks import Ranks
 from ..spec.plan import expand
@@ -99,7 +100,7 @@ class GenerateReport:
 
 @files_named("generating")
 def generate(
-    checkpoint: Path | str,
+    checkpoint: AnyPath,
     ask: Ask,
     sampling: Sampling | None = None,
     *,

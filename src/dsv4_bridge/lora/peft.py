@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import BridgeError, files_named
-from ..files import sync
+from ..files import AnyPath, sync
 from ..lock import hold
 from ..spec.spec import ModelSpec
 from .adapters import Adapter, Adapters, check_shapes
@@ -31,7 +31,7 @@ NAMES = ("transformers", "released")
 def export_peft(
     adapters: Adapters,
     spec: ModelSpec,
-    folder: Path | str,
+    folder: AnyPath,
     base: str = "",
     names: str = "transformers",
     *,

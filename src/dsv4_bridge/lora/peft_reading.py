@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BridgeError, files_named, some
+from ..files import AnyPath
 from ..spec.dtypes import DTYPES
 from ..spec.lora import CARRIERS, MERGEABLE, Lora, Target, targets
 from ..spec.spec import ModelSpec
@@ -44,7 +45,7 @@ def open_adapters(path: Path, spec: ModelSpec, *, merging: bool = False) -> Adap
 
 
 @files_named("reading adapters")
-def import_peft(folder: Path | str, spec: ModelSpec, *, merging: bool = False) -> Adapters:
+def import_peft(folder: AnyPath, spec: ModelSpec, *, merging: bool = False) -> Adapters:
     """Read adapters that `export_peft` or peft itself saved for transformers' DeepSeek-V4.
 
     Every shape is compared with the model's before a byte of a tensor is read.

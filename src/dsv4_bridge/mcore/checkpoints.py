@@ -22,7 +22,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ..errors import BridgeError, files_named
-from ..files import put, sync
+from ..files import AnyPath, put, sync
 from ..store.megatron import TRACKER
 from ..store.run_config import FILE as RUN_CONFIG
 from ..store.run_config import run_config
@@ -41,7 +41,7 @@ Chunks = DeepSeekV4Model | Sequence[DeepSeekV4Model]
 @files_named("saving")
 def save_checkpoint(
     model: Chunks,
-    root: Path | str,
+    root: AnyPath,
     iteration: int = 0,
     optimizer: Any = None,
     *,
@@ -114,7 +114,7 @@ def save_checkpoint(
 
 
 @files_named("loading")
-def load_checkpoint(model: Chunks, checkpoint: Path | str, optimizer: Any = None, *, adapters: bool = False) -> int:
+def load_checkpoint(model: Chunks, checkpoint: AnyPath, optimizer: Any = None, *, adapters: bool = False) -> int:
     """Load a torch_dist checkpoint through `megatron.core.dist_checkpointing`, strictly; every rank calls it.
 
     `load_weights` reads the same folders with this package's own reader, and Hugging Face ones too.

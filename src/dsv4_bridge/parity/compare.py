@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BridgeError, files_named
+from ..files import AnyPath
 from ..spec.plan import Plan, expand
 from ..spec.spec import ModelSpec
 from .inputs import Inputs, token_ids
@@ -31,9 +32,9 @@ _PACKAGES = ("dsv4-bridge", "torch", "transformers", "megatron-core")
 
 @files_named("comparing")
 def parity(
-    checkpoint: Path | str,
+    checkpoint: AnyPath,
     *,
-    reference_checkpoint: Path | str | None = None,
+    reference_checkpoint: AnyPath | None = None,
     inputs: Inputs | None = None,
     dtype: str = "float32",
     replay: bool | None = None,

@@ -1,17 +1,20 @@
 """What goes where, before anything starts: the plan of a checkpoint as data, text and JSON."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import BridgeError, files_named
+from ..files import AnyPath
 from ..spec.dtypes import DTYPES
 from ..spec.megatron import megatron_dtype, megatron_prefix
 from ..spec.plan import Plan, expand, shard_name, shard_of, stored
-from ..spec.variants import VARIANTS, _guess, known_variant
+from ..spec.variants import VARIANTS, guess, known_variant
 from ..store.hf import Finding, open_hf
 from ..store.hf_config import read_config, spec_from_config
+from ..store.hub import describe
 from ..store.safetensors import INDEX, SINGLE, Shard
 
 
@@ -74,28 +77,29 @@ class PlanReport:
 
 
 @files_named("planning")
-def plan(what: str | Path, headers: Mapping[str, Shard] | None = None) -> PlanReport:
-    """Plan a checkpoint: a folder with config.json (and shards, then compared), or a variant's name.
+def plan(what: AnyPath, headers: Mapping[str, Shard] | None = None) -> PlanReport:
+    """Plan a checkpoint: a folder with config.json (and shards, then compared), a repository, or a variant's name.
 
     Args:
-        what: folder or name.
+        what: folder, `owner/name` on the Hub, or name.
         headers: headers of its shards, where they are not in the folder (see `hub.describe`).
 
     Raises:
         BridgeError: neither, or unusable.
     """
-    path = Path(what)
-    if not path.exists():
-        variant = known_variant(str(what))
-        if variant is None:
+    path, variant = Path(what), None if Path(what).exists() else known_variant(os.fspath(what))
+    if variant is None and not path.exists():
+        if "/" not in os.fspath(what):
             raise BridgeError(f"planning {what}: no such folder, and no variant of that name ({', '.join(VARIANTS)})")
+        path, headers = describe(os.fspath(what))
+    if variant:
         return _report(str(what), variant.name, expand(variant.spec, variant.own_mtp_head), dict(variant.encodings))
     config = read_config(path / "config.json")
     if headers or (path / INDEX).exists() or (path / SINGLE).exists():
         checkpoint = open_hf(path, strict=False, headers=headers)
         checkpoint.close()
         encodings = {name: b.encoding for name, b in checkpoint.bound.items()}
-        by_class = dict(_guess(config).encodings) | dict(checkpoint.encodings)
+        by_class = dict(guess(config).encodings) | dict(checkpoint.encodings)
         return _report(
             str(path),
             checkpoint.variant,
@@ -106,8 +110,10 @@ def plan(what: str | Path, headers: Mapping[str, Shard] | None = None) -> PlanRe
             compared=True,
         )
     spec = spec_from_config(config, str(path / "config.json"))
-    guess = _guess(config, spec)
-    return _report(str(path), f"{guess.name} by config.json", expand(spec, guess.own_mtp_head), dict(guess.encodings))
+    assumed = guess(config, spec)
+    return _report(
+        str(path), f"{assumed.name} by config.json", expand(spec, assumed.own_mtp_head), dict(assumed.encodings)
+    )
 
 
 def _report(

@@ -225,7 +225,7 @@ def known_variant(name: str) -> Variant | None:
     return known.get(name.lower().removeprefix("deepseek-ai/").removeprefix("deepseek-v4-")) or known.get(name.lower())
 
 
-def _guess(config: dict[str, Any], spec: ModelSpec | None = None) -> Variant:
+def guess(config: dict[str, Any], spec: ModelSpec | None = None) -> Variant:
     """The variant that a config alone points to."""
     quantised = isinstance(config.get("quantization_config"), dict)
     expert = config.get("expert_dtype")

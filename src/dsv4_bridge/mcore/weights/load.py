@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...errors import BridgeError, files_named
+from ...files import AnyPath
 from ...spec.encodings import TILE
 from ...spec.plan import Item
 from ...spec.spec import ModelSpec
@@ -20,7 +21,7 @@ from .places import Place, places
 
 
 @files_named("loading weights")
-def load_weights(model: DeepSeekV4Model, checkpoint: Path | str, *, allow_lossy: bool = False) -> None:
+def load_weights(model: DeepSeekV4Model, checkpoint: AnyPath, *, allow_lossy: bool = False) -> None:
     """Fill a model from a Hugging Face folder (any encoding and naming) or a torch_dist checkpoint.
 
     Only what this rank holds is read, a stripe of rows at a time.

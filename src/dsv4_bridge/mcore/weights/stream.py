@@ -9,6 +9,7 @@ from torch import Tensor
 from ...convert.emitter import Emitter
 from ...convert.segments import Scale, Weight
 from ...errors import BridgeError
+from ...files import AnyPath
 from ...spec.dtypes import DTYPES
 from ...spec.plan import stored, target_encoding
 from ...store.hf import HFCheckpoint, open_hf
@@ -46,7 +47,7 @@ class _Memory:
 def stream_weights(
     model: DeepSeekV4Model | Sequence[DeepSeekV4Model],
     encoding: str = "bf16",
-    like: Path | str | None = None,
+    like: AnyPath | None = None,
     *,
     allow_lossy: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:

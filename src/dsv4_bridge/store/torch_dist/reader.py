@@ -16,6 +16,7 @@ from typing import Any, Final, Self
 import numpy as np
 
 from ...errors import BridgeError
+from ...files import AnyPath
 from ...spec.dtypes import DTYPES
 from .boxes import Extent, Files, read_box
 from .frames import ChunkRecord, ObjectRecord
@@ -40,7 +41,7 @@ class TensorEntry:
     chunks: tuple[ChunkRecord, ...]
 
 
-def find_iteration(path: Path | str) -> tuple[Path, int | None]:
+def find_iteration(path: AnyPath) -> tuple[Path, int | None]:
     """The folder that holds ``.metadata``, and its iteration number (None for a release or unknown).
 
     Args:
@@ -103,7 +104,7 @@ def _iteration(name: str) -> int | None:
     return int(digits) if name.startswith("iter_") and digits.isdecimal() and len(digits) <= 18 else None
 
 
-def open_torch_dist(path: Path | str) -> "TorchDistReader":
+def open_torch_dist(path: AnyPath) -> "TorchDistReader":
     """Open a checkpoint root or iteration folder; see :class:`TorchDistReader`."""
     return TorchDistReader(path)
 
@@ -122,7 +123,7 @@ class TorchDistReader:
             or do not cover their tensor, files that are missing, too short or outside the folder.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: AnyPath) -> None:
         self.path, self.iteration = find_iteration(path)
         metadata = self.path / ".metadata"
         try:
