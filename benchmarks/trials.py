@@ -59,7 +59,9 @@ class Trials:
             said = process.communicate()[1]
             self.note("HANG", said)
         if "Traceback" in said:
-            self.note("TRACEBACK", said)
+            # Ctrl-C while Python itself starts is Python's to tell: nothing of the command has begun.
+            early = said.rstrip().endswith("KeyboardInterrupt") and "cli/__init__.py" not in said
+            self.note("interrupted before it had begun" if early else "TRACEBACK", said)
         return process.returncode, said
 
     def note(self, what: str, said: str = "") -> None:
