@@ -12,8 +12,7 @@ from ..parallel.topology import make_topology
 from ..ranks import Ranks
 from ..spec.plan import expand
 from ..spec.spec import ModelSpec
-from ..store.hf import open_hf
-from ..store.megatron import looks_megatron, open_megatron
+from ..store.checkpoint import open_checkpoint
 from ..text.sampling import Sampling
 from ..text.tokenizer import Tokenizer, end_tokens, open_tokenizer
 from ..text.tokens import TOKENIZER
@@ -164,13 +163,8 @@ def generate(
 
 def _look(path: Path) -> tuple[ModelSpec, Path]:
     """The numbers of a checkpoint, without draft blocks, and the folder of its small files."""
-    if looks_megatron(path):
-        megatron = open_megatron(path)
-        megatron.close()
-        return megatron.spec.without_draft(), megatron.along
-    released = open_hf(path)
-    released.close()
-    return released.spec.without_draft(), path
+    with open_checkpoint(path) as checkpoint:
+        return checkpoint.spec.without_draft(), checkpoint.files
 
 
 def _rows(ask: Ask, tokenizer: Tokenizer | None, folder: Path) -> list[Continuation]:

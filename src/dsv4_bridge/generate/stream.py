@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from ..text.tokenizer import _BROKEN, Tokenizer
+from ..text.tokenizer import BROKEN, Tokenizer
 
 
 class TextStream:
@@ -32,7 +32,7 @@ class TextStream:
         """Take a token; the text that it settles."""
         self._ids.append(token)
         fresh = self._fresh()
-        if fresh.endswith(_BROKEN):
+        if fresh.endswith(BROKEN):
             return ""
         self._from, self._given = self._given, len(self._ids)
         return self._give(self._held + fresh)

@@ -12,7 +12,7 @@ from .device import device
 _mended = False
 
 
-def _mend_megatron() -> None:
+def mend_megatron() -> None:
     """Five places where megatron-core 0.19 goes wrong, on any device; once a process.
 
     It hands every attribute of TensorProperties to torch.empty, and torch 2.15 added one that this does

@@ -10,7 +10,7 @@ from ..errors import BridgeError
 from ..free_memory import free_memory as free_main_memory
 from .cpu import install
 from .meeting import meet
-from .mends import _mend_megatron
+from .mends import mend_megatron
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def initialize(parallel: Parallel | None = None, seed: int = 1234) -> None:
         BridgeError: the groups exist with other sizes, or the world does not divide into them.
     """
     on_cpu = install()
-    _mend_megatron()
+    mend_megatron()
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 

@@ -4,11 +4,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..errors import BridgeError
 from ..spec.spec import ModelSpec
-from ..store.hf import open_hf
-from ..store.megatron import looks_megatron, open_megatron
-from ..store.values import HFValues, MegatronValues, Values
+from ..store.checkpoint import open_checkpoint
+from ..store.values import Values
 
 
 @contextmanager
@@ -18,20 +16,8 @@ def opened_whole(path: Path) -> Iterator[tuple[ModelSpec, Values]]:
     Raises:
         BridgeError: it cannot be read, or its tensors are not those of its model.
     """
-    if not path.exists():
-        raise BridgeError(f"opening {path}: no such file or folder")
-    if looks_megatron(path):
-        megatron = open_megatron(path)
-        try:
-            yield megatron.spec, MegatronValues(megatron.reader, megatron.spec)
-        finally:
-            megatron.close()
-        return
-    released = open_hf(path)
-    try:
-        yield released.spec, HFValues(released)
-    finally:
-        released.close()
+    with open_checkpoint(path) as checkpoint:
+        yield checkpoint.spec, checkpoint.source
 
 
 @contextmanager

@@ -94,8 +94,3 @@ def compare_tables(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarr
         site = "ffn.router" if name.startswith("layers.") else "attn.mix"
         found.append(Table(name, layer, site, len(other), len(at), int(at[0]) if len(at) else None))
     return tuple(found)
-
-
-def tables_agree(tables: tuple[Table, ...]) -> bool:
-    """Whether every row is the same."""
-    return not any(table.differing for table in tables)

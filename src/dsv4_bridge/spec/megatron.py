@@ -1,5 +1,6 @@
 """Megatron's names and shapes of the model's tensors: the one place that knows them."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from .plan import Item, Plan
@@ -65,52 +66,61 @@ def extra_state_keys(plan: Plan) -> tuple[str, ...]:
     return tuple(keys)
 
 
-def megatron_model(spec: ModelSpec) -> dict[str, Any]:
-    """The model's numbers under the configuration names of the Megatron-LM dev branch.
+class Same(NamedTuple):
+    """The value of a field of `ModelSpec`."""
 
-    rotary_percent stays 1.0, the compressed base is stated (its default there is
-    wrong), and no MTP is None, not 0.
-    """
-    return {
-        "num_layers": spec.num_hidden_layers,
-        "hidden_size": spec.hidden_size,
-        "num_attention_heads": spec.num_attention_heads,
-        "experimental_attention_variant": "dsv4_hybrid",
-        "multi_latent_attention": True,
-        "v_head_dim": spec.head_dim,
-        "qk_head_dim": spec.head_dim - spec.qk_rope_head_dim,
-        "qk_pos_emb_head_dim": spec.qk_rope_head_dim,
-        "kv_lora_rank": spec.head_dim - spec.qk_rope_head_dim,
-        "q_lora_rank": spec.q_lora_rank,
-        "o_groups": spec.o_groups,
-        "o_lora_rank": spec.o_lora_rank,
-        "rotary_percent": 1.0,
-        "rotary_base": spec.rope_theta,
-        "csa_compress_rotary_base": spec.compress_rope_theta,
-        "rotary_scaling_factor": spec.rope_factor,
-        "original_max_position_embeddings": spec.rope_original_max_position_embeddings,
-        "beta_fast": spec.rope_beta_fast,
-        "beta_slow": spec.rope_beta_slow,
-        "csa_window_size": spec.sliding_window,
-        "csa_compress_ratios": list(spec.compress_ratios[: spec.num_hidden_layers + spec.mtp_layers]),
-        "dsa_indexer_n_heads": spec.index_n_heads,
-        "dsa_indexer_head_dim": spec.index_head_dim,
-        "dsa_indexer_topk": spec.index_topk,
-        "enable_hyper_connections": True,
-        "num_residual_streams": spec.hc_mult,
-        "mhc_sinkhorn_iterations": spec.hc_sinkhorn_iters,
-        "num_moe_experts": spec.n_routed_experts,
-        "moe_router_topk": spec.num_experts_per_tok,
-        "moe_ffn_hidden_size": spec.moe_intermediate_size,
-        "moe_shared_expert_intermediate_size": spec.shared_intermediate_size,
-        "moe_router_score_function": spec.scoring_func,
-        "moe_router_topk_scaling_factor": spec.routed_scaling_factor,
-        "moe_router_enable_expert_bias": True,
-        "moe_n_hash_layers": spec.num_hash_layers,
-        "actual_vocab_size": spec.vocab_size,
-        "activation_func_clamp_value": spec.swiglu_limit,
-        "layernorm_epsilon": spec.rms_norm_eps,
-        "mtp_num_layers": spec.mtp_layers or None,
-        "hetereogenous_dist_checkpoint": True,
-        "pipeline_model_parallel_layout": None,
-    }
+    field: str
+
+
+# The model's numbers under the configuration names of the Megatron-LM dev branch: a field's value, what follows from
+# several, or a constant. rotary_percent stays 1.0, the compressed base is stated (its default there is wrong), and no
+# MTP is None, not 0.
+MODEL: Mapping[str, Any] = {
+    "num_layers": Same("num_hidden_layers"),
+    "hidden_size": Same("hidden_size"),
+    "num_attention_heads": Same("num_attention_heads"),
+    "experimental_attention_variant": "dsv4_hybrid",
+    "multi_latent_attention": True,
+    "v_head_dim": Same("head_dim"),
+    "qk_head_dim": lambda spec: spec.head_dim - spec.qk_rope_head_dim,
+    "qk_pos_emb_head_dim": Same("qk_rope_head_dim"),
+    "kv_lora_rank": lambda spec: spec.head_dim - spec.qk_rope_head_dim,
+    "q_lora_rank": Same("q_lora_rank"),
+    "o_groups": Same("o_groups"),
+    "o_lora_rank": Same("o_lora_rank"),
+    "rotary_percent": 1.0,
+    "rotary_base": Same("rope_theta"),
+    "csa_compress_rotary_base": Same("compress_rope_theta"),
+    "rotary_scaling_factor": Same("rope_factor"),
+    "original_max_position_embeddings": Same("rope_original_max_position_embeddings"),
+    "beta_fast": Same("rope_beta_fast"),
+    "beta_slow": Same("rope_beta_slow"),
+    "csa_window_size": Same("sliding_window"),
+    "csa_compress_ratios": lambda spec: list(spec.compress_ratios[: spec.num_hidden_layers + spec.mtp_layers]),
+    "dsa_indexer_n_heads": Same("index_n_heads"),
+    "dsa_indexer_head_dim": Same("index_head_dim"),
+    "dsa_indexer_topk": Same("index_topk"),
+    "enable_hyper_connections": True,
+    "num_residual_streams": Same("hc_mult"),
+    "mhc_sinkhorn_iterations": Same("hc_sinkhorn_iters"),
+    "num_moe_experts": Same("n_routed_experts"),
+    "moe_router_topk": Same("num_experts_per_tok"),
+    "moe_ffn_hidden_size": Same("moe_intermediate_size"),
+    "moe_shared_expert_intermediate_size": lambda spec: spec.shared_intermediate_size,
+    "moe_router_score_function": Same("scoring_func"),
+    "moe_router_topk_scaling_factor": Same("routed_scaling_factor"),
+    "moe_router_enable_expert_bias": True,
+    "moe_n_hash_layers": Same("num_hash_layers"),
+    "actual_vocab_size": Same("vocab_size"),
+    "activation_func_clamp_value": Same("swiglu_limit"),
+    "layernorm_epsilon": Same("rms_norm_eps"),
+    "mtp_num_layers": lambda spec: spec.mtp_layers or None,
+    "hetereogenous_dist_checkpoint": True,
+    "pipeline_model_parallel_layout": None,
+}
+
+
+def megatron_model(spec: ModelSpec) -> dict[str, Any]:
+    """The `MODEL` of these numbers."""
+    values = {key: value(spec) if callable(value) else value for key, value in MODEL.items()}
+    return {key: getattr(spec, value.field) if isinstance(value, Same) else value for key, value in values.items()}

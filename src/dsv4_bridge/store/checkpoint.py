@@ -59,6 +59,11 @@ class Checkpoint:
         opened = self._opened
         return opened.variant if isinstance(opened, HFCheckpoint) else str(opened.source.get("variant", "unknown"))
 
+    @property
+    def files(self) -> Path:
+        """The folder of its small files: tokenizer, generation config, licence."""
+        return self.path if isinstance(self._opened, HFCheckpoint) else self._opened.along
+
     @cached_property
     def source(self) -> Values:
         """Where its items' values come from, a stripe at a time."""

@@ -45,7 +45,7 @@ _FIXED_IN_TRANSFORMERS = {
     "attention_dropout": 0.0,
     "hidden_act": "silu",
 }
-_ROPE_SCALING = {
+ROPE_SCALING = {
     "factor": "rope_factor",
     "beta_fast": "rope_beta_fast",
     "beta_slow": "rope_beta_slow",
@@ -225,7 +225,7 @@ def _rope_fields(config: Mapping[str, Any], where: str, hf: bool) -> dict[str, A
         }
     if kind != "yarn":
         raise BridgeError(f"{where}: {inside} has type {short(kind)}, expected 'yarn'")
-    for key, name in _ROPE_SCALING.items():
+    for key, name in ROPE_SCALING.items():
         wanted = int if name.endswith("embeddings") else float
         found[name] = _take(yarn, key, wanted, f"{where}: {inside}")
     return found
@@ -352,7 +352,7 @@ def released_config(spec: ModelSpec, expert_dtype: str | None, quantized: bool) 
         "qk_rope_head_dim": spec.qk_rope_head_dim,
         "rope_theta": _number(spec.rope_theta),
         "compress_rope_theta": _number(spec.compress_rope_theta),
-        "rope_scaling": {"type": "yarn"} | {k: _number(getattr(spec, n)) for k, n in _ROPE_SCALING.items()},
+        "rope_scaling": {"type": "yarn"} | {k: _number(getattr(spec, n)) for k, n in ROPE_SCALING.items()},
         "torch_dtype": "bfloat16",
         "transformers_version": "4.57.1",
         "use_cache": True,

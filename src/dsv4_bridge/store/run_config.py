@@ -7,12 +7,12 @@ from typing import Any
 import yaml
 
 from ..errors import BridgeError, short
-from ..spec.megatron import megatron_model
+from ..spec.megatron import MODEL, Same, megatron_model
 from ..spec.spec import ModelSpec
 from ..spec.variants import VARIANTS
 from ..strict_json import too_deep
 from ..strict_yaml import parse_yaml
-from .hf_config import released_config, spec_from_config
+from .hf_config import ROPE_SCALING, released_config, spec_from_config
 
 FILE = "run_config.yaml"
 _FORMAT = 1
@@ -62,42 +62,6 @@ _BRIDGE = {
 }
 
 
-# Key of the `model:` section -> field of config.json, where the value is the same.
-_SAME = {
-    "num_layers": "num_hidden_layers",
-    "hidden_size": "hidden_size",
-    "num_attention_heads": "num_attention_heads",
-    "v_head_dim": "head_dim",
-    "qk_pos_emb_head_dim": "qk_rope_head_dim",
-    "q_lora_rank": "q_lora_rank",
-    "o_groups": "o_groups",
-    "o_lora_rank": "o_lora_rank",
-    "rotary_base": "rope_theta",
-    "csa_compress_rotary_base": "compress_rope_theta",
-    "csa_window_size": "sliding_window",
-    "csa_compress_ratios": "compress_ratios",
-    "dsa_indexer_n_heads": "index_n_heads",
-    "dsa_indexer_head_dim": "index_head_dim",
-    "dsa_indexer_topk": "index_topk",
-    "num_residual_streams": "hc_mult",
-    "mhc_sinkhorn_iterations": "hc_sinkhorn_iters",
-    "num_moe_experts": "n_routed_experts",
-    "moe_router_topk": "num_experts_per_tok",
-    "moe_ffn_hidden_size": "moe_intermediate_size",
-    "moe_router_score_function": "scoring_func",
-    "moe_router_topk_scaling_factor": "routed_scaling_factor",
-    "moe_n_hash_layers": "num_hash_layers",
-    "activation_func_clamp_value": "swiglu_limit",
-    "layernorm_epsilon": "rms_norm_eps",
-}
-_SCALING = {
-    "rotary_scaling_factor": "factor",
-    "original_max_position_embeddings": "original_max_position_embeddings",
-    "beta_fast": "beta_fast",
-    "beta_slow": "beta_slow",
-}
-
-
 def read_model_section(path: Path) -> tuple[ModelSpec, str] | None:
     """The model of a run_config.yaml that Megatron-Bridge wrote: its numbers, and its `hf_model_id` or "".
 
@@ -116,23 +80,25 @@ def read_model_section(path: Path) -> tuple[ModelSpec, str] | None:
     if too_deep(model, 32, 1 << 16):
         raise BridgeError(f"reading {path}: its `model:` section is nested too deep, or far too large")
     where = f"{path}, section `model:`"
-    vocabulary = model.get("actual_vocab_size") or model.get("vocab_size")
+    if model.get("actual_vocab_size") is None:  # where it is not padded
+        model = model | {"actual_vocab_size": model.get("vocab_size")}
+    wanted = {value.field: key for key, value in MODEL.items() if isinstance(value, Same)}
     shared, width = model.get("moe_shared_expert_intermediate_size"), model.get("moe_ffn_hidden_size")
-    lacking = [k for k in (*_SAME, *_SCALING, "moe_shared_expert_intermediate_size") if model.get(k) is None]
-    if lacking or not vocabulary:
-        raise BridgeError(f"{where}: {', '.join(lacking or ['vocab_size'])} is missing; name the release with --like")
+    needed = (*wanted.values(), "moe_shared_expert_intermediate_size", "csa_compress_ratios")
+    if lacking := [key for key in needed if model.get(key) is None]:
+        raise BridgeError(f"{where}: {', '.join(lacking)} is missing; name the release with --like")
     if type(shared) is not int or type(width) is not int or width < 1 or shared % width:
         raise BridgeError(
             f"{where}: moe_shared_expert_intermediate_size {short(shared)} is no multiple of moe_ffn_hidden_size "
             f"{short(width)}"
         )
     config = released_config(VARIANTS["Flash"].spec, None, False)
-    config |= {theirs: model[ours] for ours, theirs in _SAME.items()}
+    config |= {field: model[key] for field, key in wanted.items() if field not in ROPE_SCALING.values()}
     config |= {
-        "vocab_size": vocabulary,
+        "compress_ratios": model["csa_compress_ratios"],
         "n_shared_experts": shared // width,
         "num_nextn_predict_layers": model.get("mtp_num_layers") or 0,
-        "rope_scaling": {"type": "yarn"} | {theirs: model[ours] for ours, theirs in _SCALING.items()},
+        "rope_scaling": {"type": "yarn"} | {k: model[wanted[field]] for k, field in ROPE_SCALING.items()},
         "tie_word_embeddings": model.get("share_embeddings_and_output_weights", False),
         "norm_topk_prob": model.get("norm_topk_prob", True),
         "initializer_range": model.get("init_method_std") or config["initializer_range"],

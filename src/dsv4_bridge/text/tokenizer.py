@@ -13,7 +13,7 @@ from .tokens import ASSISTANT, GENERATION, THOUGHT, TOKENIZER, USER
 
 CONFIG = "config.json"
 _MOST_CONFIG = 64 << 20
-_BROKEN = "\ufffd"  # stands at the end of a text while its last character lacks bytes
+BROKEN = "\ufffd"  # stands at the end of a text while its last character lacks bytes
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,10 @@ from ...errors import BridgeError, files_named
 from ...files import AnyPath
 from ...spec.encodings import TILE
 from ...spec.plan import Item
-from ...spec.spec import ModelSpec
-from ...store.hf import open_hf
-from ...store.megatron import looks_megatron, open_megatron
+from ...spec.spec import ModelSpec, differing
+from ...store.checkpoint import open_checkpoint
 from ...store.reading import kept_in_cache
-from ...store.values import HFValues, MegatronValues, Scratch, Values
+from ...store.values import Scratch, Values
 from ..model import DeepSeekV4Model
 from .places import Place, places
 
@@ -28,43 +27,21 @@ def load_weights(model: DeepSeekV4Model, checkpoint: AnyPath, *, allow_lossy: bo
 
     Args:
         model: made by `build_model` for the same numbers; without MTP where it should not be loaded.
-        checkpoint: the folder.
+        checkpoint: the folder, or `owner/name` on the Hub.
         allow_lossy: permit float32 weights to be rounded to a bf16 model's parameters.
 
     Raises:
         BridgeError: unreadable, other numbers, a tensor missing, or a value that would be rounded.
     """
-    path = Path(checkpoint)
-    if looks_megatron(path):
-        megatron = open_megatron(path)
-        try:
-            _check_numbers(model, megatron.spec, path)
-            _fill(
-                model,
-                MegatronValues(megatron.reader, megatron.spec),
-                {i.name for i in megatron.plan.items},
-                path,
-                allow_lossy,
-            )
-        finally:
-            megatron.close()
-        return
-    released = open_hf(path)
-    try:
-        _check_numbers(model, released.spec, path)
-        _fill(model, HFValues(released), set(released.bound), path, allow_lossy)
-    finally:
-        released.close()
+    with open_checkpoint(checkpoint) as opened:
+        check_numbers(model, opened.spec, opened.path)
+        _fill(model, opened.source, set(opened.plan.by_name), opened.path, allow_lossy)
 
 
-def _check_numbers(model: DeepSeekV4Model, spec: ModelSpec, path: Path) -> None:
-    mine, theirs = model.spec.without_draft(), spec.without_draft()
-    if mine != theirs:
-        differing = [n for n in vars(mine) if getattr(mine, n) != getattr(theirs, n)]
-        raise BridgeError(
-            f"loading {path}: it has other numbers than the model: "
-            + ", ".join(f"{n} {getattr(theirs, n)} (model {getattr(mine, n)})" for n in differing[:4])
-        )
+def check_numbers(model: DeepSeekV4Model, spec: ModelSpec, path: Path) -> None:
+    """Refuse a checkpoint with which another model is computed; draft blocks are looked for one by one."""
+    if others := differing(spec.without_draft(), model.spec.without_draft()):
+        raise BridgeError(f"loading {path}: it has other numbers than the model: {'; '.join(others[:4])}")
 
 
 def _fill(model: DeepSeekV4Model, source: Values, there: set[str], path: Path, allow_lossy: bool) -> None:

@@ -17,7 +17,7 @@ from ...store.stream import Bytes, as_bytes
 from ...store.values import HFValues
 from ..model import DeepSeekV4Model
 from .gather import ModelValues
-from .load import _check_numbers
+from .load import check_numbers
 
 STREAM_ENCODINGS = ("bf16", "fp8", "source")
 
@@ -87,7 +87,7 @@ def _stream(
 ) -> Iterator[tuple[str, Tensor]]:
     values = ModelValues(chunks)
     if like:
-        _check_numbers(chunks[0], like.spec, like.folder.path)
+        check_numbers(chunks[0], like.spec, like.folder.path)
     emitter = Emitter(values, HFValues(like) if like else None, like, allow_lossy or encoding == "bf16")
     try:
         for item in (like or values).plan.items:
