@@ -10,7 +10,7 @@ from ..planning.ranks import Asked, RanksReport, plan_ranks
 from ..spec.lora import Lora
 from ..spec.spec import ModelSpec
 from ..spec.variants import VARIANTS, tiny
-from ..store.megatron import ALONG, looks_megatron, open_megatron
+from ..store.megatron import ALONG, looks_megatron
 from ..store.named import spec_of
 from ..store.torch_dist.reader import find_iteration
 from ..text.tokens import TOKENIZER
@@ -84,11 +84,7 @@ def recipe_spec(recipe: Recipe, scaled: bool = False) -> ModelSpec:
     start = Path(recipe.start)
     if recipe.start and not start.is_dir():
         raise BridgeError(f"training with recipe {recipe.name}: start={recipe.start}: no such folder")
-    if recipe.start and looks_megatron(start):
-        opened = open_megatron(start)
-        spec = opened.spec
-        opened.close()
-    elif scaled and not recipe.start and recipe.variant in VARIANTS:
+    if scaled and not recipe.start and recipe.variant in VARIANTS:
         spec = tiny(VARIANTS[recipe.variant])
     else:
         spec = spec_of(recipe.start or recipe.variant)
