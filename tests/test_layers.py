@@ -88,3 +88,22 @@ def test_libraries_stay_in_their_rooms() -> None:
             if name[0] in ONLY and parts[1] not in ONLY[name[0]].split()
         ]
     assert wrong == []
+
+
+def test_a_module_keeps_its_private_names() -> None:
+    """`_name` is for its own file; a file that begins with `_` is for its own folder."""
+    wrong = []
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = path.relative_to(ROOT.parent).with_suffix("").parts
+        for name in imports(path, parts[:-1]):
+            if name[0] != ROOT.name or not name[-1].startswith("_") or name[-1].startswith("__"):
+                continue
+            if name[:-1] != parts[:-1]:  # a private file of the same folder is no stranger
+                wrong.append(f"{'/'.join(parts)} imports {'.'.join(name)}")
+    assert wrong == []
+
+
+def test_the_package_imports_itself_relatively() -> None:
+    for path in sorted(ROOT.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            assert not isinstance(node, ast.ImportFrom) or node.level or (node.module or "").split(".")[0] != ROOT.name

@@ -7,8 +7,10 @@ then what says that it is there.
 import contextlib
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from .errors import BridgeError
 
 AnyPath = str | os.PathLike[str]
 
@@ -63,3 +65,38 @@ def move(moves: Iterable[tuple[Path, Path]]) -> None:
         touched |= {source.parent, target.parent}
     for folder in touched:
         sync(folder)
+
+
+@contextlib.contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """An empty folder that is gone after the block, unless it was renamed.
+
+    Raises:
+        BridgeError: an operating-system error, in the block too.
+    """
+    try:
+        shutil.rmtree(path, ignore_errors=True)  # of a run that was killed
+        path.mkdir(parents=True)
+        try:
+            yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+    except OSError as error:
+        raise BridgeError(f"writing {path}: {error.strerror or error}") from None
+
+
+def place_folder(part: Path, folder: Path) -> None:
+    """Give a whole folder its name; what has that name goes when the new one is there, and stays if it cannot be."""
+    sync(part)
+    old = folder.with_name(f"{folder.name}.old.part")
+    shutil.rmtree(old, ignore_errors=True)  # of a run that was killed
+    if folder.exists() and any(folder.iterdir()):
+        folder.rename(old)
+    try:
+        part.rename(folder)  # over an empty folder too
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
+    sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import ranks
 import torch
+from lora_tools import adapter_values
 from reference import RECOMPUTING, draft_spec
 
 from dsv4_bridge import make_toy
 from dsv4_bridge.lora.checkpoint import read_adapters
-from dsv4_bridge.spec.lora import CARRIERS, Lora, adapter_values, targets
+from dsv4_bridge.spec.lora import CARRIERS, Lora, targets
 
 pytestmark = [pytest.mark.megatron, pytest.mark.slow]
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from lora_tools import adapter_values
 from peft import LoraConfig, PeftModel, get_peft_model
 from reference import (
     assert_same_choices,
@@ -36,7 +37,7 @@ from dsv4_bridge.mcore.adapters.adapters import (
     trainable,
 )
 from dsv4_bridge.mcore.weights.places import places
-from dsv4_bridge.spec.lora import CARRIERS, Lora, adapter_values, targets
+from dsv4_bridge.spec.lora import CARRIERS, Lora, targets
 
 pytestmark = [pytest.mark.megatron, pytest.mark.hf]
 

@@ -14,6 +14,7 @@ from dsv4_bridge.mcore import build_model, load_weights
 from dsv4_bridge.mcore.adapters.adapters import add_adapters
 from dsv4_bridge.mcore.layers.cache import new_cache
 from dsv4_bridge.parallel.balance import solve
+from dsv4_bridge.parallel.topology import Sizes
 from dsv4_bridge.planning.activations import Shape, cache_bytes, chunk_bytes
 from dsv4_bridge.planning.memory import MemoryPlan, Run, make_run_topology, plan_memory
 from dsv4_bridge.spec.lora import CARRIERS, Lora
@@ -52,7 +53,7 @@ def measured(toy: Path) -> dict[str, list[dict[str, Any]]]:
 def planned(toy: Path, name: str, rows: int = SHAPES[0][0], length: int = SHAPES[0][1]) -> MemoryPlan:
     spec: ModelSpec = open_hf(toy).spec
     told = CASES[name]
-    sizes = {"tp": 1, "pp": 1, "ep": 1, "etp": 1, "vp": told.get("vp", 1)} | told.get("parallel", {})
+    sizes = Sizes(**told.get("parallel", {}), vp=told.get("vp", 1))
     topology, _ = make_run_topology(spec, sizes)
     dp = 2 // (topology.tp * topology.pp)
     settings = told.get("settings", {})

@@ -77,12 +77,12 @@ def measured() -> Measured:
     """
     from dsv4_bridge.mcore import build_model
     from dsv4_bridge.mcore.kernels import attention as attend
-    from dsv4_bridge.mcore.layers import indexer
+    from dsv4_bridge.mcore.kernels import index
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attend, "_LEAST", 1)
         patch.setattr(attend, "_DENSE", 1)  # chosen blocks are gathered as soon as one is left out
-        patch.setattr(indexer, "_CHUNK", 1)
+        patch.setattr(index, "_CHUNK", 1)
         torch.manual_seed(0)
         model = build_model(SMALL, attention_chunk=1).train()
         for parameter in model.parameters():

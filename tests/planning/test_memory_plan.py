@@ -11,18 +11,19 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lora_tools import adapter_values
 
 from dsv4_bridge import BridgeError
 from dsv4_bridge.cli import main
 from dsv4_bridge.parallel.balance import solve
 from dsv4_bridge.parallel.pieces import pieces
-from dsv4_bridge.parallel.topology import Coordinate, make_topology
+from dsv4_bridge.parallel.topology import Coordinate, Sizes, make_topology
 from dsv4_bridge.planning.activations import Shape, chunk_bytes, in_flight, layer_bytes
 from dsv4_bridge.planning.memory import Run, make_run_topology, plan_memory
 from dsv4_bridge.planning.parameters import chunk_part
 from dsv4_bridge.planning.ranks import GIB, Asked, plan_ranks
 from dsv4_bridge.planning.search import USABLE, search
-from dsv4_bridge.spec.lora import CARRIERS, Lora, adapter_values
+from dsv4_bridge.spec.lora import CARRIERS, Lora
 from dsv4_bridge.spec.plan import expand
 from dsv4_bridge.spec.spec import ModelSpec, replace_spec
 from dsv4_bridge.spec.variants import VARIANTS, tiny
@@ -30,7 +31,7 @@ from dsv4_bridge.spec.variants import VARIANTS, tiny
 FLASH, PRO = VARIANTS["Flash"].spec, VARIANTS["Pro"].spec
 # A small model that many sizes cut.
 CUT = replace_spec(tiny(VARIANTS["Pro"]), num_attention_heads=16, o_groups=16, n_routed_experts=64)
-ONE = {"tp": 1, "pp": 1, "ep": 1, "etp": 1, "vp": 1}
+ONE = Sizes()
 
 
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *args: str) -> tuple[int, str, str]:
@@ -43,7 +44,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *ar
 
 def counted(spec: ModelSpec, tp: int, pp: int, ep: int, etp: int, vp: int, at: Coordinate) -> tuple[int, int, int, int]:
     """What a rank holds, from every piece of every item: parameters of the model's type, float32, expert; buffers."""
-    topology = make_topology(spec, tp, pp, ep, etp, vp=vp)
+    topology = make_topology(spec, Sizes(tp, pp, ep, etp, vp=vp))
     plain = wide = expert = buffers = 0
     for item, chunk in product(expand(spec).items, range(at.pp, pp * vp, pp)):
         for piece in pieces(item, spec, topology, at, chunk):
@@ -63,7 +64,7 @@ def counted(spec: ModelSpec, tp: int, pp: int, ep: int, etp: int, vp: int, at: C
 @pytest.mark.parametrize(("tp", "pp", "ep", "etp", "vp"), [(1, 1, 1, 1, 1), (2, 2, 4, 1, 1), (4, 2, 2, 2, 2)])
 def test_parameters_are_those_of_every_piece(name: str, tp: int, pp: int, ep: int, etp: int, vp: int) -> None:
     spec = tiny(VARIANTS[name])
-    topology = make_topology(spec, tp, pp, ep, etp, vp=vp)
+    topology = make_topology(spec, Sizes(tp, pp, ep, etp, vp=vp))
     for rank in range(pp):
         found = chunk_part(spec, topology.layout, rank, topology, Lora(8))
         for number in range(rank + pp, pp * vp, pp):
@@ -82,7 +83,7 @@ def test_one_rank_has_the_published_parameters() -> None:
 
 def test_bytes_follow_from_the_counts() -> None:
     spec = tiny(VARIANTS["Flash"])
-    topology, dp = make_run_topology(spec, ONE | {"ep": 2}, dp=6)
+    topology, dp = make_run_topology(spec, Sizes(ep=2), dp=6)
     part = chunk_part(spec, topology.layout, 0, topology, None)
     plain, wide = part.dense.plain, part.dense.wide
     (full,) = plan_memory(spec, topology, dp, Run()).stages
@@ -191,7 +192,7 @@ def test_what_cannot_work_is_refused(
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 4), st.integers(0, 6), st.integers(0, 2), st.integers(1, 70))
 def test_what_a_refusal_offers_works(tp: int, ep: int, etp: int, dp: int) -> None:
-    sizes = ONE | {"tp": 1 << tp, "ep": 1 << ep, "etp": 1 << etp}
+    sizes = Sizes(1 << tp, ep=1 << ep, etp=1 << etp)
     try:
         topology, _ = make_run_topology(CUT, sizes, dp=dp)
     except BridgeError as error:
@@ -271,9 +272,11 @@ def test_a_written_layout_is_planned_as_written(
     plan = json.loads(out)["plan"]
     assert [stage["chunks"] for stage in plan["stages"]] == [["Et*11"], ["t*11"], ["t*11"], ["t*10mL"]]
     # The last stage has a copy of the embedding, for MTP.
-    topology, _ = make_run_topology(FLASH, ONE | {"pp": 4}, "Et*11|t*11|t*11|t*10mL")
+    topology, _ = make_run_topology(FLASH, Sizes(pp=4), "Et*11|t*11|t*11|t*10mL")
     last = chunk_part(FLASH, topology.layout, 3, topology, Lora(1))
-    alone = chunk_part(FLASH.without_draft(), make_topology(FLASH.without_draft(), pp=4).layout, 3, topology, Lora(1))
+    alone = chunk_part(
+        FLASH.without_draft(), make_topology(FLASH.without_draft(), Sizes(pp=4)).layout, 3, topology, Lora(1)
+    )
     assert last.dense.plain - alone.dense.plain > FLASH.vocab_size * FLASH.hidden_size
 
 
@@ -283,7 +286,7 @@ def test_a_folder_is_planned_by_its_config(
     code, out, _ = run(capsys, monkeypatch, "plan", str(toy_flash), "--tp", "2", "--json")
     assert code == 0
     stage = json.loads(out)["plan"]["stages"][0]
-    topology, dp = make_run_topology(tiny(VARIANTS["Flash"]), ONE | {"tp": 2})
+    topology, dp = make_run_topology(tiny(VARIANTS["Flash"]), Sizes(tp=2))
     (want,) = plan_memory(tiny(VARIANTS["Flash"]), topology, dp, Run(micro_batches=8)).stages
     assert (stage["parameters"], stage["total"]) == (want.parameters, want.total)
 

@@ -7,6 +7,8 @@ import sys
 import pytest
 
 from conftest import DATA, inventory
+from dsv4_bridge.codec import CODECS, RECODERS
+from dsv4_bridge.spec.encodings import ENCODINGS, QUANTISED
 from dsv4_bridge.spec.megatron import extra_state_keys, regions
 from dsv4_bridge.spec.plan import expand
 from dsv4_bridge.spec.table import ROWS
@@ -118,3 +120,35 @@ def test_core_imports_no_megatron_transformers_or_torch_to_plan() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_every_row_says_what_its_values_are() -> None:
+    """Weights are made, orthogonalised and adapted by the role: nobody guesses it from a name or a shape."""
+    assert {r.role for r in ROWS} == {"matrix", "groups", "table", "norm", "scale", "bias", "ids"}
+    for row in ROWS:
+        assert (row.role == "ids") == (row.encoding == "int")
+        assert (row.role == "groups") == row.shape[0].startswith("o_groups*")
+        # Biases of positions in a block are the one bias of two dimensions.
+        assert (len(row.shape) == 2) == (row.role in ("matrix", "groups", "table", "ids") or row.shape[0] == "ratio")
+        assert row.encoding not in ("linear", "expert") or row.matrix
+        assert not row.lora or row.matrix
+        assert row.cut != "vocabulary" or row.role == "table"
+        assert row.resaved is None or row.transformers
+
+
+def test_scopes_of_the_model_say_where_it_begins_and_ends() -> None:
+    assert [r.key for r in ROWS if r.scope == "first"] == ["embed"]
+    assert {r.key for r in ROWS if r.scope == "last"} == {
+        "head",
+        "norm",
+        *(f"hc_head_{x}" for x in ("fn", "base", "scale")),
+    }
+
+
+def test_every_quantised_encoding_has_a_codec() -> None:
+    assert set(CODECS) == set(QUANTISED)
+    for name in QUANTISED:
+        rows, columns = ENCODINGS[name].block
+        assert ENCODINGS[name].scale_shape((rows * 3, columns * 5)) == (3, 5)
+        assert ENCODINGS[name].scale_rows(rows * 2, rows * 2 + 1) == (2, 3)
+    assert all({source, target} <= set(QUANTISED) for source, target in RECODERS)

@@ -3,7 +3,7 @@
 import torch
 
 from dsv4_bridge.lora.adapters import Adapter, Adapters
-from dsv4_bridge.spec.lora import Lora, targets
+from dsv4_bridge.spec.lora import Lora, adapter_size, targets
 from dsv4_bridge.spec.spec import ModelSpec, replace_spec
 from dsv4_bridge.spec.variants import VARIANTS, tiny
 
@@ -22,3 +22,8 @@ def random_adapters(spec: ModelSpec, lora: Lora, size: float = 0.1, seed: int = 
         b = torch.randn(out, lora.rank, generator=random) * (size / lora.scale)
         values[target.name] = Adapter(a, b, torch.rand(out, generator=random) + 0.5 if lora.dora else None)
     return Adapters(lora, values)
+
+
+def adapter_values(spec: ModelSpec, lora: Lora) -> int:
+    """How many values the adapters of a model have."""
+    return sum(adapter_size(lora, *target.shape) for target in targets(spec, lora.keys))

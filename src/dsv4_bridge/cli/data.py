@@ -126,13 +126,7 @@ def data(
 def _tokenizer(named: str) -> tuple[Path, Any]:
     """The folder of a checkpoint's small files, and the model's numbers; no tensor is read."""
     from ..store.hub import fetch_small
-    from ..store.megatron import looks_megatron, open_megatron
-    from ..store.named import spec_of
+    from ..store.named import files_of, spec_of
 
-    path = Path(named)
-    if looks_megatron(path):
-        opened = open_megatron(path, strict=False)
-        opened.close()
-        return opened.along, opened.spec
     folder = fetch_small(named)
-    return folder, spec_of(folder)
+    return files_of(folder), spec_of(folder)

@@ -11,6 +11,8 @@ E2M1 codes 0..7 are 0, .5, 1, 1.5, 2, 3, 4, 6 and 8..15 the same negated (8 is -
 is the even column. E4M3 goes up to 448 (0x7E); 0x7F and 0xFF are NaN and are refused. E8M0 byte E
 is the scale 2^(E-127).
 
+- `CODECS`: encoding (`spec.encodings`) -> the module that decodes and encodes it; `RECODERS`: pairs of encodings
+  -> the way from one to the other that does not pass through bf16.
 - `mxfp4`, `fp8`: fast `decode` and `encode` between numpy arrays. The caller supplies the output
   buffers (reusing them matters more than the kernel) and the threads (kernels release the GIL).
 - `recode`: MXFP4 to FP8 without going through bf16, with a certificate of losslessness.
@@ -21,17 +23,40 @@ the scale rows of that stripe. What cannot be represented raises `CodecError`, w
 where and what; the caller, who knows the tensor's name, adds it.
 """
 
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import numpy as np
+
 from . import fp8, mxfp4, recode
-from .recode import Certificate, bf16_to_fp8, f32_scale_as_e8m0, mxfp4_to_fp8
+from .recode import Certificate, mxfp4_to_fp8
 from .report import CodecError, EncodeStats, Problem
 
+
+class Codec(Protocol):
+    """What the module of an encoding has; see `fp8` for shapes and errors."""
+
+    def decode(self, codes: np.ndarray, scale: np.ndarray, out: np.ndarray, /) -> None:
+        """Codes and scales to bf16 bit patterns."""
+
+    def encode(
+        self, values: np.ndarray, like_scale: np.ndarray | None, out: np.ndarray, out_scale: np.ndarray, /
+    ) -> EncodeStats:
+        """Values of bf16 to codes and scales, with the given scales where they fit."""
+        ...
+
+
+CODECS: Mapping[str, Codec] = {"mxfp4": mxfp4, "fp8": fp8, "fp8_f32": fp8, "fp8_pow2": fp8}
+RECODERS: Mapping[tuple[str, str], Callable[..., Certificate]] = {("mxfp4", "fp8"): mxfp4_to_fp8}
+
 __all__ = [
+    "CODECS",
+    "RECODERS",
     "Certificate",
+    "Codec",
     "CodecError",
     "EncodeStats",
     "Problem",
-    "bf16_to_fp8",
-    "f32_scale_as_e8m0",
     "fp8",
     "mxfp4",
     "mxfp4_to_fp8",

@@ -15,7 +15,7 @@ import numpy as np
 from . import fp8, mxfp4
 from ._arrays import given, output, rows_columns
 from ._kernels import kernel
-from .report import CodecError, EncodeStats
+from .report import CodecError
 
 u8, u16, u32, u64 = np.uint8, np.uint16, np.uint32, np.uint64
 
@@ -164,20 +164,6 @@ def mxfp4_to_fp8(
         sum_sq_error=sum_sq_error,
         sum_sq=sum_sq,
     )
-
-
-def bf16_to_fp8(values: np.ndarray, out_codes: np.ndarray, out_scale: np.ndarray) -> EncodeStats:
-    """Encode bf16 as FP8 with fresh scales; the statistics are the certificate (`exact`)."""
-    return fp8.encode(values, None, out_codes, out_scale)
-
-
-def f32_scale_as_e8m0(scale: np.ndarray) -> np.ndarray | None:
-    """Float32 scales as E8M0 bytes (uint8, same shape) if all are powers of two 2^-126..2^127, else None."""
-    bits = np.ascontiguousarray(scale, np.float32).view(u32)
-    byte = bits >> 23  # above 255 for a negative scale
-    if ((bits & 0x7FFFFF) != 0).any() or (byte < 1).any() or (byte > 254).any():
-        return None
-    return byte.astype(u8)
 
 
 @kernel()

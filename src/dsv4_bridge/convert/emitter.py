@@ -5,26 +5,47 @@ quantised encodings, the scales of a checkpoint to be like.
 """
 
 import contextlib
+import math
 from collections import deque
+from collections.abc import Container
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from ..codec import Certificate, CodecError, EncodeStats, fp8, mxfp4, mxfp4_to_fp8
+from ..codec import CODECS, RECODERS, Certificate, CodecError, EncodeStats
 from ..errors import BridgeError
+from ..spec.dtypes import DTYPES
 from ..spec.encodings import ENCODINGS, QUANTISED
 from ..spec.plan import Item
 from ..store.hf import HFCheckpoint
 from ..store.reading import Readahead
 from ..store.safetensors import SafetensorsFolder, TensorInfo
-from ..store.stream import CountingStream, Stream
+from ..store.stream import Bytes, CountingStream, Stream, as_bytes
 from ..store.values import HFValues, Scratch, Values, cuts, stripe_rows, to_plain
 from .report import Report
 from .segments import Copy, Frame, Literal, Rows, Scale, Segment, Weight
 
 # Input is read ahead in bursts: a disk that reads and writes at once does both slowly.
 _AHEAD_MOST, _AHEAD_LEAST = 256 << 20, 64 << 20
+
+
+class Changes(Protocol):
+    """New values of some items, put in as they are written; rounding these is what was asked for.
+
+    Attributes:
+        names: of those items.
+    """
+
+    @property
+    def names(self) -> Container[str]: ...
+
+    def values(self, source: Values) -> Values:
+        """The new values of those items, from the source of the old ones."""
+        ...
+
+    def written(self, item: Item, encoding: str, weight: np.ndarray, scale: bytes) -> None:
+        """Told of each of them, once it is written: its stored bytes and its stored scale."""
 
 
 @dataclass
@@ -39,6 +60,7 @@ class Emitter:
         keep_rounding: whether encoding new values into the encoding of `like` may round them (that
             is what exporting a trained model means); recoding to another encoding may not.
         lacking: names of further items that come from where the passengers are.
+        changes: new values of some items; these are not part of the report.
     """
 
     values: Values
@@ -47,6 +69,7 @@ class Emitter:
     allow_lossy: bool = False
     keep_rounding: bool = True
     lacking: frozenset[str] = frozenset()
+    changes: Changes | None = None
     scratch: Scratch = field(default_factory=Scratch)
     readahead: Readahead = field(default_factory=Readahead)
 
@@ -122,11 +145,26 @@ class Emitter:
     def source(self, item: Item) -> Values:
         """Where an item's values come from."""
         aside = item.passenger or item.name in self.lacking
-        return self.passengers if self.passengers and aside else self.values
+        source = self.passengers if self.passengers and aside else self.values
+        return self.changes.values(source) if self.changes and item.name in self.changes.names else source
+
+    def _may_round(self, item: Item) -> bool:
+        return self.allow_lossy or (self.changes is not None and item.name in self.changes.names)
 
     def _weight(self, item: Item, encoding: str, stream: Stream, report: Report) -> bytes:
-        if encoding == "fp8_pow2":
-            return as_float32(Emitter._weight(self, item, "fp8", stream, report))
+        """Write a weight; its scale is returned."""
+        if self.changes is None or item.name not in self.changes.names:
+            return self._stored(item, encoding, stream, report)
+        how = ENCODINGS[encoding]
+        kept = _Kept(stream, math.prod(how.weight_shape(item.shape)) * DTYPES[how.dtype].itemsize)
+        scale = self._stored(item, encoding, kept, Report())
+        self.changes.written(item, encoding, kept.data, scale)
+        return scale
+
+    def _stored(self, item: Item, encoding: str, stream: Stream, report: Report) -> bytes:
+        """Write a weight the shortest exact way: copied, recoded, or decoded and encoded."""
+        if narrow := ENCODINGS[encoding].widened:
+            return as_float32(self._stored(item, narrow, stream, report))
         source = self.source(item)
         stored = source.encoding(item)
         if isinstance(source, HFValues):
@@ -134,9 +172,9 @@ class Emitter:
             if stored == encoding:
                 self._copy(source.checkpoint.folder, bound.weight, stream)
                 return self._whole_scale(source, item) if bound.scale else b""
-            if stored == "mxfp4" and encoding == "fp8":
-                return self._recode(item, source, stream, report)
-            if stored == "fp8_f32":
+            if (stored, encoding) in RECODERS:
+                return self._recode(item, encoding, source, stream, report)
+            if ENCODINGS[stored].scale_dtype == "F32":
                 self._count_f32_decode(item, source, report)
         if encoding in QUANTISED:
             return self._encode(item, encoding, source, stream, report)
@@ -155,26 +193,25 @@ class Emitter:
                 self._count_rounding(item, rounded, report)
             last = first + len(values)
             out = self.scratch.take("codes", "u1", (last - first, how.weight_shape(item.shape)[1]))
-            scale_type = "<f4" if encoding == "fp8_f32" else "u1"
-            scale = self.scratch.take("new_scale", scale_type, how.scale_shape(values.shape))
+            scale = self.scratch.take("new_scale", _scale_type(encoding), how.scale_shape(values.shape))
             old = like.scale(like.checkpoint.bound[item.name], first, last, self.scratch, "old_scale") if like else None
-            encode = mxfp4.encode if encoding == "mxfp4" else fp8.encode
             try:
-                total = total + encode(values, old, out, scale)
+                total = total + CODECS[encoding].encode(values, old, out, scale)
             except CodecError as error:
                 raise BridgeError(f"encoding {item.name} as {encoding}: {error.problem.shifted(first)}") from None
             stream.write(out)
             scales.append(scale.tobytes())
             first = last
         _add(report.encoded, item.row.key, total)
-        if total.rounded_values and not self.allow_lossy and (like is None or not self.keep_rounding):
+        if total.rounded_values and not self._may_round(item) and (like is None or not self.keep_rounding):
             raise BridgeError(
                 f"encoding {item.name} as {encoding} would change {total.rounded_values} of {item.numel} values "
                 f"(largest error {total.max_abs_error:.3g}); --allow-lossy accepts that and reports the error"
             )
         return b"".join(scales)
 
-    def _recode(self, item: Item, source: HFValues, stream: Stream, report: Report) -> bytes:
+    def _recode(self, item: Item, encoding: str, source: HFValues, stream: Stream, report: Report) -> bytes:
+        how, recode = ENCODINGS[encoding], RECODERS[source.encoding(item), encoding]
         bound = source.checkpoint.bound[item.name]
         scales: list[bytes] = []
         total = Certificate()
@@ -182,18 +219,18 @@ class Emitter:
             raw = source.raw(bound, first, last, self.scratch)
             old = source.scale(bound, first, last, self.scratch, "old_scale")
             shape = (last - first, item.shape[1])
-            out = self.scratch.take("codes", "u1", shape)
-            scale = self.scratch.take("new_scale", "u1", ENCODINGS["fp8"].scale_shape(shape))
+            out = self.scratch.take("codes", "u1", how.weight_shape(shape))
+            scale = self.scratch.take("new_scale", _scale_type(encoding), how.scale_shape(shape))
+            what = f"recoding {bound.weight_name} from {bound.encoding} to {encoding}"
             try:
-                part = mxfp4_to_fp8(raw, old, out, scale, allow_lossy=self.allow_lossy)
+                part = recode(raw, old, out, scale, allow_lossy=self.allow_lossy)
             except CodecError as error:
-                what = f"recoding {bound.weight_name} from mxfp4 to fp8"
                 raise BridgeError(f"{what}: {error.problem.shifted(first)}") from None
             if part.first_failing_block is not None and not self.allow_lossy:
-                row, column = part.first_failing_block
+                (row, column), (height, width) = part.first_failing_block, how.block
                 raise BridgeError(
-                    f"recoding {bound.weight_name} from mxfp4 to fp8: the 128x128 block at row {first + row * 128}, "
-                    f"column {column * 128} holds values too far apart for one FP8 scale; "
+                    f"{what}: the {height}x{width} block at row {first + row * height}, "
+                    f"column {column * width} holds values too far apart for one FP8 scale; "
                     "--allow-lossy rounds them and reports the error"
                 )
             total = total + part.shifted(first)
@@ -219,7 +256,7 @@ class Emitter:
         return source.scale(bound, 0, item.shape[0], self.scratch, "whole_scale").tobytes()
 
     def _count_rounding(self, item: Item, rounded: int, report: Report) -> None:
-        if not self.allow_lossy:
+        if not self._may_round(item):
             raise BridgeError(
                 f"writing {item.name} as bf16 would round {rounded} float32 values; "
                 "--allow-lossy accepts that and reports the count"
@@ -269,6 +306,32 @@ class Ahead:
                 self._emitter.readahead.ask(*extent)
                 asked += extent[2]
         return asked
+
+
+class _Kept:
+    """A stream that passes on what is written, and remembers it."""
+
+    def __init__(self, stream: Stream, size: int):
+        self._stream, self.data, self._at = stream, np.empty(size, np.uint8), 0
+
+    def write(self, data: Bytes) -> None:
+        flat = as_bytes(data)
+        self.data[self._at : self._at + flat.size] = flat
+        self._at += flat.size
+        self._stream.write(data)
+
+    def patch(self, offset: int, old: bytes, new: bytes) -> None:
+        self._stream.patch(offset, old, new)
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def abort(self) -> None:
+        self._stream.abort()
+
+
+def _scale_type(encoding: str) -> str:
+    return DTYPES[ENCODINGS[encoding].scale_dtype or "U8"].numpy
 
 
 def as_float32(scale: bytes) -> bytes:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import BridgeError, files_named
 from ..files import AnyPath
-from ..spec.encodings import QUANTISED
+from ..spec.encodings import ENCODINGS, QUANTISED, TARGETS
 from ..spec.plan import Item, Plan, expand, target_encoding
 from ..spec.spec import ModelSpec, differing
 from ..store.hf import HFCheckpoint, open_hf
@@ -28,7 +28,6 @@ from .outputs import HFLayout, hf_layout, hf_layout_like, megatron_layout, passe
 from .run import Job, Options, run
 
 ITERATION = "iter_0000000"
-ENCODINGS = ("source", "fp8", "bf16")
 
 
 @files_named("importing")
@@ -123,8 +122,8 @@ def export_hf(
         BridgeError: see `convert.run`.
     """
     source, out, like = Path(source), Path(out), resolve(os.fspath(like)) if like is not None else None
-    if encoding not in ENCODINGS:
-        raise BridgeError(f"exporting {source}: encoding {encoding!r} is not one of {', '.join(ENCODINGS)}")
+    if encoding not in TARGETS:
+        raise BridgeError(f"exporting {source}: encoding {encoding!r} is not one of {', '.join(TARGETS)}")
     if encoding == "source" and like is None and not (source / "config.json").is_file():
         raise BridgeError(
             f"exporting {source} in the source's encoding needs the source: --like HF (or --encoding bf16)"
@@ -153,8 +152,8 @@ def model_job(
     Raises:
         BridgeError: `source` without `like`, or two models.
     """
-    if encoding not in ENCODINGS or (encoding == "source" and like is None):
-        raise BridgeError(f"saving a model: encoding {encoding!r} needs like=, or is not one of {', '.join(ENCODINGS)}")
+    if encoding not in TARGETS or (encoding == "source" and like is None):
+        raise BridgeError(f"saving a model: encoding {encoding!r} needs like=, or is not one of {', '.join(TARGETS)}")
     if like and (others := differing(plan.spec.without_draft(), like.spec.without_draft())):
         raise BridgeError(f"saving a model like {like.folder.path}: they are two models ({'; '.join(others[:8])})")
     held = {i.name for i in plan.items if not i.passenger}
@@ -299,7 +298,7 @@ def _config_bytes(plan: Plan, like: HFCheckpoint | None, encoding: str, encode: 
         return (like.folder.path / "config.json").read_bytes()
     used = {item.row.encoding: encode(item) for item in plan.items if not item.passenger}
     quantised = bool({used["linear"], used["expert"]} & QUANTISED)
-    expert = {"mxfp4": "fp4", "fp8": "fp8", "fp8_f32": "fp8", "fp8_pow2": "fp8"}.get(used["expert"])
+    expert = ENCODINGS[used["expert"]].expert_dtype
     if like is None or dialect_of(like.config) != "released" or plan.spec != like.spec:
         config = released_config(plan.spec, expert, quantised)
     else:

@@ -22,25 +22,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..codec import CODECS
 from ..errors import BridgeError, files_named
 from ..files import AnyPath
 from ..lora.adapters import Adapter, Adapters, check_shapes, updated
 from ..lora.peft_reading import open_adapters
-from ..spec.dtypes import DTYPES
-from ..spec.encodings import ENCODINGS, QUANTISED
+from ..spec.encodings import ENCODINGS, QUANTISED, TARGETS
 from ..spec.plan import Item
 from ..store.hf import HFCheckpoint, open_hf
 from ..store.hub import resolve
 from ..store.safetensors import INDEX
-from ..store.stream import Bytes, Stream, as_bytes
-from ..store.values import HFValues, Scratch, Values, decode, scale_rows
+from ..store.values import HFValues, Scratch, Values
 from .emitter import Emitter, Report
 from .job import Job
 from .jobs import apart, repack_job
 from .outputs import hf_layout_like
 from .run import Options, run
 
-ENCODINGS_OUT = ("source", "fp8", "bf16")
 MOST = 0.5  # of a delta; more lost than this is warned of
 
 
@@ -187,8 +185,8 @@ def merge(
     """
     options = options or Options()
     source, adapter, out = resolve(os.fspath(source)), Path(adapter), Path(out)
-    if encoding not in ENCODINGS_OUT:
-        raise BridgeError(f"merging {adapter}: encoding {encoding!r} is not one of {', '.join(ENCODINGS_OUT)}")
+    if encoding not in TARGETS:
+        raise BridgeError(f"merging {adapter}: encoding {encoding!r} is not one of {', '.join(TARGETS)}")
     if options.resume:
         raise BridgeError(f"merging {adapter}: a merge is not resumed, for its report would lack what was done before")
     checkpoint = open_hf(source)
@@ -267,7 +265,9 @@ def _job(checkpoint: HFCheckpoint, tally: _Tally, encoding: str, adapter: Path, 
     return replace(
         job,
         label=f"merge {adapter.name} into {checkpoint.folder.path.name}",
-        emitter=lambda: _Merger(HFValues(checkpoint), like=checkpoint, allow_lossy=allow_lossy, tally=tally),
+        emitter=lambda: Emitter(
+            HFValues(checkpoint), like=checkpoint, allow_lossy=allow_lossy, changes=_Merging(checkpoint, tally)
+        ),
         identity=dict(job.identity) | {"kind": "merge", "adapter": str(adapter), "lossy": allow_lossy},
         resumable=False,
     )
@@ -276,7 +276,7 @@ def _job(checkpoint: HFCheckpoint, tally: _Tally, encoding: str, adapter: Path, 
 class _MergedValues:
     """Items with adapters: float32 stripes of W'."""
 
-    def __init__(self, source: HFValues, updates: Mapping[str, _Update]):
+    def __init__(self, source: Values, updates: Mapping[str, _Update]):
         self._source, self._updates = source, updates
 
     def encoding(self, item: Item) -> str:
@@ -304,61 +304,29 @@ def wide(stripe: np.ndarray) -> Tensor:
     return torch.from_numpy(stripe.astype(np.float32))
 
 
-class _Kept:
-    """A stream that passes on what is written, and remembers it."""
+class _Merging:
+    """The changes of a merge, measured: what was asked for against what the stored bytes hold. One a worker."""
 
-    def __init__(self, stream: Stream, size: int):
-        self._stream, self.data, self._at = stream, np.empty(size, np.uint8), 0
+    def __init__(self, checkpoint: HFCheckpoint, tally: _Tally):
+        self._old, self._tally, self._scratch = HFValues(checkpoint), tally, Scratch()
 
-    def write(self, data: Bytes) -> None:
-        flat = as_bytes(data)
-        self.data[self._at : self._at + flat.size] = flat
-        self._at += flat.size
-        self._stream.write(data)
+    @property
+    def names(self) -> Mapping[str, _Update]:
+        return self._tally.updates
 
-    def patch(self, offset: int, old: bytes, new: bytes) -> None:
-        self._stream.patch(offset, old, new)
+    def values(self, source: Values) -> Values:
+        return _MergedValues(source, self._tally.updates)
 
-    def close(self) -> None:
-        self._stream.close()
-
-    def abort(self) -> None:
-        self._stream.abort()
-
-
-@dataclass
-class _Merger(Emitter):
-    """Copies or re-encodes, as any emitter, what has no adapter; rounds and measures what has one."""
-
-    tally: _Tally = field(default_factory=lambda: _Tally({}))
-
-    def source(self, item: Item) -> Values:
-        source = super().source(item)
-        assert isinstance(source, HFValues)
-        updates = self.tally.updates
-        return _MergedValues(source, updates) if item.name in updates else source
-
-    def _weight(self, item: Item, encoding: str, stream: Stream, report: Any) -> bytes:
-        if item.name not in self.tally.updates:
-            return super()._weight(item, encoding, stream, report)
-        how = ENCODINGS[encoding]
-        kept = _Kept(stream, math.prod(how.weight_shape(item.shape)) * DTYPES[how.dtype].itemsize)
-        allowed, self.allow_lossy = self.allow_lossy, True  # rounding is what a merge is about
-        try:
-            scale = super()._weight(item, encoding, kept, Report())
-        finally:
-            self.allow_lossy = allowed
-        found = self._compare(item, encoding, kept.data, scale)
-        with self.tally.lock:
-            self.tally.found[item.name] = found
-        return scale
+    def written(self, item: Item, encoding: str, weight: np.ndarray, scale: bytes) -> None:
+        found = self._compare(item, encoding, weight, scale)
+        with self._tally.lock:
+            self._tally.found[item.name] = found
 
     def _compare(self, item: Item, encoding: str, written: np.ndarray, scale: bytes) -> Merged:
         """Decode what was written, next to the old values and the new ones."""
-        source, update = HFValues.stripes, self.tally.updates[item.name]
-        assert isinstance(self.values, HFValues)
+        update = self._tally.updates[item.name]
         sums, unchanged, first = np.zeros(3), 0, 0
-        for stripe in source(self.values, item, 0, item.shape[0], self.scratch):
+        for stripe in self._old.stripes(item, 0, item.shape[0], self._scratch):
             old = wide(stripe)
             last = first + len(old)
             new = self._decoded(item, encoding, written, scale, first, last)
@@ -379,9 +347,9 @@ class _Merger(Emitter):
             plain = raw.view(np.float32 if encoding == "f32" else np.uint16)
             return wide(plain.reshape(last - first, item.shape[1]))
         how = ENCODINGS[encoding]
-        low, high = scale_rows(encoding, first, last)
+        low, high = how.scale_rows(first, last)
         of = np.frombuffer(scale, np.float32 if how.scale_dtype == "F32" else np.uint8)
-        out = self.scratch.take("merged", "<u2", (last - first, item.shape[1]))
+        out = self._scratch.take("merged", "<u2", (last - first, item.shape[1]))
         raw = raw.reshape(how.weight_shape((last - first, item.shape[1])))
-        decode(encoding, raw, of.reshape(how.scale_shape(item.shape))[low:high], out)
+        CODECS[encoding].decode(raw, of.reshape(how.scale_shape(item.shape))[low:high], out)
         return wide(out)

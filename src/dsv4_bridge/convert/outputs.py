@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from ..spec.dtypes import DTYPES
-from ..spec.encodings import TILE, Stored
+from ..spec.encodings import TILE, Stored, of_dtype
 from ..spec.megatron import extra_state_keys, megatron_dtype, regions
 from ..spec.plan import Item, Plan, shard_name, shard_of, stored
 from ..store.hf import HFCheckpoint
@@ -202,8 +202,7 @@ def megatron_layout(plan: Plan, common_state: Mapping[str, object], prefix: str)
         data = []
         for part, start, stop in chunk.rows:
             size = (stop - start) * (part.numel // part.shape[0]) * DTYPES[chunk.dtype].itemsize
-            encoding = {"BF16": "bf16", "F32": "f32", "I32": "i32"}[chunk.dtype]
-            data.append(Rows(part, encoding, start, stop, size))
+            data.append(Rows(part, of_dtype(chunk.dtype, None) or "", start, stop, size))
         head = Frame(partial(_frame_part, chunk.dtype, chunk.sizes, "head"), sizes[0])
         tail = Frame(partial(_frame_part, chunk.dtype, chunk.sizes, "tail"), sizes[1])
         length = sum(sizes) + sum(d.nbytes for d in data)

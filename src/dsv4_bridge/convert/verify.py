@@ -7,7 +7,6 @@ the configuration that the model computes with must be the same.
 """
 
 import os
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,15 @@ from ..errors import BridgeError, files_named
 from ..files import AnyPath
 from ..progress import in_background
 from ..spec.plan import Item, stored
-from ..spec.spec import ModelSpec, differing
-from ..store.hf import HFCheckpoint, finding_lines, open_hf
+from ..spec.spec import differing
+from ..store.checkpoint import Checkpoint, open_checkpoint
+from ..store.hf import finding_lines
 from ..store.hub import resolve
-from ..store.megatron import MegatronCheckpoint, has_config, looks_megatron, open_along, open_megatron
+from ..store.megatron import MegatronCheckpoint, looks_megatron
 from ..store.safetensors import SafetensorsFolder, TensorInfo
 from ..store.small_files import small_files
 from ..store.stream import Bytes, as_bytes
-from ..store.values import HFValues, MegatronValues, Scratch, Values, cuts, stripe_rows, to_plain
+from ..store.values import HFValues, Scratch, Values, cuts, stripe_rows, to_plain
 from .emitter import Emitter
 from .run import Progress, Silent
 from .segments import Scale, Weight
@@ -98,38 +98,6 @@ class VerifyReport:
             self.differences.append(Difference(item.name, item.row.key, what))
 
 
-@dataclass(frozen=True)
-class Side:
-    """One opened checkpoint of either kind."""
-
-    name: str
-    items: Mapping[str, Item]
-    values: Values
-    riders: HFValues | None
-    hf: HFCheckpoint | None
-    megatron: MegatronCheckpoint | None
-
-    @property
-    def spec(self) -> ModelSpec:
-        """The model's numbers."""
-        return self.hf.spec if self.hf else self.megatron.spec  # type: ignore[union-attr]
-
-    def source(self, item: Item) -> Values:
-        """Where an item's values come from."""
-        return self.riders if item.passenger and self.riders else self.values
-
-    def released(self, item: Item) -> HFValues | None:
-        """The item's released form, if this side has one."""
-        source = self.source(item)
-        return source if isinstance(source, HFValues) else None
-
-    def close(self) -> None:
-        """Close everything."""
-        for opened in (self.hf, self.megatron, self.riders.checkpoint if self.riders else None):
-            if opened:
-                opened.close()
-
-
 @files_named("verifying")
 def verify(a: AnyPath, b: AnyPath, level: str = "values", progress: Progress | None = None) -> VerifyReport:
     """Compare two checkpoints, each a Hugging Face folder, a Megatron checkpoint or `owner/name` on the Hub.
@@ -145,7 +113,7 @@ def verify(a: AnyPath, b: AnyPath, level: str = "values", progress: Progress | N
     try:
         one = _open(a, b)
         other = _open(b, a)
-        if one.hf is None and other.hf is not None:
+        if one.kind == "megatron" and other.kind == "huggingface":
             one, other = other, one
         return _compare(one, other, level, progress)
     finally:
@@ -155,41 +123,41 @@ def verify(a: AnyPath, b: AnyPath, level: str = "values", progress: Progress | N
                 side.close()
 
 
-def _open(path: Path, beside: Path) -> Side:
-    if not looks_megatron(path):
-        hf = open_hf(path)
-        return Side(str(path), hf.plan.by_name, HFValues(hf), None, hf, None)
-    like = open_hf(beside) if (beside / "config.json").is_file() and not looks_megatron(beside) else None
-    try:
-        megatron = open_megatron(path, None if has_config(path) else like, strict=False)
-    finally:
-        if like:
-            like.close()
-    if megatron.findings:
-        megatron.close()
-        raise BridgeError(
-            f"opening {path}: its tensors are not those of this model:\n{finding_lines(megatron.findings)}"
-        )
-    along = open_along(megatron)
-    held = {n: i for n, i in megatron.plan.by_name.items() if not i.passenger or along}
-    values = MegatronValues(megatron.reader, megatron.spec)
-    return Side(str(path), held, values, HFValues(along) if along else None, None, megatron)
+def _open(path: Path, beside: Path) -> Checkpoint:
+    opened = open_checkpoint(path, strict=not looks_megatron(path), like=beside)
+    if opened.opened.findings:
+        opened.close()
+        lines = finding_lines(opened.opened.findings)
+        raise BridgeError(f"opening {path}: its tensors are not those of this model:\n{lines}")
+    return opened
 
 
-def _compare(a: Side, b: Side, level: str, progress: Progress) -> VerifyReport:
-    report = VerifyReport(a.name, b.name, level)
-    report.config += [f"{what} ({a.name}, {b.name})" for what in differing(a.spec, b.spec)]
+def _source(side: Checkpoint, item: Item) -> Values:
+    source = side.source_of(item)
+    assert source is not None, "what a side holds has a source"
+    return source
+
+
+def _released(side: Checkpoint, item: Item) -> HFValues | None:
+    """The item's released form, if this side has one."""
+    source = side.source_of(item)
+    return source if isinstance(source, HFValues) else None
+
+
+def _compare(a: Checkpoint, b: Checkpoint, level: str, progress: Progress) -> VerifyReport:
+    report = VerifyReport(str(a.path), str(b.path), level)
+    report.config += [f"{what} ({a.path}, {b.path})" for what in differing(a.spec, b.spec)]
     report.notes += [f"{what}: no computation follows from it" for what in differing(a.spec, b.spec, aside=True)]
     for side in (a, b):
-        if side.megatron:
-            report.config += [f"{what} (run_config.yaml of {side.name})" for what in side.megatron.contradictions]
-    if a.hf and b.hf:
-        report.notes += _files(a.hf.folder.path, b.hf.folder.path)
+        if isinstance(side.opened, MegatronCheckpoint):
+            report.config += [f"{what} (run_config.yaml of {side.path})" for what in side.opened.contradictions]
+    if a.kind == b.kind == "huggingface":
+        report.notes += _files(a.path, b.path)
     both = [i for n, i in a.items.items() if n in b.items]
     for name, item in (*a.items.items(), *b.items.items()):
         if name not in a.items or name not in b.items:
             report.rows.setdefault(item.row.key, RowTally()).tensors += 1
-            report.differ(item, f"only in {a.name if name in a.items else b.name}")
+            report.differ(item, f"only in {a.path if name in a.items else b.path}")
     progress.start(f"verify {level}", sum(_size(a, i) for i in both), 0)
     scratch = Scratch(), Scratch()
     for item in both:
@@ -207,23 +175,23 @@ def _compare(a: Side, b: Side, level: str, progress: Progress) -> VerifyReport:
     return report
 
 
-def _size(side: Side, item: Item) -> int:
-    source = side.source(item)
+def _size(side: Checkpoint, item: Item) -> int:
+    source = _source(side, item)
     return sum(f.nbytes for f in stored(item, source.encoding(item)))
 
 
-def _difference(a: Side, b: Side, item: Item, level: str, scratch: tuple[Scratch, Scratch]) -> str:
+def _difference(a: Checkpoint, b: Checkpoint, item: Item, level: str, scratch: tuple[Scratch, Scratch]) -> str:
     if b.items[item.name].shape != item.shape:
         return f"shape {list(item.shape)} against {list(b.items[item.name].shape)}"
-    one, other = a.released(item), b.released(item)
-    encodings = a.source(item).encoding(item), b.source(item).encoding(item)
+    one, other = _released(a, item), _released(b, item)
+    encodings = _source(a, item).encoding(item), _source(b, item).encoding(item)
     if one and other and level != "values" and encodings[0] != encodings[1]:
         return f"stored as {encodings[0]} against {encodings[1]}"
     if level == "names":
         return ""
     if level == "bytes" and one:
         return _bytes_difference(one, b, item)
-    return _values_difference(a.source(item), b.source(item), item, scratch) or _scales_difference(one, other, item)
+    return _values_difference(_source(a, item), _source(b, item), item, scratch) or _scales_difference(one, other, item)
 
 
 def _files(one: Path, other: Path) -> list[str]:
@@ -255,11 +223,11 @@ def _scales_difference(one: HFValues | None, other: HFValues | None, item: Item)
     return f"{wrong} of {read[0].size} float32 scales, by up to {largest:.3g} of them"
 
 
-def _bytes_difference(reference: HFValues, side: Side, item: Item) -> str:
+def _bytes_difference(reference: HFValues, side: Checkpoint, item: Item) -> str:
     bound = reference.checkpoint.bound[item.name]
     infos = [i for i in (bound.weight, bound.scale) if i is not None]
     stream = _CompareStream(reference.checkpoint.folder, infos)
-    emitter = Emitter(side.values, side.riders, reference.checkpoint, allow_lossy=True)
+    emitter = Emitter(side.source, side.passengers, reference.checkpoint, allow_lossy=True)
     segments = [Weight(item, bound.encoding, bound.weight.nbytes)]
     scales = [Scale(item, bound.encoding, bound.scale.nbytes)] if bound.scale else []
     emitter.emit((*segments, *scales), stream)

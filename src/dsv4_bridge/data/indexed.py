@@ -21,13 +21,12 @@ from typing import Any
 import numpy as np
 
 from ..errors import BridgeError, files_named
-from ..files import move, sync
+from ..files import move, scratch_folder, sync
 from ..lock import hold
 from ..spec.spec import ModelSpec
 from ..text.tokenizer import Tokenizer, open_tokenizer
 from ..text.tokenizer_files import guarded
 from ..text.tokens import TOKENIZER
-from .chat.store import scratch_folder
 from .sources import BadSource, Source, Unit, explained, find_sources, texts, units
 
 FORMAT = "dsv4 pretraining data 1"

@@ -214,7 +214,7 @@ def _load(path: Path, spec: ModelSpec, dtype: str) -> "DeepSeekV4Model":
     kind = torch.float32 if dtype == "float32" else torch.bfloat16
     ranks = Ranks.from_environment().world
     if ranks > 1:  # each holds a share of the experts, and all of the rest
-        make_topology(spec, 1, 1, ranks, 1)
+        make_topology(spec, mcore.Parallel(ep=ranks))
         mcore.initialize(mcore.Parallel(ep=ranks))
     numbers = (item.numel / (1 if item.expert is None else ranks) for item in expand(spec).items)
     size = sum(numbers) * kind.itemsize

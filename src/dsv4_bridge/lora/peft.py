@@ -4,7 +4,6 @@ Names: see `peft_names`.
 """
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import BridgeError, files_named
-from ..files import AnyPath, sync
+from ..files import AnyPath, place_folder, scratch_folder, sync
 from ..lock import hold
 from ..spec.spec import ModelSpec
 from .adapters import Adapter, Adapters, check_shapes
@@ -146,30 +145,17 @@ def _named(found: list[Entry], spec: ModelSpec) -> list[str]:
 
 
 def _write(folder: Path, overwrite: bool, state: dict[str, Tensor], config: bytes) -> None:
-    part, old = (folder.with_name(f".{folder.name}.{word}") for word in ("part", "old"))
     try:
         _check_place(folder, overwrite)
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        save_file(state, part / WEIGHTS, {"format": "pt"})
-        (part / CONFIG).write_bytes(config)
-        (part / WEIGHTS).chmod((part / CONFIG).stat().st_mode)  # safetensors keeps others from reading it
-        for path in (part / WEIGHTS, part / CONFIG, part):
-            sync(path)
-        if folder.exists() and any(folder.iterdir()):
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-        try:
-            part.rename(folder)  # over an empty folder too
-        except OSError:
-            if old.exists():
-                old.rename(folder)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
+        with scratch_folder(folder.with_name(f"{folder.name}.part")) as part:
+            save_file(state, part / WEIGHTS, {"format": "pt"})
+            (part / CONFIG).write_bytes(config)
+            (part / WEIGHTS).chmod((part / CONFIG).stat().st_mode)  # safetensors keeps others from reading it
+            for path in (part / WEIGHTS, part / CONFIG):
+                sync(path)
+            place_folder(part, folder)
     except (OSError, SafetensorError) as error:
         raise BridgeError(f"writing {folder}: {getattr(error, 'strerror', None) or error}") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def _check_place(folder: Path, overwrite: bool) -> None:

@@ -23,11 +23,12 @@ warnings.filterwarnings("ignore", "MimoModelConfig is experimental")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     install()
+    from ..parallel.topology import Sizes as Parallel
     from .checkpoints import load_checkpoint, save_checkpoint
     from .generate import generate
     from .model import DeepSeekV4Model, build_model
     from .pretrained import from_pretrained, save_pretrained
-    from .runtime import Parallel, initialize
+    from .runtime import initialize
     from .weights.load import load_weights
     from .weights.stream import stream_weights
 

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from ..errors import BridgeError, files_named
 from ..files import AnyPath, put, sync
+from ..spec.megatron import of_model
 from ..store.megatron import TRACKER
 from ..store.run_config import FILE as RUN_CONFIG
 from ..store.run_config import run_config
@@ -146,7 +147,7 @@ def load_checkpoint(model: Chunks, checkpoint: AnyPath, optimizer: Any = None, *
     state, missing, unexpected = loaded
     # Megatron's words: `unexpected` keys are the model's, `missing` ones the checkpoint's. A rank sees all of
     # the checkpoint's keys and asks for its own, so only one rank alone can tell that some are strange.
-    strange = sorted(k for k in missing if not k.endswith("_extra_state") and not _of_training(k))
+    strange = sorted(k for k in missing if of_model(k))
     if unexpected or (strange and dist.get_world_size() == 1):
         raise BridgeError(
             f"loading {folder}: {len(unexpected)} keys of the model are not in it ({sorted(unexpected)[:3]}), "
@@ -177,10 +178,6 @@ def _state(chunks: Sequence[DeepSeekV4Model], optimizer: Any, loading: bool, ada
 
 def _chunks(model: Chunks) -> Sequence[DeepSeekV4Model]:
     return [model] if isinstance(model, torch.nn.Module) else model
-
-
-def _of_training(key: str) -> bool:
-    return key.startswith(("optimizer", "chained_", "rng_state", "rerun_state", "common_state"))
 
 
 def _built(model: DeepSeekV4Model) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import BridgeError
 from ..parallel.layout import Layout
-from ..parallel.topology import Coordinate, Topology, make_topology
+from ..parallel.topology import Coordinate, Sizes, Topology, make_topology
 from ..spec.spec import ModelSpec
 from .config import DeepSeekV4Config, model_config
 from .layers.block import HyperConnectedBlock
@@ -324,7 +324,8 @@ def build_chunks(
     initialize()
     groups = ProcessGroupCollection.use_mpu_process_groups()
     parallel_state.set_virtual_pipeline_model_parallel_world_size(None)
-    topology = make_topology(spec, groups.tp.size(), groups.pp.size(), groups.ep.size(), groups.expt_tp.size(), layout)
+    sizes = Sizes(groups.tp.size(), groups.pp.size(), groups.ep.size(), groups.expt_tp.size())
+    topology = make_topology(spec, sizes, layout)
     config = model_config(spec, topology, dtype=dtype, perform_initialization=initialize_weights, **settings)
     if topology.layout.vp > 1:
         parallel_state.set_virtual_pipeline_model_parallel_world_size(topology.layout.vp)

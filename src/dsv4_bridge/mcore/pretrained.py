@@ -12,11 +12,12 @@ from ..convert.jobs import apart, model_job
 from ..convert.run import Options, run
 from ..errors import BridgeError, files_named
 from ..files import AnyPath
+from ..parallel.topology import Sizes
 from ..store.hf import open_hf
 from ..store.hub import resolve
 from ..store.named import spec_of
 from .model import DeepSeekV4Model, build_chunks
-from .runtime import Parallel, initialize
+from .runtime import initialize
 from .weights.gather import ModelValues
 from .weights.load import load_weights
 
@@ -27,7 +28,7 @@ def from_pretrained(
     *,
     revision: str | None = None,
     dtype: torch.dtype = torch.bfloat16,
-    parallel: Parallel | None = None,
+    parallel: Sizes | None = None,
     allow_lossy: bool = False,
     **settings: Any,
 ) -> DeepSeekV4Model:

@@ -1,30 +1,20 @@
 """Process groups: one process on its own, or the ranks that torchrun started."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 
 from ..errors import BridgeError
 from ..free_memory import free_memory as free_main_memory
+from ..parallel.topology import Sizes
 from .cpu import install
 from .meeting import meet
 from .mends import mend_megatron
 
 
-@dataclass(frozen=True)
-class Parallel:
-    """Sizes of the parallel groups; see megatron-core's `initialize_model_parallel`."""
-
-    tp: int = 1
-    pp: int = 1
-    ep: int = 1
-    etp: int = 1
-    cp: int = 1
-
-
-def initialize(parallel: Parallel | None = None, seed: int = 1234) -> None:
+def initialize(parallel: Sizes | None = None, seed: int = 1234) -> None:
     """Make megatron-core's process groups, once; later calls with the same sizes do nothing.
 
     Under torchrun the ranks meet through the environment; otherwise this process is the only one.
@@ -37,16 +27,16 @@ def initialize(parallel: Parallel | None = None, seed: int = 1234) -> None:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    sizes = parallel or Parallel()
+    sizes = parallel or Sizes()
     if parallel_state.model_parallel_is_initialized():
-        there = Parallel(
+        there = Sizes(
             parallel_state.get_tensor_model_parallel_world_size(),
             parallel_state.get_pipeline_model_parallel_world_size(),
             parallel_state.get_expert_model_parallel_world_size(),
             parallel_state.get_expert_tensor_parallel_world_size() or 1,
             parallel_state.get_context_parallel_world_size(),
         )
-        if parallel is not None and there != sizes:
+        if parallel is not None and there != replace(sizes, vp=1):  # a group is not cut into chunks
             raise BridgeError(f"making process groups of {sizes}: this process has groups of {there} already")
         return
     if not dist.is_initialized():
@@ -76,7 +66,7 @@ def _meet(on_cpu: bool) -> None:
     meet("gloo" if on_cpu else "cpu:gloo,cuda:nccl")
 
 
-def _check_sizes(sizes: Parallel, world: int) -> None:
+def _check_sizes(sizes: Sizes, world: int) -> None:
     for name, need in (("tp*pp*cp", sizes.tp * sizes.pp * sizes.cp), ("etp*ep*pp", sizes.etp * sizes.ep * sizes.pp)):
         if world % need:
             raise BridgeError(f"making process groups: {name} is {need}, which does not divide the {world} ranks")

@@ -65,7 +65,7 @@ def parameter_costs(spec: ModelSpec) -> Costs:
             layers[item.block.index] += item.numel
         elif item.block.kind == "mtp":
             mtp += item.numel
-        elif item.row.key == "embed":
+        elif item.row.scope == "first":
             embedding += item.numel
         else:
             head += item.numel

@@ -6,7 +6,7 @@ the memory plan all read it.
 
 from typing import NamedTuple
 
-from ..spec.megatron import regions
+from ..spec.megatron import live_names, regions
 from ..spec.plan import Item
 from ..spec.spec import ModelSpec
 from .topology import Coordinate, Topology, chunk_of
@@ -50,7 +50,8 @@ def pieces(
     cut = item.row.cut if size > 1 else "whole"
     vector = len(item.shape) == 1
     found, first = [], 0
-    for region in regions(item, spec):
+    names = live_names(item, topology.layout.chunks[chunk].start, local, grouped)
+    for name, region in zip(names, regions(item, spec), strict=True):
         rows, columns = region.sizes[-len(item.shape)], 1 if vector else item.shape[1]
         height = region.global_shape[-len(item.shape)]
         offset = region.offsets[-len(item.shape)]
@@ -61,7 +62,6 @@ def pieces(
             low, high = _share(rows, size, rank)
             height, offset = height // size, offset // size
         shape = (height,) if vector else (height, right - left)
-        name = _live_name(region.key, item, topology.layout.chunks[chunk].start, local, grouped)
         found.append(Piece(name, shape, (first + low, first + high), (left, right), offset))
         first += rows
     return tuple(found)
@@ -70,15 +70,3 @@ def pieces(
 def _share(total: int, size: int, rank: int) -> tuple[int, int]:
     each = total // size
     return rank * each, (rank + 1) * each
-
-
-def _live_name(key: str, item: Item, first_layer: int, expert: int, grouped: bool) -> str:
-    if item.block.kind == "layer":
-        key = key.replace(f"layers.{item.block.index}.", f"layers.{item.block.index - first_layer}.", 1)
-    if item.block.kind == "mtp":
-        key = key.replace(".transformer_layer.", ".mtp_model_layer.", 1)
-    if item.expert is not None and grouped:
-        key = key.replace(".experts.experts.", ".experts.", 1) + str(expert)
-    elif item.expert is not None:
-        key = key.replace(".experts.experts.", f".experts.local_experts.{expert}.", 1)
-    return key

@@ -1,6 +1,6 @@
 """How many ranks of each kind, and which pipeline chunk holds what."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 from ..errors import BridgeError
@@ -11,22 +11,61 @@ from .layout import Layout
 
 
 @dataclass(frozen=True)
-class Topology:
-    """Sizes of the parallel groups, and the pipeline layout.
+class Sizes:
+    """Ranks of each parallel group; data parallelism takes those that are left.
 
     Attributes:
         tp: tensor-parallel ranks: attention heads, output groups, vocabulary, shared expert.
         pp: pipeline ranks.
         ep: expert-parallel ranks: whole experts.
         etp: expert-tensor-parallel ranks: each expert's width.
+        cp: context-parallel ranks.
+        vp: chunks of layers a pipeline rank holds.
+    """
+
+    tp: int = 1
+    pp: int = 1
+    ep: int = 1
+    etp: int = 1
+    cp: int = 1
+    vp: int = 1
+
+    def __str__(self) -> str:
+        several = [f"{f.name} {getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) > 1]
+        return ", ".join(several) or "one rank"
+
+
+@dataclass(frozen=True)
+class Topology:
+    """How a model is cut: the sizes, and the pipeline layout.
+
+    Attributes:
+        sizes: of the parallel groups.
         layout: which chunk of the pipeline holds what.
     """
 
-    tp: int
-    pp: int
-    ep: int
-    etp: int
+    sizes: Sizes
     layout: Layout
+
+    @property
+    def tp(self) -> int:
+        """Tensor-parallel ranks."""
+        return self.sizes.tp
+
+    @property
+    def pp(self) -> int:
+        """Pipeline ranks."""
+        return self.sizes.pp
+
+    @property
+    def ep(self) -> int:
+        """Expert-parallel ranks."""
+        return self.sizes.ep
+
+    @property
+    def etp(self) -> int:
+        """Expert-tensor-parallel ranks."""
+        return self.sizes.etp
 
 
 class Coordinate(NamedTuple):
@@ -38,14 +77,14 @@ class Coordinate(NamedTuple):
     etp: int = 0
 
 
-def make_topology(
-    spec: ModelSpec, tp: int = 1, pp: int = 1, ep: int = 1, etp: int = 1, layout: Layout | None = None, vp: int = 1
-) -> Topology:
+def make_topology(spec: ModelSpec, sizes: Sizes | None = None, layout: Layout | None = None) -> Topology:
     """A topology that the model can be cut by; without a layout, the solver's.
 
     Raises:
         BridgeError: each size that does not divide what it cuts, with the sizes that do.
     """
+    sizes = sizes or Sizes()
+    tp, ep, etp = sizes.tp, sizes.ep, sizes.etp
     divided = (
         ("tp", tp, "o_groups", spec.o_groups),
         ("tp", tp, "num_attention_heads", spec.num_attention_heads),
@@ -61,7 +100,8 @@ def make_topology(
     ]
     if wrong:
         raise BridgeError("cutting the model: " + "; ".join(wrong))
-    return Topology(tp, pp, ep, etp, layout or solve(spec, pp, vp))
+    layout = layout or solve(spec, sizes.pp, sizes.vp)
+    return Topology(replace(sizes, vp=layout.vp), layout)
 
 
 def _nearest(size: int, total: int) -> int:
@@ -73,6 +113,6 @@ def chunk_of(item: Item, spec: ModelSpec, layout: Layout) -> tuple[int, ...]:
     last = len(layout.chunks) - 1
     if item.block.kind == "layer":
         return (next(n for n, c in enumerate(layout.chunks) if c.start <= item.block.index < c.stop),)
-    if item.block.kind == "mtp" or item.row.key != "embed":
+    if item.row.scope != "first":
         return (last,)
     return (0, last) if spec.mtp_layers and last else (0,)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..mcore.layers.observe import watching
+from ..spec.megatron import live_names
 from ..spec.plan import Item, Plan, expand
 from ..spec.spec import ModelSpec
 from ..store.values import Scratch, Values
@@ -90,13 +91,11 @@ def _reader(values: Values, plan: Plan, depth: int) -> Callable[[str], Tensor]:
     """Parameters of a depth by their names in Megatron's model."""
     parts: dict[str, list[tuple[Item, int, int]]] = {}
     for item in plan.items:
-        names = item.row.megatron
-        if item.block.kind != "mtp" or item.block.index != depth or names is None:
+        if item.block.kind != "mtp" or item.block.index != depth or item.passenger:
             continue
-        prefix = "mtp_model_layer." if item.row.scope == "block" else ""
-        for number, name in enumerate((names,) if isinstance(names, str) else names):
-            own = name.replace("experts.experts.", f"experts.local_experts.{item.expert}.")
-            parts.setdefault(prefix + own, []).append((item, number, 1 if isinstance(names, str) else len(names)))
+        names = live_names(item, expert=item.expert)
+        for number, name in enumerate(names):
+            parts.setdefault(name.removeprefix(f"mtp.layers.{depth}."), []).append((item, number, len(names)))
     scratch = Scratch()
 
     def read(name: str) -> Tensor:

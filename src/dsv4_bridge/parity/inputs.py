@@ -9,8 +9,7 @@ from torch import Tensor
 
 from ..errors import BridgeError
 from ..spec.spec import ModelSpec
-from ..store.megatron import ALONG, looks_megatron
-from ..store.torch_dist.reader import find_iteration
+from ..store.named import files_of
 from ..text.tokenizer import open_tokenizer
 
 LENGTH = 301
@@ -79,12 +78,8 @@ def _facts(ids: Tensor, source: str, seed: int | None) -> dict[str, Any]:
 
 
 def _tokenised(text: str, spec: ModelSpec, folders: tuple[Path, ...]) -> tuple[int, ...]:
-    places = [place for folder in folders for place in (folder, folder / ALONG, _iteration(folder) / ALONG)]
+    places = [place for folder in folders for place in (folder, files_of(folder))]
     for place in places:
         if tokenizer := open_tokenizer(place, spec):
             return tuple(tokenizer.encode(text))
     raise BridgeError(f"reading the text: no tokenizer.json in {places[0]}; give ids with --prompt-ids")
-
-
-def _iteration(folder: Path) -> Path:
-    return find_iteration(folder)[0] if looks_megatron(folder) else folder

@@ -57,12 +57,12 @@ def suspects(plan: Plan, layer: int | None, site: str) -> tuple[str, ...]:
     names: dict[str, None] = {}
     for item in plan.items:
         if layer is None:
-            if item.block.kind == "model" and item.row.key.startswith(rows) and item.row.key != "embed":
+            if item.block.kind == "model" and item.row.key.startswith(rows) and item.row.scope == "last":
                 names[item.name] = None
         elif item.block.kind == "layer" and item.block.index == layer and item.row.key.startswith(rows):
             names[_shown(item)] = None
     if layer == 0 and site == "attn.mix":
-        names = {item.name: None for item in plan.items if item.row.key == "embed"} | names
+        names = {item.name: None for item in plan.items if item.row.scope == "first"} | names
     return tuple(names)
 
 

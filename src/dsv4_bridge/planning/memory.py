@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import BridgeError, short
 from ..parallel.layout import Layout
 from ..parallel.notation import parse_layout
-from ..parallel.topology import Topology, make_topology
+from ..parallel.topology import Sizes, Topology, make_topology
 from ..spec.lora import Lora
 from ..spec.spec import ModelSpec
 from .activations import DTYPE_BYTES, Shape, cache_bytes, chunk_bytes, in_flight, recomputed_bytes
@@ -162,21 +162,21 @@ def least_dp(tp: int, ep: int, etp: int) -> int:
 
 
 def make_run_topology(
-    spec: ModelSpec, sizes: dict[str, int], layout: str | None = None, dp: int | None = None
+    spec: ModelSpec, sizes: Sizes, layout: str | None = None, dp: int | None = None
 ) -> tuple[Topology, int]:
     """The topology and its data-parallel size, checked against every rule.
 
     Args:
         spec: the model.
-        sizes: tp, pp, ep, etp, vp.
+        sizes: of the groups that cut the model.
         layout: written pipeline layout; None: the solver's.
         dp: data-parallel ranks; None: the fewest that work.
 
     Raises:
         BridgeError: what cannot work, the rule, and the nearest that does.
     """
-    tp, pp, ep, etp, vp = (sizes[k] for k in ("tp", "pp", "ep", "etp", "vp"))
-    if wrong := [f"{k} {short(v)}" for k, v in (*sizes.items(), ("dp", 1 if dp is None else dp)) if v < 1]:
+    tp, pp, ep, etp, vp = sizes.tp, sizes.pp, sizes.ep, sizes.etp, sizes.vp
+    if wrong := [f"{k} {short(v)}" for k, v in (*vars(sizes).items(), ("dp", 1 if dp is None else dp)) if v < 1]:
         raise BridgeError(f"planning ranks: {', '.join(wrong)}; every size is 1 or more")
     if pp == 1 and vp > 1:
         raise BridgeError(
@@ -184,7 +184,7 @@ def make_run_topology(
             f"pipeline ranks). Nearest that works: vp 1"
         )
     written = parse_layout(layout, pp, spec) if layout else None
-    topology = make_topology(spec, tp, pp, ep, etp, written, vp)
+    topology = make_topology(spec, sizes, written)
     least = least_dp(tp, ep, etp)
     if dp is None:
         return topology, least

@@ -5,7 +5,7 @@ from functools import cache
 
 from ..parallel.layout import Chunk, Layout
 from ..parallel.pieces import pieces
-from ..parallel.topology import Coordinate, Topology
+from ..parallel.topology import Coordinate, Sizes, Topology
 from ..spec.lora import Lora, adapter_size, targets_of
 from ..spec.plan import Item, expand
 from ..spec.spec import ModelSpec
@@ -110,7 +110,7 @@ def _block_part(
 
     One expert stands for all: each rank has as many, of one shape.
     """
-    alone = Topology(tp, 1, ep, etp, _one_chunk(spec))
+    alone = Topology(Sizes(tp, ep=ep, etp=etp), _one_chunk(spec))
     dense, expert = Count(), Count()
     items = _items(spec, ratio, hashed, mtp, depth)
     for item in items:
@@ -163,7 +163,7 @@ def _items(spec: ModelSpec, ratio: int, hashed: bool, mtp: bool, depth: int) -> 
         kind = "layer"
         index = next(i for i in layers if (spec.ratio(i), i < spec.num_hash_layers) == (ratio, hashed))
     found = (i for i in _first_experts(spec) if (i.block.kind, i.block.index) == (kind, index))
-    return tuple(i for i in found if ratio >= 0 or (i.row.key == "embed") == (ratio == -1))
+    return tuple(i for i in found if ratio >= 0 or (i.row.scope == "first") == (ratio == -1))
 
 
 @cache

@@ -5,6 +5,7 @@ from typing import Any
 
 from ..errors import BridgeError
 from ..parallel.notation import parse_layout
+from ..parallel.topology import Sizes
 from ..spec.spec import ModelSpec
 from .memory import Run, make_run_topology, plan_memory
 from .search import USABLE, Ranked, Search, micro_batches, ranked, search
@@ -134,7 +135,7 @@ def _chosen(spec: ModelSpec, asked: Asked, memory: int | None) -> Ranked:
                 f"(rule: tp*pp*dp is the number of ranks). Nearest that works: --gpus {near}"
             )
         dp = asked.gpus // (tp * pp)
-    topology, dp = make_run_topology(spec, {"tp": tp, "pp": pp, "ep": ep, "etp": etp, "vp": vp}, asked.layout, dp)
+    topology, dp = make_run_topology(spec, Sizes(tp, pp, ep, etp, vp=vp), asked.layout, dp)
     rows = _batch(asked, tp * pp * dp)
     count = 1 if asked.run.mode == "inference" else micro_batches(asked.run, rows, dp)
     if count is None:

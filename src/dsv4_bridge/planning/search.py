@@ -21,7 +21,7 @@ from typing import Any
 from ..errors import BridgeError
 from ..parallel.balance import flop_costs, parameter_costs, solve
 from ..parallel.layout import Layout
-from ..parallel.topology import Topology, make_topology
+from ..parallel.topology import Sizes, Topology, make_topology
 from ..spec.spec import ModelSpec
 from .memory import MemoryPlan, Run, expert_dp, least_dp, plan_memory
 
@@ -145,7 +145,7 @@ def _candidates(
         if count is None or (run.mode != "inference" and (run.seq_length % tp or (vp > 1 < pp and count % pp))):
             continue
         try:
-            topology = make_topology(spec, tp, pp, ep, etp, layouts[pp])
+            topology = make_topology(spec, Sizes(tp, pp, ep, etp), layouts[pp])
         except BridgeError:
             continue
         yield topology, dp, replace(run, micro_batches=count)

@@ -8,7 +8,8 @@
 | fp8_pow2 | F8_E4M3 | F32, a power of two as in fp8 | a tile of 128x128 |
 | bf16, f32, i64, i32 | plain | - | - |
 
-Geometry only; codec/ holds the arithmetic. `fp8_pow2` is a way to write: on disk it is `fp8_f32`, and so it is read.
+Geometry only; codec/ holds the arithmetic by the same names. `fp8_pow2` is a way to write: on disk it is `fp8_f32`,
+and so it is read.
 """
 
 import math
@@ -37,29 +38,46 @@ class Stored(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoding:
-    """One way to store a tensor: dtype of its elements and of its scale (None: no scale)."""
+    """One way to store a tensor.
+
+    Attributes:
+        name: as in the table above.
+        dtype: of its elements, safetensors name.
+        scale_dtype: of its scale; None: it has none.
+        block: rows and columns of values that one scale covers.
+        packed: values that an element holds, along the last axis.
+        widened: encoding whose E8M0 scale is written as float32, the same power of two.
+        expert_dtype: what config.json calls it where experts are stored so.
+    """
 
     name: str
     dtype: str
     scale_dtype: str | None = None
+    block: tuple[int, int] = (TILE, TILE)
+    packed: int = 1
+    widened: str | None = None
+    expert_dtype: str | None = None
 
     def weight_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape on disk of a tensor of logical `shape`."""
-        return (*shape[:-1], shape[-1] // 2) if self.name == "mxfp4" else shape
+        return (*shape[:-1], shape[-1] // self.packed) if self.packed > 1 else shape
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the scale of a tensor of logical `shape` `[rows, columns]`."""
-        rows, columns = shape
-        return (rows, columns // GROUP) if self.name == "mxfp4" else (-(-rows // TILE), -(-columns // TILE))
+        return tuple(-(-size // step) for size, step in zip(shape, self.block, strict=True))
+
+    def scale_rows(self, first: int, last: int) -> tuple[int, int]:
+        """First row of the scale that covers rows `first` to `last` of a weight, and the row behind its last."""
+        return first // self.block[0], -(-last // self.block[0])
 
 
 ENCODINGS: dict[str, Encoding] = {
     e.name: e
     for e in (
-        Encoding("mxfp4", "I8", "F8_E8M0"),
-        Encoding("fp8", "F8_E4M3", "F8_E8M0"),
-        Encoding("fp8_f32", "F8_E4M3", "F32"),
-        Encoding("fp8_pow2", "F8_E4M3", "F32"),
+        Encoding("mxfp4", "I8", "F8_E8M0", (1, GROUP), 2, expert_dtype="fp4"),
+        Encoding("fp8", "F8_E4M3", "F8_E8M0", expert_dtype="fp8"),
+        Encoding("fp8_f32", "F8_E4M3", "F32", expert_dtype="fp8"),
+        Encoding("fp8_pow2", "F8_E4M3", "F32", widened="fp8", expert_dtype="fp8"),
         Encoding("bf16", "BF16"),
         Encoding("f32", "F32"),
         Encoding("i64", "I64"),
@@ -74,7 +92,9 @@ ALLOWED: Mapping[str, tuple[str, ...]] = {
     "f32": ("f32", "bf16"),
     "int": ("i32", "i64"),
 }
-QUANTISED = frozenset({"mxfp4", "fp8", "fp8_f32", "fp8_pow2"})
+# What a folder can be written as: each tensor as its source stores it, or throughout.
+TARGETS = ("source", "fp8", "bf16")
+QUANTISED = frozenset(e.name for e in ENCODINGS.values() if e.scale_dtype)
 
 
 def of_dtype(dtype: str, scale_dtype: str | None) -> str | None:

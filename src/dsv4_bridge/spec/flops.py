@@ -245,7 +245,7 @@ def adapter_work(spec: ModelSpec, lora: Lora) -> int:
     for target in targets(reached, lora.keys):
         out, into = target.shape
         # The grouped projection has one block of its input for each group.
-        total += lora.rank * (out + into * (spec.o_groups if target.items[0].row.key == "attn.wo_a" else 1))
+        total += lora.rank * (out + into * (spec.o_groups if target.items[0].row.role == "groups" else 1))
     return total
 
 

@@ -34,7 +34,7 @@ DTYPES = ("float32", "bfloat16")
 
 def is_parameter(row: Row) -> bool:
     """Whether peft adapts it as a bare parameter (`target_parameters`), not as a module."""
-    return row.per_expert or not str(row.megatron).endswith(".weight")
+    return row.per_expert or row.role == "groups"
 
 
 CARRIERS: tuple[str, ...] = tuple(r.key for r in ROWS if r.lora)
@@ -159,11 +159,6 @@ def targets_of(items: Iterable[Item], keys: Iterable[str]) -> tuple[Target, ...]
 def checkpoint_name(item: Item) -> str:
     """Name of an item's adapter in Megatron checkpoints: `layers.3.ffn.experts.w1` for every expert."""
     return item.block.prefix + item.row.released.replace("{expert}.", "").removesuffix(".weight")
-
-
-def adapter_values(spec: ModelSpec, lora: Lora) -> int:
-    """How many values the adapters of a model have."""
-    return sum(adapter_size(lora, *target.shape) for target in targets(spec, lora.keys))
 
 
 def adapter_size(lora: Lora, out: int, into: int) -> int:

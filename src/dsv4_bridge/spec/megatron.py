@@ -21,14 +21,69 @@ def megatron_dtype(item: Item) -> str:
     return {"f32": "F32", "int": "I32"}.get(item.row.encoding, "BF16")
 
 
-def megatron_prefix(item: Item) -> str:
-    """Prefix of an item's on-disk Megatron names (the MTP body is `transformer_layer` on disk)."""
+# Top-level keys of a training checkpoint that are not the model's.
+_NOT_MODEL = (
+    "optimizer",
+    "chained_",
+    "rng_state",
+    "rerun_state",
+    "common_state",
+    "opt_param_scheduler",
+    "param_groups",
+)
+_EXPERTS = "mlp.experts."  # on disk, all experts of a layer are one tensor of `experts` in it
+
+
+def of_model(key: str) -> bool:
+    """Whether a checkpoint's key is the model's: not a training state, nor an extra state, whatever its form."""
+    return not key.startswith(_NOT_MODEL) and "_extra_state" not in key.split("/", maxsplit=1)[0].split(".")
+
+
+def strange(key: str) -> str:
+    """Why a key of the model is none of ours."""
+    if key.endswith(("_w", "_v")):
+        return "split gate/up keys (singleton_local_shards=True); save with False"
+    if key.startswith("decoder.layers.") and not key.split(".")[2].isdigit():
+        return "pipeline-stacked layers (hetereogenous_dist_checkpoint=False)"
+    if ".mtp_model_layer." in key:
+        return "hybrid-model naming of MTP (mtp_model_layer on disk)"
+    return "no tensor of this model"
+
+
+def megatron_prefix(item: Item, first_layer: int = 0, body: str = "transformer_layer") -> str:
+    """Prefix of an item's Megatron names.
+
+    Args:
+        item: the item.
+        first_layer: that has number 0.
+        body: what an MTP layer's own decoder layer is called: this on disk, `mtp_model_layer` in a live model.
+    """
     kind, index = item.block.kind, item.block.index
     if kind == "model":
         return ""
     if kind == "layer":
-        return f"decoder.layers.{index}."
-    return f"mtp.layers.{index}." + ("transformer_layer." if item.row.scope == "block" else "")
+        return f"decoder.layers.{index - first_layer}."
+    return f"mtp.layers.{index}." + (f"{body}." if item.row.scope == "block" else "")
+
+
+def live_names(item: Item, first_layer: int = 0, expert: int | None = None, grouped: bool = False) -> tuple[str, ...]:
+    """Names of an item's parameters in a live model, in the order of its `regions`.
+
+    Args:
+        item: the item; not a passenger.
+        first_layer: of the pipeline chunk, which has number 0 there.
+        expert: number of a routed expert on its rank.
+        grouped: whether a rank's experts are one module.
+    """
+    prefix, names = megatron_prefix(item, first_layer, "mtp_model_layer"), item.row.megatron
+    assert names is not None
+    several = (names,) if isinstance(names, str) else names
+    if item.expert is None:
+        return tuple(prefix + name for name in several)
+    inner = [name.removeprefix(f"{_EXPERTS}experts.") for name in several]
+    if grouped:
+        return tuple(f"{prefix}{_EXPERTS}{name}{expert}" for name in inner)
+    return tuple(f"{prefix}{_EXPERTS}local_experts.{expert}.{name}" for name in inner)
 
 
 def regions(item: Item, spec: ModelSpec) -> tuple[Region, ...]:

@@ -113,7 +113,8 @@ def expand(spec: ModelSpec, own_mtp_head: bool = False) -> Plan:
 def _applies(row: Row, block: Block, spec: ModelSpec, own_mtp_head: bool) -> bool:
     first, last = block.index == 0, block.index == spec.draft_blocks - 1
     in_scope = {
-        "model": block.kind == "model",
+        "first": block.kind == "model",
+        "last": block.kind == "model",
         "block": block.kind != "model",
         "mtp": block.kind == "mtp",
         "mtp_own": block.kind == "mtp" and first and own_mtp_head,
@@ -180,7 +181,7 @@ def stored(item: Item, encoding: str) -> tuple[Stored, ...]:
 def shard_of(item: Item, spec: ModelSpec) -> int:
     """Number of the released shard that holds an item, from 1: embed, layers, the rest, draft blocks."""
     if item.block.kind == "model":
-        return 1 if item.row.key == "embed" else spec.num_hidden_layers + 2
+        return 1 if item.row.scope == "first" else spec.num_hidden_layers + 2
     if item.block.kind == "layer":
         return item.block.index + 2
     return spec.num_hidden_layers + 3 + item.block.index

@@ -11,11 +11,13 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from ..errors import BridgeError, files_named, short
+from ..files import AnyPath
 from ..spec.plan import Item, Plan, stored
 from ..spec.spec import ModelSpec
 from .hf import HFCheckpoint, open_hf
 from .hub import resolve
-from .megatron import MegatronCheckpoint, looks_megatron, open_along, open_megatron
+from .megatron import MegatronCheckpoint, has_config, looks_megatron, open_along, open_megatron
+from .safetensors import Shard
 from .values import HFValues, MegatronValues, Scratch, Values
 
 
@@ -41,39 +43,60 @@ class Checkpoint:
 
     Attributes:
         path: the folder.
-        kind: `huggingface` or `megatron`.
-        spec: the model's numbers.
-        plan: every item that it holds.
+        opened: what its format alone has.
+        along: what travels with a Megatron checkpoint, and has no place in it.
     """
 
     path: Path
-    kind: str
-    spec: ModelSpec
-    plan: Plan
-    _opened: HFCheckpoint | MegatronCheckpoint
-    _along: HFCheckpoint | None
+    opened: HFCheckpoint | MegatronCheckpoint
+    along: HFCheckpoint | None = None
+
+    @property
+    def kind(self) -> str:
+        """`huggingface` or `megatron`."""
+        return "huggingface" if isinstance(self.opened, HFCheckpoint) else "megatron"
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's numbers."""
+        return self.opened.spec
+
+    @property
+    def plan(self) -> Plan:
+        """Every item of such a model."""
+        return self.opened.plan
 
     @property
     def variant(self) -> str:
         """The released variant, `custom (…)` for other sizes, `unknown` where another tool wrote it."""
-        opened = self._opened
+        opened = self.opened
         return opened.variant if isinstance(opened, HFCheckpoint) else str(opened.source.get("variant", "unknown"))
 
     @property
     def files(self) -> Path:
         """The folder of its small files: tokenizer, generation config, licence."""
-        return self.path if isinstance(self._opened, HFCheckpoint) else self._opened.along
+        return self.path if isinstance(self.opened, HFCheckpoint) else self.opened.along
 
     @cached_property
     def source(self) -> Values:
         """Where its items' values come from, a stripe at a time."""
-        opened = self._opened
+        opened = self.opened
         return HFValues(opened) if isinstance(opened, HFCheckpoint) else MegatronValues(opened.reader, opened.spec)
+
+    @cached_property
+    def passengers(self) -> HFValues | None:
+        """Where those come from that travel with a Megatron checkpoint."""
+        return HFValues(self.along) if self.along else None
+
+    @cached_property
+    def items(self) -> Mapping[str, Item]:
+        """Released name -> item, of those that it holds."""
+        return {name: item for name, item in self.plan.by_name.items() if self.source_of(item)}
 
     @cached_property
     def tensors(self) -> Mapping[str, Tensor]:
         """Released name -> what is known of the tensor, in the order of the release."""
-        return {name: self._tensor(item) for name, item in self.plan.by_name.items() if self._source(item)}
+        return {name: self._tensor(item) for name, item in self.items.items()}
 
     def values(self, name: str) -> np.ndarray:
         """A whole tensor, decoded.
@@ -87,8 +110,8 @@ class Checkpoint:
         Raises:
             BridgeError: no tensor of that name, or it cannot be read.
         """
-        item = self.plan.by_name.get(name)
-        source = self._source(item) if item else None
+        item = self.items.get(name)
+        source = self.source_of(item) if item else None
         if item is None or source is None:
             near = [n for n in self.tensors if n.startswith(name)][:3]
             hint = f"; it has {', '.join(near)}" if near else "; names are released ones, see `tensors`"
@@ -104,7 +127,7 @@ class Checkpoint:
 
     def close(self) -> None:
         """Close its files."""
-        for opened in (self._opened, self._along):
+        for opened in (self.opened, self.along):
             if opened:
                 opened.close()
 
@@ -119,37 +142,55 @@ class Checkpoint:
     def __repr__(self) -> str:
         return f"<Checkpoint {self.path}: {self.kind}, {self.variant}, {len(self.tensors):,} tensors>"
 
-    def _source(self, item: Item) -> Values | None:
-        """Where an item is; None for what did not travel with a Megatron checkpoint."""
-        if not item.passenger or isinstance(self._opened, HFCheckpoint):
+    def source_of(self, item: Item) -> Values | None:
+        """Where an item's values come from; None for what did not travel with a Megatron checkpoint."""
+        if not item.passenger or isinstance(self.opened, HFCheckpoint):
             return self.source
-        return HFValues(self._along) if self._along and item.name in self._along.bound else None
+        return self.passengers if self.along and item.name in self.along.bound else None
 
     def _tensor(self, item: Item) -> Tensor:
-        source: Any = self._source(item)
+        source: Any = self.source_of(item)
         encoding = source.encoding(item)
         return Tensor(item.shape, encoding, item.row.key, sum(fact.nbytes for fact in stored(item, encoding)))
 
 
 @files_named("opening")
-def open_checkpoint(name: str | os.PathLike[str], revision: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    name: AnyPath,
+    revision: str | None = None,
+    *,
+    strict: bool = True,
+    like: AnyPath | None = None,
+    headers: Mapping[str, Shard] | None = None,
+) -> Checkpoint:
     """Open a checkpoint; its tensors are read when they are asked for.
 
     Args:
         name: a Hugging Face folder, a Megatron checkpoint (root or iteration folder), or `owner/name` on the Hub,
             whose files are fetched.
         revision: branch, tag or commit on the Hub.
+        strict: refuse what is not in itself the checkpoint of one model; otherwise its findings say so.
+        like: released folder with the model's numbers, for a Megatron checkpoint that does not say them.
+        headers: of its shards, where they are not in the folder (see `hub.describe`).
 
     Raises:
         BridgeError: there is none, or its tensors are not those of its model.
     """
     path = resolve(os.fspath(name), revision)
-    if looks_megatron(path):
-        megatron = open_megatron(path)
-        try:
-            return Checkpoint(path, "megatron", megatron.spec, megatron.plan, megatron, open_along(megatron))
-        except BaseException:
-            megatron.close()
-            raise
-    hf = open_hf(path)
-    return Checkpoint(path, "huggingface", hf.spec, hf.plan, hf, None)
+    if not looks_megatron(path):
+        return Checkpoint(path, open_hf(path, strict=strict, headers=headers))
+    beside = open_hf(like) if like is not None and _is_released(Path(like)) and not has_config(path) else None
+    try:
+        megatron = open_megatron(path, beside, strict)
+    finally:
+        if beside:
+            beside.close()
+    try:
+        return Checkpoint(path, megatron, open_along(megatron))
+    except BaseException:
+        megatron.close()
+        raise
+
+
+def _is_released(path: Path) -> bool:
+    return (path / "config.json").is_file() and not looks_megatron(path)

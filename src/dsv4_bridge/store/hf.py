@@ -199,7 +199,7 @@ def disk_name(item: Item, scheme: str, spec: ModelSpec) -> tuple[str, tuple[int,
         return (row.saved if block.kind == "model" else f"model.{block.prefix}{row.saved}"), None
     name = row.transformers or item.name
     if scheme == "resaved":
-        name = name.replace("kv_norm.weight", "norm.weight")
+        name = row.resaved or name
     if block.kind != "model":
         name = f"model.{block.prefix}{name}"
     if item.expert is None:
@@ -340,9 +340,9 @@ def _check_config(config: Mapping[str, Any], encodings: Mapping[str, str], path:
     quantization = quantization if isinstance(quantization, Mapping) else None
     stated = config.get("expert_dtype") or (quantization or {}).get("expert_dtype")
     experts, linears = encodings.get("expert"), encodings.get("linear")
-    expected = {"fp4": ("mxfp4",), "fp8": ("fp8", "fp8_f32")}.get(str(stated), (experts,))
+    known = {e.expert_dtype for e in ENCODINGS.values() if e.expert_dtype}
     problems = []
-    if experts in QUANTISED and experts not in expected:
+    if experts in QUANTISED and str(stated) in known and ENCODINGS[experts].expert_dtype != stated:
         problems.append(f"expert_dtype is {short(stated)}, but the experts are stored as {experts}")
     if quantization and not {experts, linears} & QUANTISED and quantization.get("quant_method") == "fp8":
         problems.append("it has a quantization_config, but every tensor is plain; remove that key")

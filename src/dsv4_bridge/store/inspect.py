@@ -8,11 +8,13 @@ from typing import Any
 
 from ..errors import files_named
 from ..files import AnyPath
+from ..spec.encodings import of_dtype
 from ..spec.megatron import regions
 from ..spec.plan import stored
-from .hf import Finding, HFCheckpoint, mixed_encodings, open_hf
+from .checkpoint import open_checkpoint
+from .hf import Finding, HFCheckpoint, mixed_encodings
 from .hub import describe
-from .megatron import MegatronCheckpoint, looks_megatron, open_along, open_megatron
+from .megatron import MegatronCheckpoint
 from .safetensors import Shard
 
 
@@ -84,17 +86,9 @@ def inspect(path: AnyPath, headers: Mapping[str, Shard] | None = None) -> Inspec
     path = Path(path)
     if not path.exists():  # on the Hub, headers are enough
         path, headers = describe(os.fspath(path))
-    if looks_megatron(path):
-        megatron = open_megatron(path, strict=False)
-        try:
-            return _megatron(megatron, path)
-        finally:
-            megatron.close()
-    hf = open_hf(path, strict=False, headers=headers)
-    try:
-        return _hf(hf, path)
-    finally:
-        hf.close()
+    with open_checkpoint(path, strict=False, headers=headers) as checkpoint:
+        opened = checkpoint.opened
+        return _hf(opened, path) if isinstance(opened, HFCheckpoint) else _megatron(opened, checkpoint.along, path)
 
 
 def _hf(checkpoint: HFCheckpoint, path: Path) -> InspectReport:
@@ -134,10 +128,9 @@ def _hf(checkpoint: HFCheckpoint, path: Path) -> InspectReport:
     )
 
 
-def _megatron(checkpoint: MegatronCheckpoint, path: Path) -> InspectReport:
+def _megatron(checkpoint: MegatronCheckpoint, along: HFCheckpoint | None, path: Path) -> InspectReport:
     rows: dict[str, RowSummary] = {}
     parameters = 0
-    along = open_along(checkpoint)
     for item in checkpoint.plan.items:
         row = rows.setdefault(item.row.key, RowSummary())
         row.tensors += 1
@@ -149,15 +142,13 @@ def _megatron(checkpoint: MegatronCheckpoint, path: Path) -> InspectReport:
             row.bytes += sum(f.nbytes for f in stored(item, encoding)) if bound else 0
         else:
             entry = checkpoint.reader.tensors.get(regions(item, checkpoint.spec)[0].key)
-            encoding = {"BF16": "bf16", "F32": "f32", "I32": "i32", "I64": "i64"}.get(entry.dtype, "") if entry else ""
+            encoding = (of_dtype(entry.dtype, None) or "") if entry else ""
             row.bytes += sum(f.nbytes for f in stored(item, encoding)) if encoding else 0
         row.encodings[encoding] = row.encodings.get(encoding, 0) + 1
     encodings = {
         i.row.encoding: next(iter(rows[i.row.key].encodings)) for i in checkpoint.plan.items if not i.passenger
     }
     carried = tuple(along.bound) if along else ()
-    if along:
-        along.close()
     return InspectReport(
         str(path),
         "megatron",

@@ -9,7 +9,7 @@ from ..errors import BridgeError
 from ..files import AnyPath
 from ..spec.encodings import ALLOWED, ENCODINGS
 from ..spec.lora import ALPHA
-from ..spec.megatron import regions
+from ..spec.megatron import of_model, regions, strange
 from ..spec.plan import Plan, expand
 from ..spec.spec import ASIDE, ModelSpec, differing, replace_spec
 from .hf import Finding, HFCheckpoint, finding_lines, open_hf
@@ -20,17 +20,6 @@ TRACKER = "latest_checkpointed_iteration.txt"
 # What a released checkpoint has and Megatron's model has no place for, and the small files beside it.
 ALONG = "hf"
 PASSENGERS = "passengers.safetensors"
-
-# Top-level keys of a training checkpoint that are not the model's.
-_NOT_MODEL = (
-    "optimizer",
-    "chained_",
-    "rng_state",
-    "rerun_state",
-    "common_state",
-    "opt_param_scheduler",
-    "param_groups",
-)
 
 
 @dataclass(frozen=True)
@@ -178,17 +167,6 @@ def _findings(reader: TorchDistReader, plan: Plan) -> tuple[Finding, ...]:
                 detail = f"is {entry.dtype}, expected {' or '.join(allowed)}"
                 wrong.setdefault(("dtype", item.row.key, detail), []).append(key)
     for key in reader.tensors:
-        # Some tools keep a module's extra state as a tensor, under names of several forms.
-        if key not in claimed and not key.startswith(_NOT_MODEL) and "_extra_state" not in key.split("/")[0].split("."):
-            wrong.setdefault(("unknown", _why(key), ""), []).append(key)
+        if key not in claimed and of_model(key):
+            wrong.setdefault(("unknown", strange(key), ""), []).append(key)
     return tuple(Finding(kind, row, tuple(names), detail) for (kind, row, detail), names in wrong.items())
-
-
-def _why(key: str) -> str:
-    if key.endswith(("_w", "_v")):
-        return "split gate/up keys (singleton_local_shards=True); save with False"
-    if key.startswith("decoder.layers.") and not key.split(".")[2].isdigit():
-        return "pipeline-stacked layers (hetereogenous_dist_checkpoint=False)"
-    if ".mtp_model_layer." in key:
-        return "hybrid-model naming of MTP (mtp_model_layer on disk)"
-    return "no tensor of this model"

@@ -7,9 +7,11 @@ from ..errors import BridgeError
 from ..files import AnyPath
 from ..spec.spec import ModelSpec
 from ..spec.variants import VARIANTS, known_variant
+from .checkpoint import open_checkpoint
 from .hf_config import read_config, spec_from_config
 from .hub import describe
-from .megatron import looks_megatron, open_megatron
+from .megatron import ALONG, looks_megatron
+from .torch_dist.reader import find_iteration
 
 
 def spec_of(name: AnyPath, revision: str | None = None, doing: str = "opening") -> ModelSpec:
@@ -30,7 +32,15 @@ def spec_of(name: AnyPath, revision: str | None = None, doing: str = "opening") 
         raise BridgeError(f"{doing} {text}: no such folder, and no variant of that name ({', '.join(VARIANTS)})")
     folder = describe(text, revision)[0]
     if looks_megatron(folder):
-        opened = open_megatron(folder, strict=False)
-        opened.close()
-        return opened.spec
+        with open_checkpoint(folder, strict=False) as opened:
+            return opened.spec
     return spec_from_config(read_config(folder / "config.json"), str(folder / "config.json"))
+
+
+def files_of(checkpoint: Path) -> Path:
+    """Where a checkpoint's tokenizer and its other small files are: the folder, or what lies beside an iteration.
+
+    Raises:
+        BridgeError: a Megatron checkpoint without an iteration.
+    """
+    return find_iteration(checkpoint)[0] / ALONG if looks_megatron(checkpoint) else checkpoint

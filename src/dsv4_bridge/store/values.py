@@ -10,10 +10,10 @@ from typing import Protocol
 
 import numpy as np
 
-from ..codec import CodecError, fp8, mxfp4
+from ..codec import CODECS, CodecError
 from ..errors import BridgeError
 from ..spec.dtypes import DTYPES
-from ..spec.encodings import ENCODINGS, TILE
+from ..spec.encodings import ENCODINGS, TILE, of_dtype
 from ..spec.megatron import Region, regions
 from ..spec.plan import Item
 from ..spec.spec import ModelSpec
@@ -91,7 +91,7 @@ class HFValues:
                 continue
             out = scratch.take("decoded", "<u2", (last - first, *item.shape[1:]))
             try:
-                decode(bound.encoding, raw, self.scale(bound, first, last, scratch), out)
+                CODECS[bound.encoding].decode(raw, self.scale(bound, first, last, scratch), out)
             except CodecError as error:
                 where = f"decoding {bound.weight_name} ({bound.encoding})"
                 raise BridgeError(f"{where}: {error.problem.shifted(first)}") from None
@@ -113,7 +113,7 @@ class HFValues:
     def scale(self, bound: Bound, first: int, last: int, scratch: Scratch, name: str = "scale") -> np.ndarray:
         """The rows of a scale that belong to rows `first` to `last` of its weight."""
         assert bound.scale is not None
-        low, high = scale_rows(bound.encoding, first, last)
+        low, high = ENCODINGS[bound.encoding].scale_rows(first, last)
         shape = (high - low, bound.scale.shape[1])
         out = scratch.take(name, DTYPES[bound.scale.dtype].numpy, shape)
         row = bound.scale.nbytes // bound.scale.shape[0]
@@ -130,19 +130,6 @@ def check_ids(ids: np.ndarray, spec: ModelSpec, name: str) -> None:
         )
 
 
-def scale_rows(encoding: str, first: int, last: int) -> tuple[int, int]:
-    """Rows of a scale that cover rows `first` to `last` of a weight."""
-    return (first, last) if encoding == "mxfp4" else (first // TILE, -(-last // TILE))
-
-
-def decode(encoding: str, raw: np.ndarray, scale: np.ndarray, out: np.ndarray) -> None:
-    """Decode a stripe into bf16 bit patterns `out`."""
-    if encoding == "mxfp4":
-        mxfp4.decode(raw, scale, out)
-    else:
-        fp8.decode(raw, scale, out)
-
-
 class MegatronValues:
     """Items of a torch_dist checkpoint."""
 
@@ -151,7 +138,9 @@ class MegatronValues:
 
     def encoding(self, item: Item) -> str:
         dtype = self.reader.tensors[regions(item, self.spec)[0].key].dtype
-        return next(e.name for e in ENCODINGS.values() if e.dtype == dtype and e.scale_dtype is None)
+        encoding = of_dtype(dtype, None)
+        assert encoding is not None, f"{dtype} was refused when the checkpoint was opened"
+        return encoding
 
     def stripes(self, item: Item, start: int, stop: int, scratch: Scratch) -> Iterator[np.ndarray]:
         found = regions(item, self.spec)

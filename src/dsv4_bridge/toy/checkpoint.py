@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..codec import fp8, mxfp4
+from ..codec import CODECS
 from ..codec.bf16 import to_bf16
 from ..errors import BridgeError, files_named
 from ..files import AnyPath
@@ -112,22 +112,20 @@ def payload_of(
 
 
 def _plain(item: Item, encoding: str, rng: np.random.Generator, spec: ModelSpec) -> np.ndarray:
-    shape, key = item.shape, item.row.key
-    if encoding == "i64":
+    shape = item.shape
+    if item.row.role == "ids":
         # Distinct experts for every token, as the released tables have.
         order = rng.random((shape[0], spec.n_routed_experts), dtype=np.float32).argsort(axis=1)
         return np.ascontiguousarray(order[:, : shape[1]]).astype("<i8")
     values = rng.standard_normal(shape, dtype=np.float32)
-    norm = key.endswith("norm")
-    values = 1 + 0.2 * values if norm else values * np.float32(0.5 if len(shape) == 1 else 0.05)
+    values = 1 + 0.2 * values if item.row.role == "norm" else values * np.float32(0.5 if len(shape) == 1 else 0.05)
     return values.astype("<f4") if encoding == "f32" else to_bf16(values)
 
 
 def _natural(encoding: str, shape: tuple[int, int], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    how = ENCODINGS[encoding]
     codes, scale = _empty(encoding, shape)
     values = to_bf16(rng.standard_normal(shape, dtype=np.float32) * np.float32(0.05))
-    (mxfp4 if how.name == "mxfp4" else fp8).encode(values, None, codes, scale)
+    CODECS[encoding].encode(values, None, codes, scale)
     return codes, scale
 
 

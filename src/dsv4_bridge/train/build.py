@@ -18,7 +18,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from ..errors import BridgeError
 from ..lora.adapters import Adapters, check_fit
 from ..lora.peft import open_adapters
-from ..mcore import Parallel, initialize, load_weights
+from ..mcore import initialize, load_weights
 from ..mcore.adapters.adapters import add_adapters, load_adapters
 from ..mcore.indexer_phase import indexer_settings, set_trained
 from ..mcore.model import DeepSeekV4Model, build_chunks
@@ -31,7 +31,7 @@ from ..planning.memory import check_run, make_run_topology, plan_memory
 from ..spec.spec import ModelSpec
 from .initial import initialize_weights
 from .out import check_room
-from .plan import layout_sizes, lora_of, run_of
+from .plan import lora_of, run_of
 from .recipe import Recipe
 
 _WIDE = "AdamW's moments are float32: types below need Transformer Engine, which is not installed"
@@ -85,7 +85,7 @@ def make_trainer(recipe: Recipe, spec: ModelSpec, world: int, *, fresh: bool = T
     """
     p, dp = recipe.parallel, check_layout(recipe, spec, world)
     earlier = _earlier_adapters(recipe, spec) if fresh and recipe.lora.start else None
-    initialize(Parallel(p.tp, p.pp, p.ep, p.etp))
+    initialize(p.sizes)
     _check_memory(recipe, spec, dp)
     check_room(recipe, spec)
     layout = parse_layout(p.layout, p.pp, spec) if p.layout else None
@@ -138,14 +138,13 @@ def _earlier_adapters(recipe: Recipe, spec: ModelSpec) -> Adapters:
 
 def check_layout(recipe: Recipe, spec: ModelSpec, world: int) -> int:
     """Refuse what ranks could not do, with the rule and the nearest that works; the data-parallel size."""
-    sizes = layout_sizes(recipe)
-    model_ranks = sizes["tp"] * sizes["pp"]
-    needed = math.lcm(model_ranks, sizes["etp"] * sizes["ep"] * sizes["pp"])
+    sizes = recipe.parallel.sizes
+    model_ranks = sizes.tp * sizes.pp
+    needed = math.lcm(model_ranks, sizes.etp * sizes.ep * sizes.pp)
     if world == 1 < needed:
-        cut = ", ".join(f"{name} {sizes[name]}" for name in ("tp", "pp", "ep", "etp") if sizes[name] > 1)
         raise BridgeError(
-            f"training with recipe {recipe.name}: it cuts the model over at least {needed} ranks ({cut}), and this is "
-            f"one process. Start them, torchrun --nproc-per-node {min(needed, 8)} -m dsv4_bridge train …, or set "
+            f"training with recipe {recipe.name}: it cuts the model over at least {needed} ranks ({sizes}), and this "
+            f"is one process. Start them, torchrun --nproc-per-node {min(needed, 8)} -m dsv4_bridge train …, or set "
             "parallel.ep=1 and the like; --tiny makes a small model in one process"
         )
     if world % model_ranks:
@@ -185,7 +184,7 @@ def _check_interleaved(recipe: Recipe, chunks: int, each: int) -> None:
 
 def _check_memory(recipe: Recipe, spec: ModelSpec, dp: int) -> None:
     """Refuse what this rank has no room for, before it begins to fill the memory."""
-    topology, _ = make_run_topology(spec, layout_sizes(recipe), recipe.parallel.layout or None, dp)
+    topology, _ = make_run_topology(spec, recipe.parallel.sizes, recipe.parallel.layout or None, dp)
     run = replace(run_of(recipe, dp), moments_dtype="bf16" if _precise(recipe) else "float32")
     stage = plan_memory(spec, topology, dp, run).stages[parallel_state.get_pipeline_model_parallel_rank()]
     free, where = free_memory()

@@ -38,9 +38,8 @@ def _values(item: Item, seed: int, std: float, experts: int) -> torch.Tensor:
     digest = hashlib.sha256(f"{seed} {item.name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     shape, row = item.shape, item.row
-    if row.encoding == "int":
+    if row.role == "ids":
         return torch.rand(shape[0], experts, generator=generator).topk(shape[1], sorted=False).indices.int()
-    if row.matrix or row.cut == "vocabulary":
+    if row.matrix or row.role == "table":
         return torch.randn(shape, generator=generator) * std
-    ones = row.key.endswith("norm") or row.key.endswith("_scale")
-    return torch.full(shape, float(ones))
+    return torch.full(shape, float(row.role in ("norm", "scale")))

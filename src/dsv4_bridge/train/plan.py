@@ -10,18 +10,10 @@ from ..planning.ranks import Asked, RanksReport, plan_ranks
 from ..spec.lora import Lora
 from ..spec.spec import ModelSpec
 from ..spec.variants import VARIANTS, tiny
-from ..store.megatron import ALONG, looks_megatron
-from ..store.named import spec_of
-from ..store.torch_dist.reader import find_iteration
+from ..store.named import files_of, spec_of
 from ..text.tokens import TOKENIZER
 from .choose import change
 from .recipe import Recipe
-
-
-def layout_sizes(recipe: Recipe) -> dict[str, int]:
-    """Sizes that cut the model."""
-    p = recipe.parallel
-    return {"tp": p.tp, "pp": p.pp, "ep": p.ep, "etp": p.etp, "vp": p.vp}
 
 
 def lora_of(recipe: Recipe) -> Lora:
@@ -61,7 +53,11 @@ def plan_recipe(recipe: Recipe, spec: ModelSpec, gpu_memory: float | None = None
     p = recipe.parallel
     dp = max(1, p.gpus // (p.tp * p.pp))
     asked = Asked(
-        **layout_sizes(recipe),
+        tp=p.tp,
+        pp=p.pp,
+        ep=p.ep,
+        etp=p.etp,
+        vp=p.vp,
         layout=p.layout or None,
         gpus=p.gpus,
         global_batch=recipe.batch.size,
@@ -100,9 +96,7 @@ def small_folder(recipe: Recipe) -> Path | None:
     named = recipe.tokenizer or recipe.start
     if not named:
         return None
-    folder = Path(named)
-    if looks_megatron(folder):
-        folder = find_iteration(folder)[0] / ALONG
+    folder = files_of(Path(named))
     if recipe.tokenizer and not (folder / TOKENIZER).is_file():
         raise BridgeError(f"training with recipe {recipe.name}: tokenizer={named}: it has no {TOKENIZER}")
     return folder

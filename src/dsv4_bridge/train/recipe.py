@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..parallel.topology import Sizes
+
 REPORT = "technical report, arXiv 2606.19348"
 BRIDGE = "Megatron-Bridge's DeepSeek-V4 recipes"
 OURS = "this package"
@@ -62,6 +64,11 @@ class Parallel:
     overlap: bool = fact(True, BRIDGE)
     bucket: int = fact(0, BRIDGE)
     gc_every: int = fact(5, BRIDGE)
+
+    @property
+    def sizes(self) -> Sizes:
+        """Of the groups that cut the model."""
+        return Sizes(self.tp, self.pp, self.ep, self.etp, vp=self.vp)
 
 
 @dataclass(frozen=True)

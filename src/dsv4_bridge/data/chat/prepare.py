@@ -15,13 +15,14 @@ import numpy as np
 from ...chat.encode import effort_text
 from ...chat.strings import EFFORTS
 from ...errors import BridgeError, files_named
+from ...files import scratch_folder
 from ...lock import hold
 from ..kinds import gunzipped, is_array, is_gzip, look, refuse_others, unpacked
 from .jsonl import numbered_lines, read_line
 from .masks import ChatTokenizer, open_chat_tokenizer
 from .packing import plan_packs
 from .samples import Sample, SampleCounts, build_samples, check_options
-from .store import check_free, one_a_pack, scratch_folder, write_chat_data
+from .store import check_free, one_a_pack, write_chat_data
 
 _CHUNK = 1 << 20  # bytes of JSONL that a worker takes at once
 Chunk = list[tuple[int, bytes]]

@@ -15,7 +15,6 @@ document a pack. A folder of this name is whole: it is written beside itself and
 
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import BridgeError, short
-from ...files import sync
+from ...files import place_folder, scratch_folder
 from ...strict_json import read_json
 from ..npy import read_npy
 from .packing import Pack, Packing
@@ -199,32 +198,7 @@ def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     check_free(out, overwrite)
     with scratch_folder(out.with_name(out.name + ".part")) as part:
         yield part
-        sync(part)
-        old = out.with_name(out.name + ".old.part")
-        shutil.rmtree(old, ignore_errors=True)  # of a run that was killed
-        if (out / NAME).exists():
-            out.rename(old)
-        part.rename(out)
-        sync(out.parent)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-@contextmanager
-def scratch_folder(path: Path) -> Iterator[Path]:
-    """An empty folder that is gone after the block, unless it was renamed.
-
-    Raises:
-        BridgeError: an operating-system error, in the block too.
-    """
-    try:
-        shutil.rmtree(path, ignore_errors=True)  # of a run that was killed
-        path.mkdir(parents=True)
-        try:
-            yield path
-        finally:
-            shutil.rmtree(path, ignore_errors=True)
-    except OSError as error:
-        raise BridgeError(f"writing {path}: {error.strerror or error}") from None
+        place_folder(part, out)
 
 
 def check_free(out: Path, overwrite: bool = False) -> None:

@@ -8,8 +8,6 @@ from torch import Tensor
 
 # Scores held and queries scored at a time: what stays in a core's cache, and more for a GPU.
 _BUDGET, _CHUNK = 1 << 18, 64
-
-
 _GPU_TIMES = 16
 
 
@@ -38,6 +36,32 @@ def index_scores(q: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
     """Scores in float32: q [b, s, heads, w], keys [b, n, w], weights [b, s, heads] -> [b, s, n]."""
     dots = torch.matmul(q.float().flatten(1, 2), keys.float().mT).unflatten(1, q.shape[1:3])
     return torch.matmul(weights.unsqueeze(2) * q.shape[-1] ** -0.5, dots.relu_()).squeeze(2)
+
+
+def choose_blocks(terms: IndexTerms, topk: int) -> Tensor:
+    """The best visible blocks of every query: [b, s, topk] int64, -1 where a query sees fewer.
+
+    Where there are no more blocks than `topk`, all of them: [b, s, n].
+    """
+    queries, keys, weights = terms
+    batch, length, heads = queries.shape[:3]
+    count = keys.shape[1]
+    if count <= topk:
+        return every_block(length, batch, count, keys.device)
+    visible = (torch.arange(length, device=keys.device) + 1) // 4  # [s]
+    times = 1 if keys.device.type == "cpu" else _GPU_TIMES
+    chosen = queries.new_full((batch, length, topk), -1, dtype=torch.int64)
+    start = 0
+    while start < length:
+        # No more blocks than the chunk's last query sees: over a sequence, half of all.
+        most = min(count, (start + times * _CHUNK) // 4)
+        size = times * _BUDGET // (batch * heads * max(1, most))
+        stop = min(length, start + max(1, min(times * _CHUNK, size)))
+        here, least = slice(start, stop), min(topk, most)
+        scores = index_scores(queries[:, here], keys[:, :most], weights[:, here])
+        chosen[:, here, :least] = best_blocks(scores, visible[here].unsqueeze(0), least)
+        start = stop
+    return chosen
 
 
 def best_blocks(scores: Tensor, visible: Tensor, topk: int) -> Tensor:

@@ -112,7 +112,7 @@ class _Collapse(torch.autograd.Function):
 
 
 class _Expand(torch.autograd.Function):
-    """[…, h], [..., n, h], [..., n], [..., n, n] -> […, n, h]; see HyperConnection.expand."""
+    """See `expand`."""
 
     @staticmethod
     def forward(ctx, output: Tensor, streams: Tensor, post: Tensor, mix: Tensor) -> Tensor:  # type: ignore[override]
@@ -137,5 +137,15 @@ def _dots(streams: Tensor, x: Tensor) -> Tensor:
 def collapse(streams: Tensor, weights: Tensor) -> Tensor:
     """Weighted sum of the streams, in float32: [s, b, n*h], [s, b, n] -> [s, b, h] in the streams' type."""
     result = _Collapse.apply(streams.unflatten(-1, (weights.shape[-1], -1)), weights)
+    assert isinstance(result, Tensor)
+    return result
+
+
+def expand(output: Tensor, streams: Tensor, post: Tensor, mix: Tensor) -> Tensor:
+    """Stream j = post[j] * output + the sum over i of mix[i, j] * stream i.
+
+    […, h], [..., n, h], [..., n], [..., n, n], all of one type -> […, n, h].
+    """
+    result = _Expand.apply(output, streams, post, mix)
     assert isinstance(result, Tensor)
     return result

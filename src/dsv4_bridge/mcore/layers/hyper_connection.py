@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..config import DeepSeekV4Config
-from ..kernels.streams import _Expand, collapse, project, sinkhorn
+from ..kernels.streams import collapse, expand, project, sinkhorn
 from .basics import mark_sequence_parallel, new_parameter
 from .floats import KeepsFloat32
 
@@ -73,9 +73,7 @@ class HyperConnection(KeepsFloat32):
             [s, b, n*h].
         """
         dtype = streams.dtype
-        result = _Expand.apply(output, streams.unflatten(-1, (self.n, -1)), post.to(dtype), mix.to(dtype))
-        assert isinstance(result, Tensor)
-        return result.flatten(-2)
+        return expand(output, streams.unflatten(-1, (self.n, -1)), post.to(dtype), mix.to(dtype)).flatten(-2)
 
 
 class _Mapping(KeepsFloat32):

@@ -12,7 +12,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from ..config import DeepSeekV4Config
-from ..kernels.index import _BUDGET, _CHUNK, _GPU_TIMES, IndexTerms, best_blocks, every_block, index_scores
+from ..kernels.index import IndexTerms, best_blocks, choose_blocks, every_block, index_scores
 from ..kernels.rotary import rotate
 from .basics import Linear
 from .cache import CompressorCache
@@ -66,25 +66,7 @@ class Indexer(MegatronModule):
     @torch.no_grad()
     def choose(self, terms: "IndexTerms") -> Tensor:
         """The best visible blocks of every query: [b, s, k] int64, -1 where a query sees fewer."""
-        queries, keys, weights = terms
-        batch, length = queries.shape[:2]
-        count = keys.shape[1]
-        if count <= self.topk:
-            return every_block(length, batch, count, keys.device)
-        visible = (torch.arange(length, device=keys.device) + 1) // 4  # [s]
-        times = 1 if keys.device.type == "cpu" else _GPU_TIMES
-        chosen = queries.new_full((batch, length, self.topk), -1, dtype=torch.int64)
-        start = 0
-        while start < length:
-            # No more blocks than the chunk's last query sees: over a sequence, half of all.
-            most = min(count, (start + times * _CHUNK) // 4)
-            size = times * _BUDGET // (batch * self.heads * max(1, most))
-            stop = min(length, start + max(1, min(times * _CHUNK, size)))
-            here, topk = slice(start, stop), min(self.topk, most)
-            scores = index_scores(queries[:, here], keys[:, :most], weights[:, here])
-            chosen[:, here, :topk] = best_blocks(scores, visible[here].unsqueeze(0), topk)
-            start = stop
-        return chosen
+        return choose_blocks(terms, self.topk)
 
     @torch.no_grad()
     def step(self, x: Tensor, qr: Tensor, turn: Tensor, cache: CompressorCache, positions: Tensor) -> Tensor:

@@ -136,11 +136,11 @@ def matrices_of(chunk: DeepSeekV4Model) -> dict[str, tuple[Matrix, ...]]:
     found: dict[str, tuple[Matrix, ...]] = {}
     for name, held in here.items():
         row = items[name].row
-        if not row.matrix or row.encoding == "int":
+        if not row.matrix:
             continue
         group = groups.expt_tp if row.per_expert else groups.tp
         # The groups of the output projection lie one behind another, and no rank holds a part of one.
-        grouped = row.shape[0].startswith("o_groups*")
+        grouped = row.role == "groups"
         axis = {"columns": 0, "rows": 1}.get(row.cut) if group.size() > 1 and not grouped else None
         count = chunk.config.o_groups // group.size() if grouped else 1
         for place in held:

@@ -11,6 +11,7 @@ from ...convert.segments import Scale, Weight
 from ...errors import BridgeError
 from ...files import AnyPath
 from ...spec.dtypes import DTYPES
+from ...spec.encodings import TARGETS
 from ...spec.plan import stored, target_encoding
 from ...store.hf import HFCheckpoint, open_hf
 from ...store.stream import Bytes, as_bytes
@@ -18,8 +19,6 @@ from ...store.values import HFValues
 from ..model import DeepSeekV4Model
 from .gather import ModelValues
 from .load import check_numbers
-
-STREAM_ENCODINGS = ("bf16", "fp8", "source")
 
 
 class _Memory:
@@ -70,8 +69,8 @@ def stream_weights(
     Raises:
         BridgeError: `source` without `like`, or a tensor that cannot be represented.
     """
-    if encoding not in STREAM_ENCODINGS:
-        raise BridgeError(f"streaming weights: encoding {encoding!r} is not one of {', '.join(STREAM_ENCODINGS)}")
+    if encoding not in TARGETS:
+        raise BridgeError(f"streaming weights: encoding {encoding!r} is not one of {', '.join(TARGETS)}")
     if encoding == "source" and like is None:
         raise BridgeError("streaming weights in the source's encoding needs the source: like=FOLDER")
     released = open_hf(Path(like)) if like is not None else None
