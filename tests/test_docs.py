@@ -128,6 +128,15 @@ def test_what_is_named_exists(page: Path) -> None:
         assert any(variable in p.read_text() for p in places if p != Path(__file__)), variable
 
 
+def test_counts_in_the_readme() -> None:
+    from dsv4_bridge.spec.table import ROWS
+
+    readme, variants = (ROOT / "README.md").read_text(), (DOCS / "reference/variants.md").read_text()
+    assert len(ROWS) == 60 and "Sixty rows" in readme
+    assert re.search(r"^\| Pro \|.*\| 145,116 \|", variants, re.MULTILINE) and "145,116 tensors" in readme
+    assert re.search(r"^\| Flash-BF16 \|.*\| 581,975,531,080 \|", variants, re.MULTILINE) and "not 582" in readme
+
+
 def test_the_transcript_in_the_readme_is_what_the_demo_prints() -> None:
     transcript = (ROOT / "README.md").read_text().split("$ dsv4 demo\n")[1].split("```")[0]
     printed = {line.rstrip() for line in dsv4("demo").stdout.splitlines()}
@@ -184,6 +193,18 @@ def test_python_blocks_run(page: Path, shelf: Path, monkeypatch: pytest.MonkeyPa
             assert same, f"{named(page)}, line {line}, printed:\n{said.getvalue()}"
     if page.name == "README.md":
         assert same_files(shelf / "DeepSeek-V4-Flash", shelf / "flash-tuned") == []
+
+
+def test_the_first_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a newcomer types, in this process; a check that finds something would end in exit code 1."""
+    monkeypatch.chdir(tmp_path)
+    block = (DOCS / "start/first-conversion.md").read_text().split("```\n")[1]
+    lines = [line.partition("#")[0].split() for line in block.splitlines()]
+    assert [line[:2] for line in lines] == [
+        ["dsv4", verb] for verb in ("toy", "inspect", "import", "verify", "export", "verify")
+    ]
+    for line in lines:
+        assert not app(line[1:], standalone_mode=False), line
 
 
 def test_few_blocks_are_not_run() -> None:
