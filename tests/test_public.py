@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 
 import dsv4_bridge
-from conftest import DATA, same_files
+from conftest import DATA
 from dsv4_bridge import BridgeError
 
 LIST = DATA / "public.txt"
-ROOT = Path(__file__).parents[1]
 
 
 def told(name: str, thing: Any) -> str:
@@ -85,16 +84,6 @@ def test_the_verbs_take_strings(toy_flash: Path, tmp_path: Path) -> None:
     dsv4_bridge.repack(str(toy_flash), str(tmp_path / "b"), "bf16")
     assert dsv4_bridge.inspect(str(tmp_path / "b")).sound
     assert dsv4_bridge.make_toy(str(tmp_path / "t")).is_dir()
-
-
-@pytest.mark.megatron
-def test_the_readmes_python_runs(toy_flash: Path, tmp_path: Path) -> None:
-    import torch
-
-    (block,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-    block = block.replace("DeepSeek-V4-Flash", str(toy_flash)).replace("flash-tuned", str(tmp_path / "tuned"))
-    exec(block, {"input_ids": torch.arange(24)[None]})
-    assert same_files(toy_flash, tmp_path / "tuned") == []
 
 
 @pytest.mark.megatron

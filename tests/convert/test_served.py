@@ -1,7 +1,7 @@
 """What servers make of our folders, by the rules of their published loaders: the weights that they would multiply by.
 
 The rules are those of vLLM 0.33, SGLang 0.5.23, transformers 5.23, DeepSeek's convert.py (V4 release) and llama.cpp's
-converter, written down here as far as they decide a number; docs/export-and-serve.md has the table.
+converter, written down here as far as they decide a number; docs/guides/export-and-serve.md has the table.
 """
 
 from collections.abc import Callable

@@ -18,7 +18,7 @@ from dsv4_bridge import BridgeError, Options, export_hf, import_hf, make_toy, re
 from dsv4_bridge.spec.spec import ModelSpec, replace_spec
 from dsv4_bridge.spec.variants import VARIANTS, tiny
 
-KILLS = int(os.environ.get("DSV4_KILLS", "4"))  # 20 for the figures in docs/benchmarks.md
+KILLS = int(os.environ.get("DSV4_KILLS", "4"))  # 20 for the figures in docs/reference/benchmarks.md
 
 _RUN = """
 import sys

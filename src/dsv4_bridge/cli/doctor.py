@@ -60,7 +60,7 @@ def doctor(folder: Path | None = None) -> list[Check]:
             "free disk",
             f"{free / 1e9:.1f} GB in {folder}",
             "ok",
-            "Flash needs 570 GB as Megatron, 160 GB as released",
+            "Flash needs 582 GB as Megatron, 160 GB as released",
         ),
         _direct(folder),
         _codec(),

@@ -1,4 +1,4 @@
-"""import_hf, export_hf, repack: from opened checkpoints to a job for the loop in convert.py."""
+"""import_hf, export_hf, repack: from opened checkpoints to a job for the loop in run.py."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Adapters as peft saves them: adapter_config.json and adapter_model.safetensors, out; `lora_reading` reads them.
+"""Adapters as peft saves them: adapter_config.json and adapter_model.safetensors, out; `peft_reading` reads them.
 
 Names: see `peft_names`.
 """

@@ -320,7 +320,7 @@ def build_chunks(
     layout: Layout | None = None,
     **settings: Any,
 ) -> list[DeepSeekV4Model]:
-    """The same for layouts with several chunks a rank: this rank's chunks, in the order of the data."""
+    """Build this rank's chunks in the order of the data, where a layout has several a rank; see `build_model`."""
     initialize()
     groups = ProcessGroupCollection.use_mpu_process_groups()
     parallel_state.set_virtual_pipeline_model_parallel_world_size(None)

@@ -1,6 +1,6 @@
 """The places where both models are compared, in the order of the computation.
 
-Names are those of `mcore.observe`; the hook that finds a site in transformers is in `reference.py`.
+Names are those of `mcore.layers.observe`; the hook that finds a site in transformers is in `reference.py`.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ class Site:
     """One place.
 
     Attributes:
-        name: as `mcore.observe` calls it.
+        name: as `mcore.layers.observe` calls it.
         words: for people.
         choices: whether the value is a choice (of blocks or experts) and compared as sets.
         rows: keys of the table's rows (or their beginnings) whose tensors act here first.

@@ -8,7 +8,7 @@ rotations, softmax, activations, gates, Sinkhorn), lookups, the optimizer.
 The gradient of a product costs one such product for each side that has a gradient. Two sides never have
 one: frozen weights (LoRA), and the indexer, whose choice is frozen by construction unless it is trained.
 
-`published` is the formula that published throughputs of this model are given in (see docs/flops.md);
+`published` is the formula that published throughputs of this model are given in (see docs/concepts/flops.md);
 tests/planning/test_flops.py holds `count_flops` equal to what torch's own counter sees of the model.
 
 Symbols: H hidden_size; h heads; d head_dim; k chosen blocks; n streams.

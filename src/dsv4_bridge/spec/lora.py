@@ -1,4 +1,4 @@
-"""Adapters as data: which tensors may carry one, their names and sizes. No torch: `adapter_tensors` has the values.
+"""Adapters as data: which tensors may carry one, their names and sizes. No torch: `lora.adapters` has the values.
 
 An adapter belongs to one tensor W [out, in] of the transformers model and has two factors, A [rank, in] and
 B [out, rank]:

@@ -1,4 +1,4 @@
-"""The frozen numbers of one model. config.py reads and writes them."""
+"""The frozen numbers of one model; `store.hf_config` reads and writes them."""
 
 from dataclasses import dataclass, fields
 from importlib import import_module

@@ -1,6 +1,6 @@
 """How files are read: front to back, once, without filling the page cache behind us.
 
-Measured on a virtual machine with a 1.5 GB/s disk (docs/benchmarks.md): a cold file is read at 0.4
+Measured on a virtual machine with a 1.5 GB/s disk (docs/reference/benchmarks.md): a cold file is read at 0.4
 GB/s plainly, 0.6 with the sequential hint, 2.1 when pages are given back as soon as they were
 copied: getting fresh pages from the kernel costs more than the disk.
 """

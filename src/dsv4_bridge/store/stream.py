@@ -2,7 +2,7 @@
 
 Buffered writes of hundreds of gigabytes fill the page cache and stall on it; direct writes from
 three reused, page-aligned buffers run at the speed of the disk while the next buffer is filled
-(see docs/benchmarks.md).
+(see docs/reference/benchmarks.md).
 """
 
 import errno

@@ -98,4 +98,4 @@ def _group(
 
 
 def _nothing(optimizer: Any, config: Any = None) -> None:
-    """State is made when it is saved or loaded (`optimizer_state`)."""
+    """State is made when it is saved or loaded (`state`)."""
