@@ -66,7 +66,7 @@ def _megatron(row: Row) -> str:
 
 
 def _tensors() -> str:
-    head = ("row", "released", "Megatron on disk", "transformers module", "shape", "class", "where", "cut")
+    head = ("row", "released", "Megatron on disk", "transformers module", "shape", "class", "role", "where", "cut")
     rows = (
         (
             row.key,
@@ -75,13 +75,17 @@ def _tensors() -> str:
             _code(row.transformers),
             "[" + ", ".join(row.shape).replace("*", "·") + "]",
             row.encoding,
+            row.role,
             row.scope if row.when == "always" else f"{row.scope}, {row.when}",
             row.cut,
         )
         for row in ROWS
     )
     encodings = ((name, ", ".join(f"`{e}`" for e in allowed)) for name, allowed in ALLOWED.items())
-    stored = ((f"`{e.name}`", e.dtype, e.scale_dtype or "-") for e in ENCODINGS.values())
+    stored = (
+        (f"`{e.name}`", e.dtype, e.scale_dtype or "-", f"{e.block[0]}x{e.block[1]}" if e.scale_dtype else "-")
+        for e in ENCODINGS.values()
+    )
     return "\n".join(
         (
             _NOTE,
@@ -95,7 +99,7 @@ def _tensors() -> str:
             "## What each class may be stored as",
             "",
             _table(("class", "encodings read"), encodings),
-            _table(("encoding", "weight", "scale"), stored),
+            _table(("encoding", "weight", "scale", "values a scale"), stored),
         )
     )
 
