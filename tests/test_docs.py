@@ -214,3 +214,13 @@ def test_few_blocks_are_not_run() -> None:
     }
     fenced = sum(page.read_text().count("```python\n") for page in PAGES)
     assert fenced == sum(len(blocks(page)) for page in PAGES)
+
+
+def test_numbers_in_names_of_tests_are_explained() -> None:
+    page = (DOCS / "concepts" / "traps.md").read_text()
+    explained = set(re.findall(r"^\| (\d+) \|", page, re.M))
+    assert explained == {str(n) for n in range(1, 68)}
+    names = [
+        n for path in (ROOT / "tests").rglob("test_*.py") for n in re.findall(r"def test_trap_?(\d+)", path.read_text())
+    ]
+    assert len(names) > 50 and {str(int(n)) for n in names} <= explained
