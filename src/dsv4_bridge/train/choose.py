@@ -18,44 +18,8 @@ from ..strict_yaml import parse_yaml
 from .recipe import Recipe
 from .recipes import RECIPES
 
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "model.dtype": ("bf16", "float32"),
-    "model.experts": ("sequential", "grouped", "transformer_engine"),
-    "model.recompute": ("none", "moe", "full"),
-    "data.kind": ("text", "chat"),
-    "optimizer.name": ("adamw", "muon"),
-    "optimizer.moments_dtype": ("float32", "bf16"),
-    "optimizer.grad_dtype": ("float32", "bf16"),
-    "schedule.decay": ("cosine", "linear", "constant", "wsd"),
-    "losses.indexer": ("frozen", "warmup", "sparse"),
-}
-_LEAST: dict[str, float] = {
-    "parallel.tp": 1,
-    "parallel.pp": 1,
-    "parallel.vp": 1,
-    "parallel.ep": 1,
-    "parallel.etp": 1,
-    "parallel.gpus": 1,
-    "data.seq_length": 1,
-    "batch.micro": 1,
-    "batch.size": 1,
-    "schedule.steps": 1,
-    "checkpoint.save_every": 1,
-    "checkpoint.keep": 1,
-    "log.every": 1,
-}
 _MOST_BYTES = 1 << 16
 _LONGEST = 100  # characters of a name that others are compared with
-_SEED = 1 << 32  # numpy's
-_BELOW: dict[str, float] = {
-    "optimizer.beta1": 1,
-    "optimizer.beta2": 1,
-    "optimizer.muon_momentum": 1,
-    "lora.dropout": 1,
-    "seed": _SEED,
-    "data.seed": _SEED,
-    "model.initial_seed": _SEED,
-}
 
 
 @dataclass(frozen=True)
@@ -166,11 +130,12 @@ def load(path: Path) -> Chosen:
 
 
 def _change(chosen: Chosen, changes: Mapping[str, tuple[Any, str]], where: str) -> Chosen:
-    known, kinds = values(chosen.recipe), _kinds()
+    known, fields = values(chosen.recipe), {key: (field, kind) for key, field, kind in _nested(Recipe)}
     for key, (value, _) in changes.items():
         if key not in known:
             raise BridgeError(f"{where}: there is no {short(key)}{_nearest(key, known)}; `dsv4 recipes NAME` lists all")
-        known[key] = _fitting(key, value, kinds[key], where)
+        field, kind = fields[key]
+        known[key] = _fitting(key, value, kind, field.metadata, where)
     top = {k: v for k, v in known.items() if "." not in k}
     for name, kind in typing.get_type_hints(Recipe).items():
         if dataclasses.is_dataclass(kind):
@@ -179,7 +144,7 @@ def _change(chosen: Chosen, changes: Mapping[str, tuple[Any, str]], where: str) 
     return Chosen(Recipe(**top), dict(chosen.sources) | {key: source for key, (_, source) in changes.items()})
 
 
-def _fitting(key: str, value: Any, kind: Any, where: str) -> Any:
+def _fitting(key: str, value: Any, kind: Any, bounds: Mapping[str, Any], where: str) -> Any:
     """A value as the field's type, which YAML may have read as another."""
     allowed = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     if value is None and type(None) in allowed:
@@ -189,7 +154,7 @@ def _fitting(key: str, value: Any, kind: Any, where: str) -> Any:
     if typing.get_origin(kind) is tuple:
         of = typing.get_args(kind)[0]
         many = value.split() if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
-        fit = tuple(_fitting(key, v, of, where) for v in many)
+        fit = tuple(_fitting(key, v, of, bounds, where) for v in many)
     elif kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         with contextlib.suppress(ValueError, OverflowError):  # YAML takes 1e-4 for a word
             fit = float(value)
@@ -201,11 +166,12 @@ def _fitting(key: str, value: Any, kind: Any, where: str) -> Any:
     if fit is None:
         names = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
         raise BridgeError(f"{where}: {key} is {short(value)}, expected {names.get(kind, 'a list')}")
-    if key in _CHOICES and fit not in _CHOICES[key]:
-        raise BridgeError(f"{where}: {key} is {short(fit)}, expected one of {', '.join(_CHOICES[key])}")
-    least, below = _LEAST.get(key, 0), _BELOW.get(key, 1 << 63 if isinstance(fit, int) else float("inf"))
+    choices, least, most = bounds["choices"], bounds["least"], bounds["below"]
+    if choices and fit not in choices:
+        raise BridgeError(f"{where}: {key} is {short(fit)}, expected one of {', '.join(choices)}")
+    below = most or (1 << 63 if isinstance(fit, int) else float("inf"))
     if isinstance(fit, int | float) and not isinstance(fit, bool) and not least <= fit < below:
-        limit = f", below {below}" if key in _BELOW or fit >= below else ""
+        limit = f", below {below}" if most or fit >= below else ""
         raise BridgeError(f"{where}: {key} is {short(fit)}, expected {least} or more{limit}")
     return fit
 
@@ -248,7 +214,3 @@ def _nested(cls: Any) -> Iterable[tuple[str, dataclasses.Field[Any], Any]]:
 
 def _defaults() -> dict[str, str]:
     return {key: field.metadata["source"] for key, field, _ in _nested(Recipe)}
-
-
-def _kinds() -> dict[str, Any]:
-    return {key: kind for key, _, kind in _nested(Recipe)}

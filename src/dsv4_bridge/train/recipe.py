@@ -10,9 +10,22 @@ BRIDGE = "Megatron-Bridge's DeepSeek-V4 recipes"
 OURS = "this package"
 
 
-def fact(default: Any, source: str) -> Any:
-    """A field with the source of its default."""
-    return field(default=default, metadata={"source": source})
+SEEDS = 1 << 32  # numpy's
+
+
+def fact(
+    default: Any, source: str, *, choices: tuple[str, ...] = (), least: float = 0, below: float | None = None
+) -> Any:
+    """A field with the source of its default, and what it may be.
+
+    Args:
+        default: its value where nothing else is said.
+        source: where that is from.
+        choices: the words that it may be; empty: any.
+        least: the smallest number.
+        below: what a number must stay under; None: what its type holds.
+    """
+    return field(default=default, metadata={"source": source, "choices": choices, "least": least, "below": below})
 
 
 @dataclass(frozen=True)
@@ -29,11 +42,11 @@ class Model:
     """
 
     mtp: bool = fact(True, REPORT)
-    dtype: str = fact("bf16", BRIDGE)
-    experts: str = fact("grouped", OURS)
-    recompute: str = fact("full", f"{OURS}: the layers' inputs alone are kept")
+    dtype: str = fact("bf16", BRIDGE, choices=("bf16", "float32"))
+    experts: str = fact("grouped", OURS, choices=("sequential", "grouped", "transformer_engine"))
+    recompute: str = fact("full", f"{OURS}: the layers' inputs alone are kept", choices=("none", "moe", "full"))
     dense_attention: bool = fact(False, "released models: the indexer chooses")
-    initial_seed: int = fact(1234, BRIDGE)
+    initial_seed: int = fact(1234, BRIDGE, below=SEEDS)
 
 
 @dataclass(frozen=True)
@@ -54,13 +67,13 @@ class Parallel:
         gc_every: steps between Python's garbage collections, on all ranks at once; 0: when Python does.
     """
 
-    tp: int = fact(1, BRIDGE)
-    pp: int = fact(8, f"{OURS}: by dsv4 plan, for 80 GB")
-    vp: int = fact(1, BRIDGE)
-    ep: int = fact(8, BRIDGE)
-    etp: int = fact(1, BRIDGE)
+    tp: int = fact(1, BRIDGE, least=1)
+    pp: int = fact(8, f"{OURS}: by dsv4 plan, for 80 GB", least=1)
+    vp: int = fact(1, BRIDGE, least=1)
+    ep: int = fact(8, BRIDGE, least=1)
+    etp: int = fact(1, BRIDGE, least=1)
     layout: str = fact("", OURS)
-    gpus: int = fact(128, f"{OURS}: by dsv4 plan, for 80 GB")
+    gpus: int = fact(128, f"{OURS}: by dsv4 plan, for 80 GB", least=1)
     overlap: bool = fact(True, BRIDGE)
     bucket: int = fact(0, BRIDGE)
     gc_every: int = fact(5, BRIDGE)
@@ -86,13 +99,13 @@ class Data:
         cache: folder for megatron's index of the samples; empty: in the output folder.
     """
 
-    kind: str = fact("text", OURS)
+    kind: str = fact("text", OURS, choices=("text", "chat"))
     train: tuple[str, ...] = fact((), "yours")
     valid: tuple[str, ...] = fact((), "yours")
     split: str = fact("9999,8,2", BRIDGE)
-    seq_length: int = fact(4096, f"{REPORT}: first phase of pretraining")
+    seq_length: int = fact(4096, f"{REPORT}: first phase of pretraining", least=1)
     documents_apart: bool = fact(True, f"{REPORT}: sample-level attention mask")
-    seed: int = fact(1234, BRIDGE)
+    seed: int = fact(1234, BRIDGE, below=SEEDS)
     cache: str = fact("", OURS)
 
 
@@ -106,8 +119,8 @@ class Batch:
         ramp: sizes before, as megatron writes them: `0:64 4000:128`, rows consumed and size from there on.
     """
 
-    micro: int = fact(1, BRIDGE)
-    size: int = fact(256, f"{BRIDGE}: with 8 pipeline ranks")
+    micro: int = fact(1, BRIDGE, least=1)
+    size: int = fact(256, f"{BRIDGE}: with 8 pipeline ranks", least=1)
     ramp: str = fact("", OURS)
 
 
@@ -133,18 +146,18 @@ class Optimizer:
         muon_steps: Newton-Schulz iterations, of the first and of the second kind.
     """
 
-    name: str = fact("adamw", BRIDGE)
+    name: str = fact("adamw", BRIDGE, choices=("adamw", "muon"))
     lr: float = fact(2.7e-4, f"{REPORT}: Flash")
     min_lr: float = fact(2.7e-5, f"{REPORT}: Flash")
     weight_decay: float = fact(0.1, REPORT)
-    beta1: float = fact(0.9, REPORT)
-    beta2: float = fact(0.95, REPORT)
+    beta1: float = fact(0.9, REPORT, below=1)
+    beta2: float = fact(0.95, REPORT, below=1)
     eps: float = fact(1e-20, REPORT)
     clip_grad: float = fact(1.0, BRIDGE)
-    moments_dtype: str = fact("bf16", f"{BRIDGE}: precision-aware")
-    grad_dtype: str = fact("float32", BRIDGE)
+    moments_dtype: str = fact("bf16", f"{BRIDGE}: precision-aware", choices=("float32", "bf16"))
+    grad_dtype: str = fact("float32", BRIDGE, choices=("float32", "bf16"))
     distributed: bool = fact(True, BRIDGE)
-    muon_momentum: float = fact(0.95, REPORT)
+    muon_momentum: float = fact(0.95, REPORT, below=1)
     muon_nesterov: bool = fact(True, REPORT)
     muon_rms: float = fact(0.18, REPORT)
     muon_steps: tuple[int, ...] = fact((8, 2), REPORT)
@@ -161,9 +174,13 @@ class Schedule:
         decay_steps: steps of the decay; 0: all after the warm-up.
     """
 
-    steps: int = fact(1_000_000, BRIDGE)
+    steps: int = fact(1_000_000, BRIDGE, least=1)
     warmup: int = fact(2000, REPORT)
-    decay: str = fact("wsd", f"{REPORT}: constant most of training, cosine at the end")
+    decay: str = fact(
+        "wsd",
+        f"{REPORT}: constant most of training, cosine at the end",
+        choices=("cosine", "linear", "constant", "wsd"),
+    )
     decay_steps: int = fact(100_000, f"{OURS}: the report does not give it")
 
 
@@ -187,7 +204,11 @@ class Losses:
     mtp_late: float | None = fact(0.1, REPORT)
     balance: float = fact(1e-4, REPORT)
     bias_update: float = fact(1e-3, REPORT)
-    indexer: str = fact("frozen", "released models are fine-tuned so; see the page on objectives")
+    indexer: str = fact(
+        "frozen",
+        "released models are fine-tuned so; see the page on objectives",
+        choices=("frozen", "warmup", "sparse"),
+    )
     indexer_weight: float = fact(0.01, BRIDGE)
     per_token: bool = fact(False, OURS)
 
@@ -207,7 +228,7 @@ class Lora:
 
     rank: int = fact(0, OURS)
     alpha: float = fact(32.0, BRIDGE)
-    dropout: float = fact(0.0, BRIDGE)
+    dropout: float = fact(0.0, BRIDGE, below=1)
     targets: tuple[str, ...] = fact((), OURS)
     dora: bool = fact(False, OURS)
     start: str = fact("", OURS)
@@ -224,8 +245,8 @@ class Checkpoint:
         optimizer: save optimizer state; without it a run cannot resume exactly.
     """
 
-    save_every: int = fact(2000, BRIDGE)
-    keep: int = fact(2, OURS)
+    save_every: int = fact(2000, BRIDGE, least=1)
+    keep: int = fact(2, OURS, least=1)
     background: bool = fact(False, BRIDGE)
     optimizer: bool = fact(True, OURS)
 
@@ -243,7 +264,7 @@ class Log:
         gpu: name of the GPU, for MFU; empty: the device's own.
     """
 
-    every: int = fact(10, BRIDGE)
+    every: int = fact(10, BRIDGE, least=1)
     tensorboard: bool = fact(True, OURS)
     valid_every: int = fact(2000, BRIDGE)
     valid_steps: int = fact(32, BRIDGE)
@@ -271,7 +292,7 @@ class Recipe:
     start: str = fact("", "yours")
     tokenizer: str = fact("", "yours")
     out: str = fact("", "yours")
-    seed: int = fact(1234, BRIDGE)
+    seed: int = fact(1234, BRIDGE, below=SEEDS)
     model: Model = field(default_factory=Model)
     parallel: Parallel = field(default_factory=Parallel)
     data: Data = field(default_factory=Data)
