@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,21 @@ def same_files(a: Path, b: Path) -> list[str]:
 
 
 def dsv4(*args: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run the command in its own process."""
+    """Run the command in its own process, which need not import what it takes."""
+    from warm import Warm
+
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        process = Warm("-m", "dsv4_bridge", *args, out=out, err=err, **env)
+        try:
+            code = process.wait(timeout=300)
+        finally:
+            process.kill()
+        return subprocess.CompletedProcess(args, code, out.read_text(), err.read_text())
+
+
+def fresh_dsv4(*args: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run the command in an interpreter that has imported nothing, as users do."""
     command = [sys.executable, "-c", "from dsv4_bridge.cli import main; main()", *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | env, timeout=300, check=False)
 

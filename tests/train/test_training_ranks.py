@@ -1,15 +1,12 @@
 """Training over real processes: any layout makes the steps of one rank, and goes on where another stopped."""
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from training import contents, log, make_start, make_text
+from warm import run_world
 
 pytestmark = pytest.mark.megatron
 
@@ -42,22 +39,7 @@ def run_ranks(folder: Path, tag: str, world: int, runs: list[Run]) -> list[list[
     """The losses of each run, of `world` processes."""
     told, result = folder / f"{tag}.json", folder / f"{tag}.result.json"
     told.write_text(json.dumps({"runs": runs, "result": str(result)}))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
-    processes = []
-    try:
-        for rank in range(world):
-            own = env | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-            command = [sys.executable, "-W", "ignore", str(WORKER), str(told)]
-            pipe = subprocess.PIPE
-            processes.append(subprocess.Popen(command, env=own, stdout=pipe, stderr=subprocess.STDOUT, text=True))
-        said = [process.communicate(timeout=300 + 60 * len(runs))[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [p.returncode for p in processes] == [0] * world, "\n".join(text[-3000:] for text in said)
+    run_world(world, WORKER, told, said=folder / tag, timeout=300 + 60 * len(runs))
     return json.loads(result.read_text())
 
 
