@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import dsv4, same_files
+from conftest import dsv4, fresh_dsv4, same_files
 from dsv4_bridge import BridgeError, Options, export_hf, import_hf, inspect, make_toy, repack, verify
 from dsv4_bridge.spec.variants import VARIANTS
 
@@ -76,12 +76,12 @@ def test_passengers_travel_and_can_be_dropped(tmp_path: Path) -> None:
 
 def test_the_command_end_to_end(tmp_path: Path) -> None:
     hf, megatron, back = tmp_path / "hf", tmp_path / "m", tmp_path / "back"
-    assert dsv4("toy", hf, "--variant", "pro", "--seed", "4").returncode == 0
-    assert dsv4("import", hf, megatron, "--workers", "2").returncode == 0
-    assert dsv4("export", megatron, back, "--like", hf).returncode == 0
-    done = dsv4("verify", hf, back, "--level", "bytes")
+    assert fresh_dsv4("toy", hf, "--variant", "pro", "--seed", "4").returncode == 0
+    assert fresh_dsv4("import", hf, megatron, "--workers", "2").returncode == 0
+    assert fresh_dsv4("export", megatron, back, "--like", hf).returncode == 0
+    done = fresh_dsv4("verify", hf, back, "--level", "bytes")
     assert done.returncode == 0 and "100 % of bytes" in done.stdout
-    assert dsv4("inspect", megatron).returncode == 0
+    assert fresh_dsv4("inspect", megatron).returncode == 0
 
 
 def test_a_dry_run_converts_everything_and_writes_nothing(tmp_path: Path, toy_flash: Path, toy_megatron: Path) -> None:

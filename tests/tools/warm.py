@@ -39,11 +39,13 @@ class Warm:
 
     Attributes:
         pid: the process; with `new_session` also its group.
+        out: where its words go; `err` those of stderr.
     """
 
     def __init__(
         self, *command: object, out: Path, err: Path | None = None, new_session: bool = False, **env: str
     ) -> None:
+        self.out, self.err = out, err or out
         told = ([str(word) for word in command], dict(os.environ | env), out, err, new_session)
         self._process = _SERVER.Process(target=_run, args=told)
         self._process.start()

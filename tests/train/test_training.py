@@ -4,14 +4,13 @@ import math
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from training import SMALL, contents, log, make_start, make_text, recipe, run, small_spec, unigram_entropy
+from warm import Warm
 
 from dsv4_bridge import BridgeError
 from dsv4_bridge.train import build as setup
@@ -97,17 +96,23 @@ def test_what_the_background_writes_is_of_its_step(name: str, hf: Path, text: Pa
         assert contents(tmp_path / "true" / folder) == contents(tmp_path / "false" / folder), step
 
 
-def _start(out: Path, hf: Path, text: Path, *words: str, largest: str = "unlimited") -> "subprocess.Popen[str]":
-    """`dsv4 train`, which can write files of `largest` KiB."""
-    command = ["bash", "-c", f'ulimit -f {largest}; exec "$@"', "_"]
-    command += [sys.executable, "-W", "ignore", "-m", "dsv4_bridge", "train", "flash-pretrain", *SMALL]
-    command += [f"start={hf}", f"out={out}", f"data.train={text}", *words]
-    # Not a pipe: what writes checkpoints would hold it open behind a killed run.
-    with (out.parent / "said.txt").open("w") as said:
-        return subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, text=True)
+LIMITED = """
+import resource
+import sys
+from dsv4_bridge.cli import main
+largest = int(sys.argv.pop(1))
+resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+main()
+"""
 
 
-def _wait_for_step(out: Path, step: int, process: "subprocess.Popen[str]") -> int:
+def _start(out: Path, hf: Path, text: Path, *words: str, largest: int = -1) -> Warm:
+    """`dsv4 train`, which can write files of `largest` bytes."""
+    command = ["-c", LIMITED, largest, "train", "flash-pretrain", *SMALL, f"start={hf}", f"out={out}"]
+    return Warm(*command, f"data.train={text}", *words, out=out.parent / "said.txt")
+
+
+def _wait_for_step(out: Path, step: int, process: Warm) -> int:
     """The step that the log has reached, `step` or later."""
     for _ in range(6000):
         reached = [line["step"] for line in log(out)] if (out / "log.jsonl").exists() else []
@@ -122,7 +127,7 @@ def test_what_cannot_be_saved_leaves_what_was(hf: Path, text: Path, tmp_path: Pa
     out = tmp_path / "run"
     run("flash-pretrain", f"start={hf}", f"out={out}", f"data.train={text}", "schedule.steps=2", "schedule.warmup=1")
     words = ["schedule.steps=4", "checkpoint.background=true"]
-    assert _start(out, hf, text, *words, largest="1000").wait(timeout=120) == 2
+    assert _start(out, hf, text, *words, largest=1_024_000).wait(timeout=120) == 2
     said = (tmp_path / "said.txt").read_text()
     assert "dsv4: saving a checkpoint in" in said and "GB are free there" in said and "Traceback" not in said
     assert sorted(p.name for p in out.glob("iter_*")) == ["iter_0000002", "iter_0000004.part"]
