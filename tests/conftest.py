@@ -1,5 +1,6 @@
 """Shared fixtures: reference data, toy checkpoints, the command in this process or another."""
 
+import gc
 import json
 import os
 import subprocess
@@ -50,13 +51,14 @@ def same_files(a: Path, b: Path) -> list[str]:
     )
 
 
-def dsv4(*args: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run the command in its own process, which need not import what it takes."""
+def dsv4(*args: str | Path, code: str = "", **env: str) -> subprocess.CompletedProcess[str]:
+    """Run the command, behind some code, in its own process, which need not import what it takes."""
     from warm import Warm
 
+    body = f"{code}\nfrom dsv4_bridge.cli import main; main()"
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
-        process = Warm("-m", "dsv4_bridge", *args, out=out, err=err, **env)
+        process = Warm("-c", body, *args, out=out, err=err, **env)
         try:
             code = process.wait(timeout=300)
         finally:
@@ -68,6 +70,13 @@ def fresh_dsv4(*args: str | Path, **env: str) -> subprocess.CompletedProcess[str
     """Run the command in an interpreter that has imported nothing, as users do."""
     command = [sys.executable, "-c", "from dsv4_bridge.cli import main; main()", *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | env, timeout=300, check=False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _little_garbage() -> None:
+    """What was imported or made before a module stays: collections need not look at it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -6,14 +6,16 @@ import pytest
 
 from conftest import dsv4, fresh_dsv4, same_files
 from dsv4_bridge import BridgeError, Options, export_hf, import_hf, inspect, make_toy, repack, verify
-from dsv4_bridge.spec.variants import VARIANTS
+from dsv4_bridge.spec.spec import replace_spec
+from dsv4_bridge.spec.variants import VARIANTS, tiny
 
 
 @pytest.mark.parametrize("payload", ["natural", "extreme"])
 @pytest.mark.parametrize("ragged", [False, True], ids=["aligned", "ragged"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_round_trip_is_identical(variant: str, ragged: bool, payload: str, tmp_path: Path) -> None:
-    source = make_toy(tmp_path / "hf", variant, 3, payload=payload, ragged=ragged)
+    spec = replace_spec(tiny(VARIANTS[variant], ragged), n_routed_experts=4)
+    source = make_toy(tmp_path / "hf", variant, 3, spec=spec, payload=payload)
     import_hf(source, tmp_path / "megatron")
     export_hf(tmp_path / "megatron", tmp_path / "back", source)
     assert same_files(source, tmp_path / "back") == []

@@ -27,7 +27,7 @@ LAYOUTS: dict[str, list[str]] = {
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_start(tmp_path_factory.mktemp("ranks"))
+    return make_start(tmp_path_factory.mktemp("ranks"), layers=4)
 
 
 @pytest.fixture(scope="module")
