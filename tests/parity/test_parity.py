@@ -15,7 +15,7 @@ import torch
 from reference import small_spec
 from safetensors.torch import load_file, save_file
 
-from conftest import fresh_dsv4
+from conftest import dsv4
 from dsv4_bridge import BridgeError, import_hf, make_toy, repack
 from dsv4_bridge.cli import main
 from dsv4_bridge.mcore import initialize
@@ -322,7 +322,7 @@ SCHEMA = {
 
 
 def test_json_is_all_there_is_on_stdout(toy: Path) -> None:
-    done = fresh_dsv4("parity", toy, "--json", "--seq-length", "37", "--replay")
+    done = dsv4("parity", toy, "--json", "--seq-length", "37", "--replay")
     assert done.returncode == 0, done.stderr
     data = json.loads(done.stdout)
     assert " ".join(sorted(data)) == SCHEMA[""]

@@ -13,23 +13,20 @@ import socket
 import sys
 import time
 import warnings
+from multiprocessing import forkserver
 from pathlib import Path
 from types import ModuleType
+from unittest.mock import patch
 
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(
-    [
-        "numpy",
-        "torch.distributed.checkpoint",
-        "dsv4_bridge.cli",
-        "dsv4_bridge.codec.fp8",
-        "dsv4_bridge.codec.mxfp4",
-        "dsv4_bridge.convert.jobs",
-        "dsv4_bridge.generate.generate",
-        "dsv4_bridge.train.loop",
-        "megatron.core.optimizer",
-    ]
-)
+
+
+def _start_server() -> None:
+    """With this folder on its path, and one thread, which a fork needs; later calls find it running."""
+    _SERVER.set_forkserver_preload(["warm_imports"])
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, paths)), OMP_NUM_THREADS="1"):
+        forkserver.ensure_running()
 
 
 class Warm:
@@ -46,6 +43,7 @@ class Warm:
         self, *command: object, out: Path, err: Path | None = None, new_session: bool = False, **env: str
     ) -> None:
         self.out, self.err = out, err or out
+        _start_server()
         told = ([str(word) for word in command], dict(os.environ | env), out, err, new_session)
         self._process = _SERVER.Process(target=_run, args=told)
         self._process.start()
