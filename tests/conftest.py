@@ -27,6 +27,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [i for i in items if not i.get_closest_marker("gpu")]
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # libraries complain of what is left of them at the end
+
+
 def config_path(name: str) -> Path:
     return DATA / f"DeepSeek-V4-{name}.config.json"
 

@@ -92,6 +92,8 @@ def test_what_is_sent_during_the_passes_changes_no_bit(
     """Many buckets; nothing is clipped, for a norm is summed bucket by bucket, and no sum is of more than two ranks."""
     folder = start.parent / f"sent{world}"
     folder.mkdir()
+    if world == 2:  # nothing is interleaved
+        start = make_start(folder)
     words = [f"start={start}", f"data.train={text}", "schedule.steps=4", "optimizer.clip_grad=0", "optimizer.lr=1e-3"]
     words += ["log.valid_every=2", "log.valid_steps=2", "checkpoint.save_every=2", "checkpoint.background=true"]
     ways = (["parallel.overlap=false"], ["parallel.bucket=5000"])
