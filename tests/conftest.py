@@ -1,9 +1,11 @@
 """Shared fixtures: reference data, toy checkpoints, the command in this process or another."""
 
+import gc
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not torch.cuda.is_available():
         config.hook.pytest_deselected(items=[i for i in items if i.get_closest_marker("gpu")])
         items[:] = [i for i in items if not i.get_closest_marker("gpu")]
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # libraries complain of what is left of them at the end
 
 
 def config_path(name: str) -> Path:
@@ -49,10 +55,32 @@ def same_files(a: Path, b: Path) -> list[str]:
     )
 
 
-def dsv4(*args: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run the command in its own process."""
+def dsv4(*args: str | Path, code: str = "", **env: str) -> subprocess.CompletedProcess[str]:
+    """Run the command, behind some code, in its own process, which need not import what it takes."""
+    from warm import Warm
+
+    body = f"{code}\nfrom dsv4_bridge.cli import main; main()"
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        process = Warm("-c", body, *args, out=out, err=err, **env)
+        try:
+            code = process.wait(timeout=300)
+        finally:
+            process.kill()
+        return subprocess.CompletedProcess(args, code, out.read_text(), err.read_text())
+
+
+def fresh_dsv4(*args: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run the command in an interpreter that has imported nothing, as users do."""
     command = [sys.executable, "-c", "from dsv4_bridge.cli import main; main()", *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | env, timeout=300, check=False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _little_garbage() -> None:
+    """What was imported or made before a module stays: collections need not look at it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

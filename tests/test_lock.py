@@ -24,6 +24,7 @@ import sys, time
 from pathlib import Path
 from dsv4_bridge.errors import BridgeError
 from dsv4_bridge.lock import hold
+time.sleep(max(0, float(sys.argv[2]) - 0.05 - time.time()))
 while time.time() < float(sys.argv[2]):
     pass
 try:

@@ -1,17 +1,18 @@
 """Several real processes share a conversion: the same bytes as one, and no half of it looks whole."""
 
 import json
-import os
 import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from warm import Warm
 
 from conftest import same_files
 from dsv4_bridge import BridgeError, Options, export_hf, import_hf, make_toy, repack
@@ -19,8 +20,6 @@ from dsv4_bridge.ranks import Ranks, read, shares
 from dsv4_bridge.spec.spec import replace_spec
 from dsv4_bridge.spec.variants import VARIANTS, tiny
 from dsv4_bridge.store.hf import open_hf
-
-Process = subprocess.Popen[str]
 
 
 @pytest.fixture(scope="module")
@@ -36,26 +35,28 @@ def megatron(source: Path) -> Path:
     return source.parent / "megatron"
 
 
-def start(rank: int, world: int, *args: str | Path, timeout: int = 60) -> Process:
-    env = os.environ | {"RANK": str(rank), "WORLD_SIZE": str(world), "DSV4_RANK_TIMEOUT": str(timeout)}
-    command = [sys.executable, "-m", "dsv4_bridge", *map(str, args)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+def start(rank: int, world: int, *args: str | Path, timeout: int = 60) -> Warm:
+    env = {"RANK": str(rank), "WORLD_SIZE": str(world), "DSV4_RANK_TIMEOUT": str(timeout)}
+    said = Path(tempfile.mkdtemp(dir=_SAID.name))
+    return Warm("-m", "dsv4_bridge", *args, out=said / "out", err=said / "err", **env)
+
+
+_SAID = tempfile.TemporaryDirectory()
 
 
 @contextmanager
-def running(*processes: Process) -> Iterator[None]:
+def running(*processes: Warm) -> Iterator[None]:
     """Nobody stays behind, whatever a test finds."""
     try:
         yield
     finally:
         for process in processes:
             process.kill()
-            process.communicate()
 
 
-def end(process: Process) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=120)
-    return process.returncode, out, err
+def end(process: Warm) -> tuple[int, str, str]:
+    code = process.wait(timeout=120)
+    return code, process.out.read_text(), process.err.read_text()
 
 
 def run_all(world: int, *args: str | Path) -> list[tuple[int, str, str]]:
@@ -68,7 +69,7 @@ def looks_complete(folder: Path) -> bool:
     return (folder / "config.json").exists() or (folder / "latest_checkpointed_iteration.txt").exists()
 
 
-def stop_at_work(out: Path, rank: int, begin: Callable[[Path], list[Process]]) -> tuple[Path, list[Process]]:
+def stop_at_work(out: Path, rank: int, begin: Callable[[Path], list[Warm]]) -> tuple[Path, list[Warm]]:
     """Stop (SIGSTOP) a rank of a run in the midst of its share; the folder and the processes of that run."""
     for attempt in range(20):
         folder = out.with_name(f"{out.name}-{attempt}")
@@ -85,7 +86,6 @@ def stop_at_work(out: Path, rank: int, begin: Callable[[Path], list[Process]]) -
             time.sleep(0.002)
         for process in processes:
             process.kill()
-            process.communicate()
     raise AssertionError("no run could be caught at work")
 
 
@@ -150,7 +150,7 @@ def test_the_converter_needs_no_torch(source: Path, tmp_path: Path) -> None:
 def test_a_killed_rank_stops_the_others_and_resume_goes_on(
     victim: int, then: int, source: Path, megatron: Path, tmp_path: Path
 ) -> None:
-    def begin(folder: Path) -> list[Process]:
+    def begin(folder: Path) -> list[Warm]:
         return [start(rank, 3, "import", source, folder) for rank in range(3)]
 
     out, processes = stop_at_work(tmp_path / "out", victim, begin)
@@ -173,7 +173,7 @@ def test_a_killed_rank_stops_the_others_and_resume_goes_on(
 
 
 def test_a_silent_rank_is_given_up_and_may_not_meddle_later(source: Path, megatron: Path, tmp_path: Path) -> None:
-    def begin(folder: Path) -> list[Process]:
+    def begin(folder: Path) -> list[Warm]:
         return [start(rank, 2, "import", source, folder, timeout=2) for rank in range(2)]
 
     out, processes = stop_at_work(tmp_path / "out", 1, begin)

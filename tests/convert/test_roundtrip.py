@@ -4,16 +4,26 @@ from pathlib import Path
 
 import pytest
 
-from conftest import dsv4, same_files
+from conftest import dsv4, fresh_dsv4, same_files
 from dsv4_bridge import BridgeError, Options, export_hf, import_hf, inspect, make_toy, repack, verify
-from dsv4_bridge.spec.variants import VARIANTS
+from dsv4_bridge.spec.spec import replace_spec
+from dsv4_bridge.spec.variants import VARIANTS, tiny
 
 
-@pytest.mark.parametrize("payload", ["natural", "extreme"])
-@pytest.mark.parametrize("ragged", [False, True], ids=["aligned", "ragged"])
+# Every variant with either payload and either widths; `make test-all` makes all four pairs.
+@pytest.mark.parametrize(
+    ("ragged", "payload"),
+    [
+        pytest.param(False, "natural", id="aligned-natural"),
+        pytest.param(True, "extreme", id="ragged-extreme"),
+        pytest.param(True, "natural", id="ragged-natural", marks=pytest.mark.slow),
+        pytest.param(False, "extreme", id="aligned-extreme", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_round_trip_is_identical(variant: str, ragged: bool, payload: str, tmp_path: Path) -> None:
-    source = make_toy(tmp_path / "hf", variant, 3, payload=payload, ragged=ragged)
+    spec = replace_spec(tiny(VARIANTS[variant], ragged), n_routed_experts=4)
+    source = make_toy(tmp_path / "hf", variant, 3, spec=spec, payload=payload)
     import_hf(source, tmp_path / "megatron")
     export_hf(tmp_path / "megatron", tmp_path / "back", source)
     assert same_files(source, tmp_path / "back") == []
@@ -76,12 +86,12 @@ def test_passengers_travel_and_can_be_dropped(tmp_path: Path) -> None:
 
 def test_the_command_end_to_end(tmp_path: Path) -> None:
     hf, megatron, back = tmp_path / "hf", tmp_path / "m", tmp_path / "back"
-    assert dsv4("toy", hf, "--variant", "pro", "--seed", "4").returncode == 0
-    assert dsv4("import", hf, megatron, "--workers", "2").returncode == 0
-    assert dsv4("export", megatron, back, "--like", hf).returncode == 0
-    done = dsv4("verify", hf, back, "--level", "bytes")
+    assert fresh_dsv4("toy", hf, "--variant", "pro", "--seed", "4").returncode == 0
+    assert fresh_dsv4("import", hf, megatron, "--workers", "2").returncode == 0
+    assert fresh_dsv4("export", megatron, back, "--like", hf).returncode == 0
+    done = fresh_dsv4("verify", hf, back, "--level", "bytes")
     assert done.returncode == 0 and "100 % of bytes" in done.stdout
-    assert dsv4("inspect", megatron).returncode == 0
+    assert fresh_dsv4("inspect", megatron).returncode == 0
 
 
 def test_a_dry_run_converts_everything_and_writes_nothing(tmp_path: Path, toy_flash: Path, toy_megatron: Path) -> None:

@@ -5,13 +5,12 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from warm import Warm
 
 from conftest import dsv4, same_files
 from dsv4_bridge import BridgeError, Options, export_hf, import_hf, make_toy, repack, verify
@@ -59,15 +58,16 @@ def kill_and_resume(kind: str, source: Path, like: Path, expected: Path, tmp: Pa
         if killed == KILLS:
             break
         out = tmp / f"{kind}-{attempt}"
-        command = [sys.executable, "-c", _RUN, kind, source, out, like]
-        process = subprocess.Popen([str(c) for c in command], stdout=subprocess.PIPE)
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"ready\n"
+        said = tmp / "said"
+        said.unlink(missing_ok=True)
+        process = Warm("-c", _RUN, kind, source, out, like, out=said)
+        while not (said.exists() and said.read_bytes() == b"ready\n"):
+            assert process.poll() is None, said.read_text()
+            time.sleep(0.002)
         began = time.monotonic()
         time.sleep(rng.uniform(0, length))
         process.send_signal(signal.SIGKILL)
         died = process.wait() == -signal.SIGKILL
-        process.stdout.close()
         if not died:  # it was done before: next time a shorter wait
             length = max(0.02, 0.8 * (time.monotonic() - began))
         killed += died

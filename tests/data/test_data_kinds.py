@@ -2,8 +2,6 @@
 
 import gzip
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from warm import Warm
 
 pytest.importorskip("megatron.core")
 
-from conftest import dsv4
+from conftest import dsv4, fresh_dsv4
 from dsv4_bridge import BridgeError, make_toy
 from dsv4_bridge.data.chat.jsonl import read_line
 from dsv4_bridge.data.chat.prepare import prepare_chat
@@ -110,7 +109,8 @@ def test_the_command_tells_conversations_by_content(toy: Path, tmp_path: Path) -
     source = write(tmp_path / "sharegpt.json", [SAME_TALK["sharegpt"]], "array")
     done = dsv4("data", source, tmp_path / "out", "--tokenizer", toy, "--seq-length", "64")
     assert done.returncode == 2 and "--thinking or --no-thinking" in done.stderr and "element 1" in done.stderr
-    done = dsv4("data", source, tmp_path / "out", "--tokenizer", toy, "--seq-length", "64", "--no-thinking", "--json")
+    args = ("data", source, tmp_path / "out", "--tokenizer", toy, "--seq-length", "64", "--no-thinking", "--json")
+    done = fresh_dsv4(*args)
     assert done.returncode == 0 and json.loads(done.stdout)["counts"]["samples"] == 1
     again = ["data", source, tmp_path / "out", "--tokenizer", toy, "--seq-length", "32", "--no-thinking"]
     assert "give --overwrite" in dsv4(*again).stderr
@@ -286,23 +286,14 @@ def test_a_tokenizer_saved_for_batches_cuts_and_pads_nothing(
 def test_two_at_once_make_one_whole(kind: str, toy: Path, tmp_path: Path) -> None:
     rows = [TALK if kind == "chat" else {"text": f"word{i} " * 50} for i in range(400)]
     source = write(tmp_path / "c.jsonl", rows, "lines")
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "dsv4_bridge",
-        "data",
-        source,
-        tmp_path / "out",
-        "--tokenizer",
-        toy,
-    ]
+    command = ["-m", "dsv4_bridge", "data", source, tmp_path / "out", "--tokenizer", toy]
     command += ["--seq-length", "64"] if kind == "chat" else []
-    runs = [subprocess.Popen([str(c) for c in command], stderr=subprocess.PIPE, text=True) for _ in range(3)]
-    said = [run.communicate(timeout=120)[1] for run in runs]
-    assert sorted(run.returncode for run in runs) == [0, 2, 2], said
-    refused = [s for s, run in zip(said, runs, strict=True) if run.returncode]
+    (tmp_path / "said").mkdir()
+    runs = [Warm(*command, out=tmp_path / "said" / str(n)) for n in range(3)]
+    codes = [run.wait(timeout=120) for run in runs]
+    said = [run.out.read_text() for run in runs]
+    assert sorted(codes) == [0, 2, 2], said
+    refused = [s for s, code in zip(said, codes, strict=True) if code]
     assert all("another run is writing" in s or "in the way" in s or "not an empty folder" in s for s in refused), (
         refused
     )

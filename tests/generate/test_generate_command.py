@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from conftest import dsv4
+from conftest import fresh_dsv4
 from dsv4_bridge import BridgeError
 from dsv4_bridge.cli import main
 from dsv4_bridge.generate.generate import Ask, generate
@@ -78,7 +78,9 @@ def test_text_of_both_formats(
 
 def test_json_is_one_object_and_nothing_else(toy_megatron: Path, expected: tuple[list[int], str]) -> None:
     """In a process of its own, imports and all."""
-    done = dsv4("generate", toy_megatron, "--prompt", "Hello", "--prompt-ids", "5,6,7", "--json", "--max-new-tokens=24")
+    done = fresh_dsv4(
+        "generate", toy_megatron, "--prompt", "Hello", "--prompt-ids", "5,6,7", "--json", "--max-new-tokens=24"
+    )
     assert done.returncode == 0 and done.stderr == ""
     assert done.stdout.count("\n") == 1
     report = json.loads(done.stdout)

@@ -1,14 +1,11 @@
 """Real processes that meet over gloo on this machine."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from warm import run_world
 
 # Process groups that were destroyed leave threads behind: a process makes so many cases at most.
 MANY = 12
@@ -22,32 +19,8 @@ def run_ranks(folder: Path, tag: str, world: int, cases: list[dict[str, Any]], *
         return first + run_ranks(folder, tag, world, cases[MANY:], **told)
     instructions = folder / f"{tag}.json"
     instructions.write_text(json.dumps(told | {"tag": tag, "folder": str(folder), "cases": cases}, default=str))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    env = os.environ | {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(world),
-        "OMP_NUM_THREADS": "1",
-        "OMP_WAIT_POLICY": "passive",
-    }
-    processes, outputs = [], []
-    try:
-        for rank in range(world):
-            said = (folder / f"{tag}.rank{rank}.log").open("w+")
-            outputs.append(said)
-            command = [sys.executable, "-W", "ignore", str(WORKER), str(instructions)]
-            own = env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            processes.append(subprocess.Popen(command, env=own, stdout=said, stderr=subprocess.STDOUT))
-        codes = [process.wait(timeout=300 + 30 * len(cases)) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for rank, (code, said) in enumerate(zip(codes, outputs, strict=True)):
-        said.seek(0)
-        assert code == 0, f"rank {rank} of {tag}:\n{said.read()[-4000:]}"
-        said.close()
+    limit = 300 + 30 * len(cases)
+    run_world(world, WORKER, instructions, said=folder / tag, timeout=limit, OMP_WAIT_POLICY="passive")
     found = [torch.load(folder / f"{tag}.rank{r}.pt", weights_only=False) for r in range(world)]
     return [list(case) for case in zip(*found, strict=True)]
 

@@ -1,12 +1,11 @@
 """Megatron-Core's own loader takes what `import` writes, cut as TP, EP, expert-TP and PP ranks cut it."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors import safe_open
+from warm import run_world
 
 from conftest import same_files
 from dsv4_bridge import BridgeError, export_hf, import_hf, inspect, make_toy
@@ -41,7 +40,9 @@ def main(rank, world, root, checkpoint):
     dist.init_process_group("gloo", init_method=f"file://{root}/meet", rank=rank, world_size=world)
     from megatron.core import dist_checkpointing as dc
     from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
 
+    get_write_results_queue("fork")  # by default another process is spawned, which imports Megatron once more
     for mode in ("tp", "ep", "pp"):
         os.makedirs(f"{root}/saved-{mode}/iter_0000003", exist_ok=True)
     arrays = dict(np.load(f"{root}/arrays.npz"))
@@ -116,7 +117,7 @@ def main(rank, world, root, checkpoint):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
+    main(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), *sys.argv[1:])
 '''
 
 
@@ -170,17 +171,8 @@ def test_megatron_loads_an_import_at_every_kind_of_cut(variant: str, tmp_path: P
     (tmp_path / "worker.py").write_text(WORKER)
     iteration = tmp_path / "m" / "iter_0000000"
     assert inspect(tmp_path / "m").tensors == len(arrays)
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, tmp_path / "worker.py", str(rank), "2", tmp_path, iteration],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [rank.communicate(timeout=240)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(outputs)
+    run_world(2, tmp_path / "worker.py", tmp_path, iteration, said=tmp_path / "worker", timeout=240)
+    outputs = [(tmp_path / f"worker.rank{rank}.log").read_text() for rank in range(2)]
     assert all(mode in out for out in outputs for mode in ("tp:", "ep:", "pp:"))
 
     # And back: what Megatron saved, sharded over two ranks along other axes, exports to the very same files.

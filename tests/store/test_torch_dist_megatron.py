@@ -1,14 +1,12 @@
 """Megatron-Core itself loads what is written here, and what it saves is read here: 1 and 2 ranks, gloo."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch_dist_tools import bits, same, write
+from warm import Warm
 
 from dsv4_bridge.errors import BridgeError
 from dsv4_bridge.spec.dtypes import DTYPES
@@ -158,23 +156,17 @@ def root(tmp_path_factory, arrays):
     ours = write(root / "ours", {k: (d, arrays[k], cuts) for k, (d, _, cuts) in TENSORS.items()}, OBJECTS)
     np.savez(root / "arrays.npz", allow_pickle=False, **arrays)
     (root / "worker.py").write_text(WORKER)
-    running, env = [], os.environ | {"OMP_NUM_THREADS": "1"}  # three processes, a few cores
+    running: list[tuple[Warm, Path]] = []
     for world in (1, 2):
         (root / f"saved{world}" / "iter_0000003").mkdir(parents=True)
         (root / f"saved{world}" / "latest_checkpointed_iteration.txt").write_text("3")
         for rank in range(world):
-            command = [sys.executable, str(root / "worker.py"), str(rank), str(world), str(root), str(ours)]
-            running.append(
-                subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
-            )
-    failed = []
+            said = root / f"rank{rank} of {world}.log"
+            running.append((Warm(root / "worker.py", rank, world, root, ours, out=said), said))
     try:
-        for process in running:
-            output = process.communicate(timeout=600)[0]
-            if process.returncode:
-                failed.append(output[-3000:])
+        failed = [said.read_text()[-3000:] for process, said in running if process.wait(timeout=600)]
     finally:
-        for process in running:
+        for process, _ in running:
             process.kill()
     if failed:
         pytest.fail("\n\n".join(failed))

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -120,10 +121,21 @@ class FakeHub:
 
 
 def commit_of(folder: Path) -> str:
-    digest = hashlib.sha1(str(folder).encode())
+    told = hashlib.sha1(str(folder).encode())
     for path in sorted(folder.rglob("*")):
-        digest.update(path.read_bytes() if path.is_file() else b"")
-    return digest.hexdigest()
+        told.update(digest("sha1", path).encode() if path.is_file() else b"")
+    return told.hexdigest()
+
+
+def digest(kind: str, path: Path) -> str:
+    """Of a file's bytes, which are read again where it was replaced."""
+    now = path.stat()
+    return _digest(kind, path, now.st_size, now.st_mtime_ns, now.st_ino)
+
+
+@cache
+def _digest(kind: str, path: Path, *state: int) -> str:
+    return hashlib.new(kind, path.read_bytes()).hexdigest()
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -178,10 +190,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.content(json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
     def entry(self, name: str, path: Path) -> dict[str, Any]:
-        data = path.read_bytes()
-        entry = {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+        size = path.stat().st_size
+        entry = {"type": "file", "path": name, "size": size, "oid": digest("sha1", path)}
         if is_large(name):
-            entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
+            entry["lfs"] = {"oid": digest("sha256", path), "size": size, "pointerSize": 134}
         return entry
 
     def file(self, repo: str, revision: str, name: str) -> None:
@@ -195,14 +207,14 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             data, commit = (folder / name).read_bytes(), commit_of(folder)
             if not is_large(name):
-                etag = f'"{hashlib.sha1(data).hexdigest()}"'
+                etag = f'"{digest("sha1", folder / name)}"'
                 self.content(data, {"ETag": etag, "X-Repo-Commit": commit})
                 return
             # Weights lie on another host: a redirect that says what will come.
             headers = {
                 "Location": f"{self.state.url.replace('127.0.0.1', 'localhost')}/cdn/{repo}/{commit}/{name}",
                 "X-Repo-Commit": commit,
-                "X-Linked-ETag": f'"{hashlib.sha256(data).hexdigest()}"',
+                "X-Linked-ETag": f'"{digest("sha256", folder / name)}"',
                 "X-Linked-Size": str(len(data)),
             }
             self.answer(302, headers, b"")

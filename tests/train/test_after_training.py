@@ -89,7 +89,7 @@ def test_source_export_keeps_what_training_did_not_touch(start: Path, trained: P
     ours, theirs = our_logits(trained, ids), our_logits(tmp_path / "source", ids)
     # Matrices were rounded to E4M3 and E2M1: half a step of these is 1/16 and 1/4 of a value at most.
     assert 0 < (theirs - ours).norm() < 0.25 * ours.norm()
-    assert json.loads((tmp_path / "source" / "config.json").read_text())["num_hidden_layers"] == 4
+    assert json.loads((tmp_path / "source" / "config.json").read_text())["num_hidden_layers"] == 3
 
 
 @pytest.mark.parametrize("variant", ["Flash", "Flash-0731"])

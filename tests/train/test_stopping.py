@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from training import SMALL, make_start, make_text, run
+from warm import Warm
 
 from dsv4_bridge import BridgeError, make_toy
 from dsv4_bridge.lock import hold
@@ -32,15 +33,14 @@ def text(hf: Path) -> Path:
     return make_text(hf.parent, hf)
 
 
-def start(out: Path, hf: Path, text: Path, *words: str) -> "subprocess.Popen[bytes]":
+def start(out: Path, hf: Path, text: Path, *words: str) -> Warm:
     """`dsv4 train` as the leader of a process group."""
-    command = [sys.executable, "-W", "ignore", "-m", "dsv4_bridge", "train", "flash-pretrain", *SMALL]
-    command += [f"start={hf}", f"out={out}", f"data.train={text}", "schedule.steps=100000", *words]
-    said = (out.parent / f"{out.name}.said").open("w")
-    return subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, start_new_session=True)
+    command = ["-m", "dsv4_bridge", "train", "flash-pretrain", *SMALL, f"start={hf}", f"out={out}"]
+    command += [f"data.train={text}", "schedule.steps=100000", *words]
+    return Warm(*command, out=out.with_name(f"{out.name}.said"), new_session=True)
 
 
-def wait_for_save(process: "subprocess.Popen[bytes]", out: Path, behind: int) -> None:
+def wait_for_save(process: Warm, out: Path, behind: int) -> None:
     for _ in range(6000):
         if saved(out) > behind:
             return

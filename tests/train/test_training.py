@@ -4,14 +4,13 @@ import math
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from training import SMALL, contents, log, make_start, make_text, recipe, run, small_spec, unigram_entropy
+from warm import Warm
 
 from dsv4_bridge import BridgeError
 from dsv4_bridge.train import build as setup
@@ -22,6 +21,8 @@ from dsv4_bridge.train.plan import plan_recipe, recipe_spec
 from dsv4_bridge.train.recipes import RECIPES
 
 pytestmark = pytest.mark.megatron
+
+ONE = "batch.micro=4"  # micro-batch a step, where more are not what is looked at
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,7 @@ def test_a_run_that_stopped_goes_on_bit_for_bit(
 
 
 def test_the_last_few_checkpoints_stay(hf: Path, text: Path, tmp_path: Path) -> None:
-    words = ["schedule.steps=5", "checkpoint.save_every=1", "checkpoint.keep=2", "checkpoint.background=true"]
+    words = ["schedule.steps=5", "checkpoint.save_every=1", "checkpoint.keep=2", "checkpoint.background=true", ONE]
     outcome = run("flash-pretrain", f"start={hf}", f"out={tmp_path / 'run'}", f"data.train={text}", *words)
     assert sorted(p.name for p in (tmp_path / "run").glob("iter_*")) == ["iter_0000004", "iter_0000005"]
     assert outcome.checkpoint == tmp_path / "run" / "iter_0000005"
@@ -89,25 +90,38 @@ def test_the_last_few_checkpoints_stay(hf: Path, text: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("name", ["flash-pretrain", "flash-pretrain-muon"])
 def test_what_the_background_writes_is_of_its_step(name: str, hf: Path, text: Path, tmp_path: Path) -> None:
     """Training goes on meanwhile, and changes in place what is being written."""
-    words = [f"start={hf}", f"data.train={text}", "schedule.steps=4", "checkpoint.save_every=1", "checkpoint.keep=9"]
+    words = [
+        f"start={hf}",
+        f"data.train={text}",
+        "schedule.steps=3",
+        "checkpoint.save_every=1",
+        "checkpoint.keep=9",
+        ONE,
+    ]
     for kind in ("true", "false"):
         run(name, *words, f"out={tmp_path / kind}", f"checkpoint.background={kind}")
-    for step in (1, 2, 3, 4):
+    for step in (1, 2, 3):
         folder = f"iter_{step:07d}"
         assert contents(tmp_path / "true" / folder) == contents(tmp_path / "false" / folder), step
 
 
-def _start(out: Path, hf: Path, text: Path, *words: str, largest: str = "unlimited") -> "subprocess.Popen[str]":
-    """`dsv4 train`, which can write files of `largest` KiB."""
-    command = ["bash", "-c", f'ulimit -f {largest}; exec "$@"', "_"]
-    command += [sys.executable, "-W", "ignore", "-m", "dsv4_bridge", "train", "flash-pretrain", *SMALL]
-    command += [f"start={hf}", f"out={out}", f"data.train={text}", *words]
-    # Not a pipe: what writes checkpoints would hold it open behind a killed run.
-    with (out.parent / "said.txt").open("w") as said:
-        return subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, text=True)
+LIMITED = """
+import resource
+import sys
+from dsv4_bridge.cli import main
+largest = int(sys.argv.pop(1))
+resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+main()
+"""
 
 
-def _wait_for_step(out: Path, step: int, process: "subprocess.Popen[str]") -> int:
+def _start(out: Path, hf: Path, text: Path, *words: str, largest: int = -1) -> Warm:
+    """`dsv4 train`, which can write files of `largest` bytes."""
+    command = ["-c", LIMITED, largest, "train", "flash-pretrain", *SMALL, f"start={hf}", f"out={out}"]
+    return Warm(*command, f"data.train={text}", *words, out=out.parent / "said.txt")
+
+
+def _wait_for_step(out: Path, step: int, process: Warm) -> int:
     """The step that the log has reached, `step` or later."""
     for _ in range(6000):
         reached = [line["step"] for line in log(out)] if (out / "log.jsonl").exists() else []
@@ -122,7 +136,7 @@ def test_what_cannot_be_saved_leaves_what_was(hf: Path, text: Path, tmp_path: Pa
     out = tmp_path / "run"
     run("flash-pretrain", f"start={hf}", f"out={out}", f"data.train={text}", "schedule.steps=2", "schedule.warmup=1")
     words = ["schedule.steps=4", "checkpoint.background=true"]
-    assert _start(out, hf, text, *words, largest="1000").wait(timeout=120) == 2
+    assert _start(out, hf, text, *words, largest=1_024_000).wait(timeout=120) == 2
     said = (tmp_path / "said.txt").read_text()
     assert "dsv4: saving a checkpoint in" in said and "GB are free there" in said and "Traceback" not in said
     assert sorted(p.name for p in out.glob("iter_*")) == ["iter_0000002", "iter_0000004.part"]
@@ -160,6 +174,7 @@ def test_learning_rate_and_mtp_weight_follow_the_recipe(hf: Path, text: Path, tm
         "losses.mtp=0.3",
         "losses.mtp_late=0.1",
         "schedule.steps=7",
+        ONE,
     ]
     run("flash-pretrain", f"start={hf}", f"out={tmp_path / 'run'}", f"data.train={text}", *words)
     rates = [line["lr"] for line in log(tmp_path / "run")]
@@ -171,7 +186,7 @@ def test_learning_rate_and_mtp_weight_follow_the_recipe(hf: Path, text: Path, tm
 def test_a_leap_of_the_loss_stops_with_what_to_look_at(
     hf: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ["schedule.steps=14", "checkpoint.save_every=5", "log.spike=2"]
+    words = ["schedule.steps=14", "checkpoint.save_every=5", "log.spike=2", ONE]
     step = loop._step
 
     def leaping(trainer: object, feed: object, state: loop.State, size: int) -> dict[str, float]:
@@ -243,7 +258,7 @@ def test_memory_is_of_the_moments_that_there_will_be(
 def test_interleaved_stages_take_micro_batches_in_turn(words: list[str], told: str) -> None:
     chosen = recipe("flash-pretrain", "parallel.pp=2", "parallel.vp=2", *words)
     with pytest.raises(BridgeError, match=told):
-        check_layout(chosen, small_spec(), 2)
+        check_layout(chosen, small_spec(layers=4), 2)
 
 
 def test_out_is_a_folder_of_its_own(hf: Path, text: Path, tmp_path: Path) -> None:

@@ -1,15 +1,12 @@
 """Training over real processes: any layout makes the steps of one rank, and goes on where another stopped."""
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from training import contents, log, make_start, make_text
+from warm import run_world
 
 pytestmark = pytest.mark.megatron
 
@@ -30,7 +27,7 @@ LAYOUTS: dict[str, list[str]] = {
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_start(tmp_path_factory.mktemp("ranks"))
+    return make_start(tmp_path_factory.mktemp("ranks"), layers=4)
 
 
 @pytest.fixture(scope="module")
@@ -42,22 +39,7 @@ def run_ranks(folder: Path, tag: str, world: int, runs: list[Run]) -> list[list[
     """The losses of each run, of `world` processes."""
     told, result = folder / f"{tag}.json", folder / f"{tag}.result.json"
     told.write_text(json.dumps({"runs": runs, "result": str(result)}))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
-    processes = []
-    try:
-        for rank in range(world):
-            own = env | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-            command = [sys.executable, "-W", "ignore", str(WORKER), str(told)]
-            pipe = subprocess.PIPE
-            processes.append(subprocess.Popen(command, env=own, stdout=pipe, stderr=subprocess.STDOUT, text=True))
-        said = [process.communicate(timeout=300 + 60 * len(runs))[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [p.returncode for p in processes] == [0] * world, "\n".join(text[-3000:] for text in said)
+    run_world(world, WORKER, told, said=folder / tag, timeout=300 + 60 * len(runs))
     return json.loads(result.read_text())
 
 
@@ -110,6 +92,8 @@ def test_what_is_sent_during_the_passes_changes_no_bit(
     """Many buckets; nothing is clipped, for a norm is summed bucket by bucket, and no sum is of more than two ranks."""
     folder = start.parent / f"sent{world}"
     folder.mkdir()
+    if world == 2:  # nothing is interleaved
+        start = make_start(folder)
     words = [f"start={start}", f"data.train={text}", "schedule.steps=4", "optimizer.clip_grad=0", "optimizer.lr=1e-3"]
     words += ["log.valid_every=2", "log.valid_steps=2", "checkpoint.save_every=2", "checkpoint.background=true"]
     ways = (["parallel.overlap=false"], ["parallel.bucket=5000"])
