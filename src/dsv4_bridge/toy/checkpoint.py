@@ -81,9 +81,16 @@ def _write_shards(out: Path, plan: Plan, kind: Variant, seed: int, payload: str)
         name = shard_name(number, plan.spec)
         stream = FileStream(out / name, buffers)
         stream.write(make_header((fact for fact, _, _ in tensors), {}))
+        made, halves = "", list[tuple[np.ndarray, np.ndarray]]()  # a weight and its scale are mostly neighbours
         for fact, item, is_scale in tensors:
-            for piece in payload_of(item, kind.encodings[item.row.encoding], is_scale, seed, payload, plan.spec):
-                stream.write(piece)
+            encoding = kind.encodings[item.row.encoding]
+            if encoding not in QUANTISED:
+                stream.write(_plain(item, encoding, _generator(seed, item), plan.spec))
+            else:
+                if made != item.name:
+                    made, halves = item.name, list(_coded(item, encoding, seed, payload))
+                for half in halves:
+                    stream.write(half[is_scale])
             weight_map[fact.name] = name
             total += fact.nbytes
         stream.close()
@@ -97,18 +104,15 @@ def _write_shards(out: Path, plan: Plan, kind: Variant, seed: int, payload: str)
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def payload_of(
-    item: Item, encoding: str, is_scale: bool, seed: int, payload: str, spec: ModelSpec
-) -> Iterator[np.ndarray]:
-    """The bytes of one tensor, a stripe of rows at a time; weight and scale are made from one seed."""
-    if encoding not in QUANTISED:
-        yield _plain(item, encoding, np.random.default_rng([seed, zlib.crc32(item.name.encode())]), spec)
-        return
+def _generator(seed: int, item: Item, *more: int) -> np.random.Generator:
+    return np.random.default_rng([seed, zlib.crc32(item.name.encode()), *more])
+
+
+def _coded(item: Item, encoding: str, seed: int, payload: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Codes and scales of one tensor, a stripe of rows at a time."""
+    make = {"natural": _natural, "random": _random, "extreme": _extreme}[payload]
     for first, last in cuts(0, item.shape[0], _ROWS):
-        rng = np.random.default_rng([seed, zlib.crc32(item.name.encode()), first])
-        shape = (last - first, item.shape[1])
-        codes, scale = {"natural": _natural, "random": _random, "extreme": _extreme}[payload](encoding, shape, rng)
-        yield scale if is_scale else codes
+        yield make(encoding, (last - first, item.shape[1]), _generator(seed, item, first))
 
 
 def _plain(item: Item, encoding: str, rng: np.random.Generator, spec: ModelSpec) -> np.ndarray:
