@@ -56,7 +56,7 @@ def reference_model(spec: ModelSpec, values: Values, dtype: torch.dtype, device:
         from transformers.initialization import no_init_weights
     except ImportError:
         raise BridgeError(
-            "comparing with transformers: 5.23 is not installed; pip install 'dsv4-bridge[megatron,hf]'"
+            "comparing with transformers: it is not installed; pip install 'dsv4-bridge[megatron,hf]'"
         ) from None
     config = DeepseekV4Config.from_dict(released_config(spec, None, False))
     config._attn_implementation = "eager"
