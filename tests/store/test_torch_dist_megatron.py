@@ -156,7 +156,7 @@ def root(tmp_path_factory, arrays):
     """Checkpoints saved by Megatron on 1 and 2 ranks, after each loaded ours under three strict modes."""
     root = tmp_path_factory.mktemp("megatron")
     ours = write(root / "ours", {k: (d, arrays[k], cuts) for k, (d, _, cuts) in TENSORS.items()}, OBJECTS)
-    np.savez(root / "arrays.npz", allow_pickle=False, **arrays)
+    np.savez(root / "arrays.npz", **arrays)
     (root / "worker.py").write_text(WORKER)
     running, env = [], os.environ | {"OMP_NUM_THREADS": "1"}  # three processes, a few cores
     for world in (1, 2):
