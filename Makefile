@@ -1,13 +1,13 @@
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test test-all check bench format clean
+.PHONY: demo test test-all test-oldest check bench format clean
 
 # The marker is touched when the environment matches pyproject.toml and constraints.txt.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	test -x $(PY) || python3.12 -m venv $(VENV) || python3 -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
-	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[megatron,hf,train,report,dev]'
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[megatron,hf,train,report,test,dev]'
 	touch $@
 
 demo: $(VENV)/.ready
@@ -19,6 +19,22 @@ test: $(VENV)/.ready
 # Those of many processes or many steps too.
 test-all: $(VENV)/.ready
 	$(PY) -m pytest -n 2 --dist loadfile -m ""
+
+# The oldest versions that pyproject.toml allows, and what of the tests meets other libraries most.
+OLDEST := .venv-oldest
+OLDEST_TESTS := tests/test_versions.py tests/codec tests/convert/test_roundtrip.py tests/convert/test_transformers.py \
+	$(addprefix tests/mcore/test_, forward.py generate.py attend.py names.py weights.py) tests/parity/test_parity.py \
+	tests/lora $(addprefix tests/store/test_, config.py hub.py torch_dist_megatron.py torch_dist_writing.py)
+
+$(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
+	test -x $(OLDEST)/bin/python || python3.12 -m venv $(OLDEST) || python3 -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
+	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt \
+		--editable '.[megatron,hf,train,report,test]'
+	touch $@
+
+test-oldest: $(OLDEST)/.ready
+	$(OLDEST)/bin/python -m pytest -n 2 --dist loadfile $(OLDEST_TESTS)
 
 check: $(VENV)/.ready
 	$(VENV)/bin/ruff format --check src tests benchmarks docs/generate.py
@@ -38,7 +54,7 @@ bench: $(VENV)/.ready
 	$(PY) benchmarks/model_memory.py
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info
+	rm -rf $(VENV) $(OLDEST) build dist src/*.egg-info
 
 .PHONY: docs
 docs: $(VENV)/.ready

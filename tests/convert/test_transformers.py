@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from packaging.version import Version
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("transformers", "5.23")
+transformers = pytest.importorskip("transformers")
 
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM, DeepseekV4Model  # noqa: E402
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer  # noqa: E402
@@ -375,6 +376,8 @@ def quantised_modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Pat
 def test_a_quantised_save_comes_back_code_for_code(
     variant: str, scheme: str, quantised_modules: Callable[[Path], Any], tmp_path: Path
 ) -> None:
+    if scheme == "saved" and Version(transformers.__version__) < Version("5.21"):
+        pytest.skip("transformers before 5.21 loses the experts' scales")
     toy = small_toy(tmp_path / "toy", variant, 31)
     quantised_modules(toy).save_pretrained(tmp_path / "saved", save_original_format=scheme == "saved")
     found = inspect(tmp_path / "saved")

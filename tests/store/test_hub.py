@@ -215,7 +215,7 @@ def test_a_cache_with_half_of_the_shards_is_not_taken_for_all(server: FakeHub, c
     shard.unlink()
     client.env["HF_HUB_OFFLINE"] = "1"  # a connection that is down is tried again for half a minute
     message = one_message(client("import", REPO, tmp_path / "offline"))
-    assert "cache does not hold all" in message
+    assert re.search("cache does not hold all|1 of 9 shards that the index names are missing", message)
     client.env["HF_HUB_OFFLINE"] = "0"
     assert client("import", REPO, tmp_path / "online").returncode == 0
     assert same_files(tmp_path / "out", tmp_path / "online") == []
@@ -364,6 +364,8 @@ def test_a_server_cannot_hold_up_or_fill_the_client(
     if tamper in (_slow_head, _slow_body):
         client.env["DSV4_HUB_TIMEOUT"] = "2"
     done = client("inspect", REPO)
+    if tamper is _endless_list and not any("/tree/" in request.path for request in server.log):
+        pytest.skip("this huggingface_hub asks for no list of so small a repository")
     assert done.returncode == 2, done.stderr
     *notes, message = done.stderr.splitlines()
     assert re.search(said, message), done.stderr

@@ -154,7 +154,7 @@ def root(tmp_path_factory, arrays):
     """Checkpoints saved by Megatron on 1 and 2 ranks, after each loaded ours under three strict modes."""
     root = tmp_path_factory.mktemp("megatron")
     ours = write(root / "ours", {k: (d, arrays[k], cuts) for k, (d, _, cuts) in TENSORS.items()}, OBJECTS)
-    np.savez(root / "arrays.npz", allow_pickle=False, **arrays)
+    np.savez(root / "arrays.npz", **arrays)
     (root / "worker.py").write_text(WORKER)
     running: list[tuple[Warm, Path]] = []
     for world in (1, 2):
@@ -211,8 +211,10 @@ def test_real_metadata_names_only_known_globals(root):
             return super().__getitem__(name)
 
     pickles.decode((root / "saved2/iter_0000003/.metadata").read_bytes(), Watch(METADATA_GLOBALS), "x")
-    assert ("torch.distributed.checkpoint.planner", "SavePlan") in named  # all_local_plans is there
-    assert len(named) >= 17
+    # all_local_plans is there, but for torch 2.11, with which Megatron plans on one rank
+    planned = ("torch.distributed.checkpoint.planner", "SavePlan") in named
+    assert planned or torch.__version__.startswith("2.11")
+    assert len(named) >= (17 if planned else 14)
     assert not [module for module, _ in named if module.startswith("megatron")]
 
 

@@ -16,6 +16,7 @@ from .app import app
 
 # As `--help` lists them: look, convert, run, train.
 _ORDER = "demo toy inspect plan import export repack verify generate parity data recipes train lora merge flops doctor"
+_BAD_ARGUMENTS: Any = typer.BadParameter.__base__  # UsageError, of typer or of click; typer does not export it
 _PLACE = {name: place for place, name in enumerate(_ORDER.split())}
 app.registered_commands.sort(key=lambda verb: _PLACE[verb.name or getattr(verb.callback, "__name__", "")])
 
@@ -36,7 +37,7 @@ def main() -> None:
             raise
         _say(f"{error.name} is not installed, which this needs; pip install 'dsv4-bridge[{extra}]'")
         code = 2
-    except typer.TyperException as error:  # bad arguments
+    except _BAD_ARGUMENTS as error:
         message = getattr(error, "format_message", error.__str__)()
         _say(f"{message} (dsv4 --help lists verbs and options)")
         code = 2

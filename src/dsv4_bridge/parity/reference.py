@@ -56,7 +56,7 @@ def reference_model(spec: ModelSpec, values: Values, dtype: torch.dtype, device:
         from transformers.initialization import no_init_weights
     except ImportError:
         raise BridgeError(
-            "comparing with transformers: 5.23 is not installed; pip install 'dsv4-bridge[megatron,hf]'"
+            "comparing with transformers: it is not installed; pip install 'dsv4-bridge[megatron,hf]'"
         ) from None
     config = DeepseekV4Config.from_dict(released_config(spec, None, False))
     config._attn_implementation = "eager"
@@ -67,8 +67,15 @@ def reference_model(spec: ModelSpec, values: Values, dtype: torch.dtype, device:
     for name, parameter in model.named_parameters():
         if dtype is not torch.float32 and not stay & set(name.split(".")):
             parameter.data = torch.empty_like(parameter, dtype=dtype)
+    for norm in (m for m in model.modules() if isinstance(m, type(model.model.norm))):
+        norm.register_forward_hook(_as_it_came)
     _fill(model, spec, values)
     return model.to(device)
+
+
+def _as_it_came(module: Any, args: Any, output: Tensor) -> Tensor:
+    """A norm's output in its input's type: before transformers 5.20 it is float32, which bf16 layers refuse."""
+    return output.to(args[0].dtype)
 
 
 def _fill(model: Any, spec: ModelSpec, values: Values) -> None:
