@@ -160,6 +160,30 @@ os.pwrite = pwrite
 """
 
 
+SWALLOWED = """
+import os, signal, time
+from dsv4_bridge import cli
+class Finalized:
+    def __del__(self):
+        os.kill(os.getpid(), {number})
+        time.sleep(0.2)
+def verb(standalone_mode):
+    one = Finalized()
+    del one
+    time.sleep(60)
+cli.app = verb
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_that_a_finalizer_swallows_ends_the_command(number: signal.Signals, code: int) -> None:
+    """Python drops what is raised in `__del__`; libraries free their handles there, at any moment."""
+    began = time.monotonic()
+    done = run("toy", "x", code=SWALLOWED.format(number=int(number)))
+    assert done.returncode == code and time.monotonic() - began < 50
+    assert done.stderr.strip() == "dsv4: interrupted; nothing is left half written"
+
+
 @pytest.mark.parametrize("workers", ["1", "3"])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_conversion_that_is_interrupted_says_how_to_go_on(

@@ -27,6 +27,7 @@ def main() -> None:
     # again and again takes a third of the time.
     gc.set_threshold(200_000, 20, 100)
     signal.signal(signal.SIGTERM, _terminated)
+    sys.unraisablehook = _swallowed
     try:
         code = app(standalone_mode=False)
     except BridgeError as error:
@@ -84,6 +85,19 @@ class _Terminated(BaseException):
 def _terminated(number: int, frame: Any) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
     raise _Terminated
+
+
+def _swallowed(what: Any) -> None:
+    """A signal that came while Python ran a finalizer, where its exception ends nothing: it is sent again."""
+    if not isinstance(what.exc_value, _Terminated | KeyboardInterrupt):
+        sys.__unraisablehook__(what)
+        return
+    number = signal.SIGINT if isinstance(what.exc_value, KeyboardInterrupt) else signal.SIGTERM
+    if number == signal.SIGTERM:
+        signal.signal(number, _terminated)
+    again = threading.Timer(0.05, os.kill, (os.getpid(), number))
+    again.daemon = True
+    again.start()
 
 
 def _verb() -> str:
