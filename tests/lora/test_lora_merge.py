@@ -209,3 +209,15 @@ def test_the_command(toy: Path, spec: ModelSpec, tmp_path: Path) -> None:
     assert isinstance(again.exception, BridgeError) and "the folder is not empty" in str(again.exception)
     lost = _run("lora", toy, tmp_path / "x")
     assert isinstance(lost.exception, BridgeError) and "a Megatron checkpoint is wanted" in str(lost.exception)
+
+
+def test_a_merge_that_was_stopped_half_way_is_begun_anew(toy: Path, spec: ModelSpec, tmp_path: Path) -> None:
+    export_peft(random_adapters(spec, Lora(2, 3)), spec, tmp_path / "adapter")
+    merge(toy, tmp_path / "adapter", tmp_path / "whole")
+    out = tmp_path / "out"
+    (out / ".dsv4-partial").mkdir(parents=True)
+    (out / ".dsv4-partial" / "model-00001-of-00005.safetensors").write_bytes(b"half")
+    with pytest.raises(BridgeError, match="stopped half way here; --overwrite starts over$"):
+        merge(toy, tmp_path / "adapter", out)
+    merge(toy, tmp_path / "adapter", out, options=Options(overwrite=True))
+    assert same_files(tmp_path / "whole", out) == []

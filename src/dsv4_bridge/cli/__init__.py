@@ -74,6 +74,7 @@ _GO_ON = {
     **dict.fromkeys(
         ("import", "export", "repack"), "what is finished is kept: the same command with --resume goes on from there"
     ),
+    "merge": "a merge is not resumed: the same command with --overwrite starts over",
     "train": "no step was made since the last checkpoint, or they are lost; the same command goes on from there",
 }
 

@@ -60,9 +60,8 @@ def begin(job: Job, out: Path, work: Path, options: Options) -> dict[str, Any]:
     earlier = any(p.name != RANKS for p in work.iterdir())
     examine(out, options, job.markers, earlier=earlier)
     if earlier and not options.resume and not options.overwrite:
-        raise BridgeError(
-            f"writing {out}: an earlier run stopped half way here; --resume continues it, --overwrite starts over"
-        )
+        continues = "--resume continues it, " if job.resumable else ""
+        raise BridgeError(f"writing {out}: an earlier run stopped half way here; {continues}--overwrite starts over")
     done = finished(job, out, work, options) if earlier and options.resume else {}
     if not done:
         clear(work)
