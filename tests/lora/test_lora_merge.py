@@ -217,7 +217,7 @@ def test_a_merge_that_was_stopped_half_way_is_begun_anew(toy: Path, spec: ModelS
     out = tmp_path / "out"
     (out / ".dsv4-partial").mkdir(parents=True)
     (out / ".dsv4-partial" / "model-00001-of-00005.safetensors").write_bytes(b"half")
-    with pytest.raises(BridgeError, match="stopped half way here; --overwrite starts over$"):
+    with pytest.raises(BridgeError, match=r"stopped half way here; --overwrite starts over$"):
         merge(toy, tmp_path / "adapter", out)
     merge(toy, tmp_path / "adapter", out, options=Options(overwrite=True))
     assert same_files(tmp_path / "whole", out) == []
