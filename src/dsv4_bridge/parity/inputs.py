@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..errors import BridgeError
 from ..spec.spec import ModelSpec
+from ..store.megatron import ALONG
 from ..store.named import files_of
 from ..text.tokenizer import open_tokenizer
 
@@ -78,7 +79,7 @@ def _facts(ids: Tensor, source: str, seed: int | None) -> dict[str, Any]:
 
 
 def _tokenised(text: str, spec: ModelSpec, folders: tuple[Path, ...]) -> tuple[int, ...]:
-    places = [place for folder in folders for place in (folder, files_of(folder))]
+    places = [place for folder in folders for place in (folder, folder / ALONG, files_of(folder))]
     for place in places:
         if tokenizer := open_tokenizer(place, spec):
             return tuple(tokenizer.encode(text))
