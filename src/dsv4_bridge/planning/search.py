@@ -162,8 +162,8 @@ def ranked(spec: ModelSpec, plan: MemoryPlan, gpu_memory: int) -> Ranked:
     passes = 1 if run.mode == "inference" else 4 if run.recompute else 3
     tokens = run.micro_batches * run.micro_batch * run.seq_length  # of one pipeline; others have rows of their own
     whole = sum(map(costs.of, layout.chunks))
-    slowest = 2 * passes * tokens * costs.worst(layout) / topology.tp / _RATE
-    ideal = 2 * passes * tokens * whole / (topology.tp * topology.pp) / _RATE
+    slowest = passes * tokens * costs.worst(layout) / topology.tp / _RATE
+    ideal = passes * tokens * whole / (topology.tp * topology.pp) / _RATE
     bubble = (topology.pp - 1) / (layout.vp * run.micro_batches)
     sent = _sent_seconds(spec, plan, tokens / topology.tp, passes)
     step = slowest * (1 + bubble) + sent
