@@ -163,6 +163,7 @@ os.pwrite = pwrite
 SWALLOWED = """
 import os, signal, time
 from dsv4_bridge import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)  # below nohup, too
 class Finalized:
     def __del__(self):
         os.kill(os.getpid(), {number})

@@ -118,21 +118,21 @@ def swapped(a: str, b: str) -> Make:
     """The tensors of two rows go to each other's place, in layers that have both."""
     names = {row.key: row.megatron for row in ROWS if row.key in (a, b)}
 
-    def make(regions: Callable) -> Callable:
-        def swapping(item: Any, spec: Any) -> Any:
-            found, other = regions(item, spec), {a: b, b: a}.get(item.row.key)
+    def make(live_names: Callable) -> Callable:
+        def swapping(item: Any, *rest: Any) -> Any:
+            found, other = live_names(item, *rest), {a: b, b: a}.get(item.row.key)
             if other is None or item.block.ratio != 4:
                 return found
-            return tuple(r._replace(key=r.key.replace(str(names[item.row.key]), str(names[other]))) for r in found)
+            return tuple(name.replace(str(names[item.row.key]), str(names[other])) for name in found)
 
         return swapping
 
     return make
 
 
-def alphas_reversed(regions: Callable) -> Callable:
-    def reverse(item: Any, spec: Any) -> Any:
-        found = regions(item, spec)
+def alphas_reversed(live_names: Callable) -> Callable:
+    def reverse(item: Any, *rest: Any) -> Any:
+        found = live_names(item, *rest)
         return found[::-1] if len(found) == 3 else found
 
     return reverse

@@ -79,7 +79,7 @@ HYPER_CONNECTIONS = [
         "the three scales arrive in their order",
         checks.loaded_equals_transformers,
         {
-            "reversed": put(pieces, "regions", bugs.alphas_reversed),
+            "reversed": put(pieces, "live_names", bugs.alphas_reversed),
         },
     ),
     Trap(
@@ -222,7 +222,7 @@ ATTENTION = [
         "a name finds its own tensor",
         checks.names_find_their_own_tensor,
         {
-            "wq_b is indexer.wq_b": put(pieces, "regions", bugs.swapped("attn.wq_b", "attn.indexer.wq_b")),
+            "wq_b is indexer.wq_b": put(pieces, "live_names", bugs.swapped("attn.wq_b", "attn.indexer.wq_b")),
         },
     ),
     Trap(
