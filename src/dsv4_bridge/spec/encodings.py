@@ -64,7 +64,8 @@ class Encoding:
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the scale of a tensor of logical `shape` `[rows, columns]`."""
-        return tuple(-(-size // step) for size, step in zip(shape, self.block, strict=True))
+        (rows, columns), (high, wide) = shape, self.block
+        return -(-rows // high), -(-columns // wide)
 
     def scale_rows(self, first: int, last: int) -> tuple[int, int]:
         """First row of the scale that covers rows `first` to `last` of a weight, and the row behind its last."""
