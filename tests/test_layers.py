@@ -22,8 +22,9 @@ LAYERS = (
     "__init__ __main__",
 )
 MCORE = (
+    "kernels",
     "cpu config metrics background meeting device",
-    "mends kernels",
+    "mends",
     "layers runtime",
     "model schedule indexer_phase",
     "weights generate",

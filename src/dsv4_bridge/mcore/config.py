@@ -17,6 +17,7 @@ from ..errors import BridgeError
 from ..parallel.topology import Topology
 from ..spec.megatron import megatron_model
 from ..spec.spec import ModelSpec
+from .kernels.choice import KERNELS, Choice
 
 # Of the checkpoint's numbers under dev's names, what only dev's model reads.
 _OF_DEV_ALONE = ("experimental_attention_variant", "enable_hyper_connections", "pipeline_model_parallel_layout")
@@ -42,6 +43,9 @@ class DeepSeekV4Config(MLATransformerConfig):
         expert_layout: how a rank holds and computes its routed experts: `sequential`, a module each; `grouped`,
             all in one launch (`GroupedExperts`); `transformer_engine`, megatron's TEGroupedMLP. Checkpoints
             are the same.
+        kernels: what computes attention, the indexer, mixing, norms and activations: `torch`, the definitions;
+            `triton`, fused kernels; `auto`, fused ones on a CUDA device. With `deterministic_mode` (megatron's field)
+            the fused ones add gradients up in a fixed order.
         csa_dense_attention: layers with an indexer attend to all visible blocks, whatever it would choose:
             the first phase of pretraining, and the indexer's warm-up.
         dsa_indexer_loss_coeff: weight of the indexer's own loss (megatron's field); None or 0: it is not trained.
@@ -60,7 +64,13 @@ class DeepSeekV4Config(MLATransformerConfig):
     actual_vocab_size: int = 0
     attention_chunk: int = 128
     expert_layout: str = "sequential"
+    kernels: str = "auto"
     csa_dense_attention: bool = False
+
+    @property
+    def kernel_choice(self) -> Choice:
+        """`kernels` and `deterministic_mode`, as the kernels take them."""
+        return Choice(self.kernels, self.deterministic_mode)
 
     def __post_init__(self) -> None:
         refuse_unsound(self)  # first, for megatron's own checks say less
@@ -156,6 +166,7 @@ def refuse_unsound(config: DeepSeekV4Config) -> None:
             "expert_layout",
             f"expected one of {', '.join(EXPERT_LAYOUTS)}",
         ),
+        (config.kernels not in KERNELS, "kernels", f"expected one of {', '.join(KERNELS)}"),
         (
             config.expert_layout == "transformer_engine" and not HAVE_TE,
             "expert_layout",

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .choice import AUTO, Choice
+
 # Scores held at a time, in elements; a chunk shrinks to stay below it. Half a megabyte stays in a core's
 # cache: measured on one, with 8 heads of 64, 16 of 128 and 64 of 512 channels, chunks of 64 to 128, 32 to 64
 # and 16 to 32 queries are fastest, which this gives; 256 are 1.5 to 2.3 times slower.
@@ -46,7 +48,15 @@ class Reach:
         return queries // self.ratio if self.ratio else 0
 
 
-def attend(q: Tensor, kv: Tensor, blocks: Tensor | None, chosen: Tensor | None, sink: Tensor, reach: Reach) -> Tensor:
+def attend(
+    q: Tensor,
+    kv: Tensor,
+    blocks: Tensor | None,
+    chosen: Tensor | None,
+    sink: Tensor,
+    reach: Reach,
+    by: Choice = AUTO,
+) -> Tensor:
     """Softmax over window, visible blocks and the sink; the sink adds to the denominator only.
 
     Args:
@@ -56,6 +66,7 @@ def attend(q: Tensor, kv: Tensor, blocks: Tensor | None, chosen: Tensor | None, 
         chosen: [b, s, k] int64 indices of the blocks each query attends to, -1 for none; None: all visible.
         sink: [h] float32.
         reach: what queries may see.
+        by: torch or Triton.
 
     Returns:
         [b, s, h, d] in q's type. Scores are scaled by d^-0.5 (no YaRN factor).

@@ -7,6 +7,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from .choice import AUTO, Choice
+
 _KERNEL_BYTES = 16  # rows of the grouped kernel begin at multiples of this
 
 
@@ -121,13 +123,14 @@ def stacked(weights: Sequence[Tensor]) -> Tensor:
     return torch.stack([w.detach() for w in weights])
 
 
-def clamped_swiglu(x: Tensor, weights: Tensor, limit: float | None) -> Tensor:
+def clamped_swiglu(x: Tensor, weights: Tensor, limit: float | None, by: Choice = AUTO) -> Tensor:
     """`silu(min(gate, limit)) * clamp(up, -limit, limit)` times the routing weight, in x's type.
 
     Args:
         x: [T, 2f], gate then up.
         weights: [T].
         limit: None: no clamp.
+        by: torch or Triton.
 
     Returns:
         [T, f].

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .choice import AUTO, Choice
+
 # Scores held and queries scored at a time: what stays in a core's cache, and more for a GPU.
 _BUDGET, _CHUNK = 1 << 18, 64
 _GPU_TIMES = 16
@@ -38,7 +40,7 @@ def index_scores(q: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
     return torch.matmul(weights.unsqueeze(2) * q.shape[-1] ** -0.5, dots.relu_()).squeeze(2)
 
 
-def choose_blocks(terms: IndexTerms, topk: int) -> Tensor:
+def choose_blocks(terms: IndexTerms, topk: int, by: Choice = AUTO) -> Tensor:
     """The best visible blocks of every query: [b, s, topk] int64, -1 where a query sees fewer.
 
     Where there are no more blocks than `topk`, all of them: [b, s, n].

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .choice import AUTO, Choice
+
 
 class _InverseRMS(torch.autograd.Function):
     """One pass over x each way; by single operations, three and six, each with a copy of x."""
@@ -23,7 +25,7 @@ class _InverseRMS(torch.autograd.Function):
         return (x * (grad * inverse.pow(3) / -x.shape[-1])).to(x.dtype), None
 
 
-def inverse_rms(x: Tensor, eps: float) -> Tensor:
+def inverse_rms(x: Tensor, eps: float, by: Choice = AUTO) -> Tensor:
     """1 / root of the mean square over the last axis, float32: […, n] -> […, 1]."""
     result = _InverseRMS.apply(x, eps)
     assert isinstance(result, Tensor)

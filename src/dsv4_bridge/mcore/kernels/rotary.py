@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .choice import AUTO, Choice
+
 
 class _Rotate(torch.autograd.Function):
     """A rotation's gradient is the inverse rotation of the gradient."""
@@ -31,13 +33,14 @@ def _rotated(x: Tensor, turn: Tensor) -> Tensor:
     return out
 
 
-def rotate(x: Tensor, turn: Tensor, inverse: bool = False) -> Tensor:
+def rotate(x: Tensor, turn: Tensor, inverse: bool = False, by: Choice = AUTO) -> Tensor:
     """Rotate the last `2 * turn.shape[-1]` channels of x by pairs (2i, 2i+1), in float32.
 
     Args:
         x: […, channels], an even number of them.
         turn: broadcastable to […, pairs], complex64.
         inverse: rotate backwards.
+        by: torch or Triton.
 
     Returns:
         The same shape and type as x.

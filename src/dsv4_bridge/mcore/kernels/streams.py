@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from .choice import AUTO, Choice
 from .norm import inverse_rms
 
 
@@ -54,13 +55,14 @@ def _axes(iterations: int) -> list[int]:
     return [0] + [1, 0] * (iterations - 1)
 
 
-def sinkhorn(start: Tensor, iterations: int, eps: float) -> Tensor:
+def sinkhorn(start: Tensor, iterations: int, eps: float, by: Choice = AUTO) -> Tensor:
     """Make a positive matrix nearly doubly stochastic: columns, then (iterations - 1) times rows and columns.
 
     Args:
         start: […, n, n] float32, positive.
         iterations: 20 in the released models.
         eps: added to every sum.
+        by: torch or Triton.
     """
     result = _Sinkhorn.apply(start, iterations, eps)
     assert isinstance(result, Tensor)
@@ -87,7 +89,7 @@ class _Project(torch.autograd.Function):
         return grad_streams.to(streams.dtype).view(ctx.saved_tensors[0].shape), scaled.mT @ wide, None
 
 
-def project(streams: Tensor, weight: Tensor, eps: float) -> Tensor:
+def project(streams: Tensor, weight: Tensor, eps: float, by: Choice = AUTO) -> Tensor:
     """Normed streams times weight^T: [s, b, n*h], [m, n*h] float32 -> [s, b, m] float32."""
     result = _Project.apply(streams, weight, eps)
     assert isinstance(result, Tensor)
@@ -134,14 +136,14 @@ def _dots(streams: Tensor, x: Tensor) -> Tensor:
     return torch.stack([(stream * x).sum(-1) for stream in streams.unbind(-2)], -1)
 
 
-def collapse(streams: Tensor, weights: Tensor) -> Tensor:
+def collapse(streams: Tensor, weights: Tensor, by: Choice = AUTO) -> Tensor:
     """Weighted sum of the streams, in float32: [s, b, n*h], [s, b, n] -> [s, b, h] in the streams' type."""
     result = _Collapse.apply(streams.unflatten(-1, (weights.shape[-1], -1)), weights)
     assert isinstance(result, Tensor)
     return result
 
 
-def expand(output: Tensor, streams: Tensor, post: Tensor, mix: Tensor) -> Tensor:
+def expand(output: Tensor, streams: Tensor, post: Tensor, mix: Tensor, by: Choice = AUTO) -> Tensor:
     """Stream j = post[j] * output + the sum over i of mix[i, j] * stream i.
 
     […, h], [..., n, h], [..., n], [..., n, n], all of one type -> […, n, h].

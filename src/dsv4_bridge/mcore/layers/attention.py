@@ -82,6 +82,7 @@ class CoreAttention(KeepsFloat32, MegatronModule):
             [b, s, heads, d], and the indexer's loss where it is trained, summed over queries.
         """
         reach = Reach(self.config.csa_window_size, self.ratio, self.config.attention_chunk)
+        by = self.config.kernel_choice
         blocks = chosen = None
         if cache is not None and lengths is not None:
             cache.window.fill(kv, lengths)
@@ -99,12 +100,12 @@ class CoreAttention(KeepsFloat32, MegatronModule):
             else:
                 chosen = self.indexer.choose(terms)
             chosen = observe("attn.index", self.block, chosen)
-        out = attend(q, kv, blocks, chosen, self.attn_sink, reach)
+        out = attend(q, kv, blocks, chosen, self.attn_sink, reach, by)
         if terms is None or blocks is None:
             return out, None
         compared = chosen if self.config.dsa_indexer_use_sparse_loss else None
         q, kv, blocks, sink = (t.detach() for t in (q, kv, blocks, self.attn_sink))
-        return out, indexer_loss(terms, q, kv, blocks, compared, sink, reach, counted, self.tp_group)
+        return out, indexer_loss(terms, q, kv, blocks, compared, sink, reach, counted, self.tp_group, by)
 
     @property
     def trains_indexer(self) -> bool:
@@ -240,9 +241,10 @@ class HybridAttention(MegatronModule):
             x = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False, group=self.tp_group)
         qr = self.q_layernorm(self.linear_q_down_proj(x))
         q = self.linear_q_up_proj(qr)[0].unflatten(-1, (self.heads, self.width))  # [s, b, heads, d]
-        q = q * inverse_rms(q, self.config.layernorm_epsilon).to(q.dtype)
-        q = rotate(q, across.unsqueeze(2))
-        kv = rotate(self.kv_layernorm(self.linear_kv_proj(x)), across)  # [s, b, d]
+        by = self.config.kernel_choice
+        q = q * inverse_rms(q, self.config.layernorm_epsilon, by).to(q.dtype)
+        q = rotate(q, across.unsqueeze(2), by=by)
+        kv = rotate(self.kv_layernorm(self.linear_kv_proj(x)), across, by=by)  # [s, b, d]
         kv = copy_to_tensor_model_parallel_region(kv, self.tp_group)
         layer = None if cache is None else cache.layers[self.layer_number - 1]
         if stepping and cache is not None and layer is not None:
@@ -256,7 +258,7 @@ class HybridAttention(MegatronModule):
             else:
                 out, loss = self._by_document(rotary.documents, q, kv, x, qr, turn, counted)
             out = self._with_indexer_loss(out, loss, counted).transpose(0, 1)
-        out = rotate(out, across.unsqueeze(2), inverse=True)  # [s, b, heads, d]
+        out = rotate(out, across.unsqueeze(2), inverse=True, by=by)  # [s, b, heads, d]
         return self.linear_proj(self._by_group(out))[0]
 
     def _by_document(self, documents: Documents, *inputs: Tensor | None) -> tuple[Tensor, Tensor | None]:

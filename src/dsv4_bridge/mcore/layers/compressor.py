@@ -103,7 +103,8 @@ class Compressor(KeepsFloat32, MegatronModule):
     def _entries(self, kv: Tensor, gate: Tensor, positions: Tensor) -> Tensor:
         """[b, n, slots, width] twice, positions [n] or [b, n] -> [b, n, width]: gate, sum, norm, rotate."""
         weights = torch.softmax(gate, dim=2, dtype=torch.float32).to(kv.dtype)
-        return rotate(self.norm((kv * weights).sum(2)), turns(self.config, self.ratio, positions))
+        turn = turns(self.config, self.ratio, positions)
+        return rotate(self.norm((kv * weights).sum(2)), turn, by=self.config.kernel_choice)
 
 
 def _overlapped(blocks: Tensor, nothing: float) -> Tensor:

@@ -118,7 +118,8 @@ class GroupedExperts(MegatronModule):
         """[T, h], tokens of each expert [n] and their routing weights [T] -> [T, h], and no bias."""
         counts = tokens_per_expert.tolist()
         gate_up = self.linear_fc1.multiply(permuted_local_hidden_states, counts)  # [T, 2f]
-        active = clamped_swiglu(gate_up, permuted_probs, self.config.activation_func_clamp_value)  # [T, f]
+        limit, by = self.config.activation_func_clamp_value, self.config.kernel_choice
+        active = clamped_swiglu(gate_up, permuted_probs, limit, by)  # [T, f]
         return self.linear_fc2.multiply(active, counts), None
 
     def sharded_state_dict(

@@ -52,13 +52,14 @@ class HyperConnection(KeepsFloat32):
             matrix [s, b, n, n], both float32.
         """
         n, eps = self.n, self.config.mhc_eps
-        mapped = project(streams, self.mapping_proj.weight, self.config.layernorm_epsilon)
+        by = self.config.kernel_choice
+        mapped = project(streams, self.mapping_proj.weight, self.config.layernorm_epsilon, by)
         pre, post, mix = mapped.split([n, n, n * n], dim=-1)
         bias_pre, bias_post, bias_mix = self.bias.split([n, n, n * n])
         pre = torch.sigmoid(pre * self.alpha_pre + bias_pre) + eps
         post = 2 * torch.sigmoid(post * self.alpha_post + bias_post)
         mix = torch.softmax((mix * self.alpha_res + bias_mix).unflatten(-1, (n, n)), dim=-1) + eps
-        return collapse(streams, pre), post, sinkhorn(mix, self.config.mhc_sinkhorn_iterations, eps)
+        return collapse(streams, pre, by), post, sinkhorn(mix, self.config.mhc_sinkhorn_iterations, eps, by)
 
     def expand(self, output: Tensor, streams: Tensor, post: Tensor, mix: Tensor) -> Tensor:
         """Write a sub-layer's output back: stream j = post[j] * output + sum over i of mix[i, j] * stream i.
@@ -73,7 +74,8 @@ class HyperConnection(KeepsFloat32):
             [s, b, n*h].
         """
         dtype = streams.dtype
-        return expand(output, streams.unflatten(-1, (self.n, -1)), post.to(dtype), mix.to(dtype)).flatten(-2)
+        apart = streams.unflatten(-1, (self.n, -1))
+        return expand(output, apart, post.to(dtype), mix.to(dtype), self.config.kernel_choice).flatten(-2)
 
 
 class _Mapping(KeepsFloat32):
@@ -104,5 +106,6 @@ HEAD_NAMES = ("hc_head_fn", "hc_head_base", "hc_head_scale")
 
 def collapse_by_head(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, config: DeepSeekV4Config) -> Tensor:
     """The learned head: [s, b, n*h] -> [s, b, h] (transformers' DeepseekV4HyperHead)."""
-    mapped = project(streams, fn, config.layernorm_epsilon)
-    return collapse(streams, torch.sigmoid(mapped * scale + base) + config.mhc_eps)
+    by = config.kernel_choice
+    mapped = project(streams, fn, config.layernorm_epsilon, by)
+    return collapse(streams, torch.sigmoid(mapped * scale + base) + config.mhc_eps, by)

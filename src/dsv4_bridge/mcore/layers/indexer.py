@@ -66,7 +66,7 @@ class Indexer(MegatronModule):
     @torch.no_grad()
     def choose(self, terms: "IndexTerms") -> Tensor:
         """The best visible blocks of every query: [b, s, k] int64, -1 where a query sees fewer."""
-        return choose_blocks(terms, self.topk)
+        return choose_blocks(terms, self.topk, self.config.kernel_choice)
 
     @torch.no_grad()
     def step(self, x: Tensor, qr: Tensor, turn: Tensor, cache: CompressorCache, positions: Tensor) -> Tensor:
@@ -79,7 +79,8 @@ class Indexer(MegatronModule):
         return best_blocks(scores, visible[:, None], min(self.topk, used.shape[1])).squeeze(1)
 
     def _queries(self, qr: Tensor, turn: Tensor) -> Tensor:
-        return rotate(self.linear_wq_b(qr).unflatten(-1, (self.heads, self.width)), turn)
+        queries = self.linear_wq_b(qr).unflatten(-1, (self.heads, self.width))
+        return rotate(queries, turn, by=self.config.kernel_choice)
 
     def _weights(self, x: Tensor) -> Tensor:
         return self.linear_weights_proj(x).float() * self.heads**-0.5

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from ..kernels.attention import OnBlocks, Reach, weights_on_blocks
+from ..kernels.choice import AUTO, Choice
 from ..kernels.index import IndexTerms
 
 
@@ -30,6 +31,7 @@ def indexer_loss(
     reach: Reach,
     counted: Tensor | None = None,
     tp_group: ProcessGroup | None = None,
+    by: Choice = AUTO,
 ) -> Tensor:
     """Sum over queries of KL(attention || indexer), a float32 scalar; queries that see no block add nothing.
 
@@ -43,6 +45,7 @@ def indexer_loss(
         reach: what queries may see.
         counted: [b, s] bool, queries that count; None: all.
         tp_group: ranks that the heads are cut over.
+        by: torch or Triton.
     """
     result = _IndexerLoss.apply(*terms, q, kv, blocks, chosen, sink, reach, counted, tp_group)
     assert isinstance(result, Tensor)

@@ -1,0 +1,55 @@
+"""Which of two kernels computes a function: the torch definition, or Triton's beside it."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...errors import BridgeError
+
+KERNELS = ("auto", "torch", "triton")
+_TYPES = (torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How kernels are chosen.
+
+    Attributes:
+        kernels: `torch`: the definitions; `auto`: Triton where all tensors lie on a CUDA device in float32 or
+            bfloat16; `triton`: always, on the CPU by Triton's interpreter.
+        deterministic: Triton's backwards add up in a fixed order, which costs time.
+    """
+
+    kernels: str = "auto"
+    deterministic: bool = False
+
+    def fused(self, *tensors: Tensor | None) -> bool:
+        """Whether Triton computes what is asked of these tensors; None and those that hold no floats do not count.
+
+        Raises:
+            BridgeError: `triton`, of tensors for which there is no kernel.
+        """
+        if self.kernels == "torch":
+            return False
+        floats = [t for t in tensors if t is not None and t.is_floating_point()]
+        typed = all(t.dtype in _TYPES for t in floats)
+        if self.kernels == "auto":
+            return typed and all(t.is_cuda for t in floats)
+        if not typed or not (interpreted() or all(t.is_cuda for t in floats)):
+            met = ", ".join(sorted({f"{str(t.dtype).removeprefix('torch.')} on {t.device.type}" for t in floats}))
+            raise BridgeError(
+                "choosing a kernel: kernels='triton' computes float32 and bfloat16 on a CUDA device, or by Triton's "
+                f"interpreter (TRITON_INTERPRET=1 in the environment), and came to {met}; kernels='auto' takes torch "
+                "there"
+            )
+        return True
+
+
+AUTO = Choice()
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter stands in for a GPU: the variable that it reads when it is imported."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"

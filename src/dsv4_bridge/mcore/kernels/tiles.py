@@ -1,0 +1,17 @@
+"""What Triton kernels share."""
+
+import triton
+import triton.language as tl
+
+from .choice import interpreted
+
+# Triton's interpreter computes with numpy, which has no bfloat16: its products of such tiles are wrong.
+WIDEN = tl.constexpr(interpreted())
+
+
+@triton.jit
+def dot(a, b):
+    """The product of two tiles in float32; float32 tiles are multiplied as such, not as TF32."""
+    if WIDEN:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision="ieee")
