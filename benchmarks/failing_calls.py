@@ -12,6 +12,7 @@ whole; and does the command, given again as advised, end in the expected bytes?
 import argparse
 import contextlib
 import errno
+import faulthandler
 import io
 import os
 import select
@@ -102,6 +103,7 @@ def run(faults: Faults, words: list[str], at: int = -1, number: int = 0) -> Ran:
     if not (pid := os.fork()):
         os.close(read)
         os.setsid()
+        faulthandler.register(signal.SIGUSR1, sys.__stderr__, all_threads=True)
         code, said = 99, io.StringIO()
         sys.stdout, sys.stderr = io.StringIO(), said
         faults.at, faults.number, faults.calls = at, number, 0
@@ -131,12 +133,15 @@ def run(faults: Faults, words: list[str], at: int = -1, number: int = 0) -> Ran:
                 break
             raw += piece
     else:
+        os.kill(pid, signal.SIGUSR1)  # its threads say where they stand
+        time.sleep(1)
         os.killpg(pid, signal.SIGKILL)
     os.close(read)
-    os.waitpid(pid, 0)
+    _, status = os.waitpid(pid, 0)
     parts = raw.decode(errors="replace").split("\n", 3)
     if len(parts) < 4:
-        return Ran(-1, "HANG or died", 0, "")
+        hung = time.monotonic() >= ends
+        return Ran(-1, "hang" if hung else f"died: {os.waitstatus_to_exitcode(status)}", 0, "")
     return Ran(int(parts[0]), parts[3], int(parts[1]), parts[2])
 
 
@@ -155,7 +160,7 @@ def examine(faults: Faults, verb: Verb, folder: Path, every: int) -> Iterator[tu
         ran = run(faults, verb.words(out), at, number)
         story = f"{verb.name}: call {at} ({ran.failed}), {errno.errorcode[number]}: exit {ran.code}: {ran.said[-1200:]}"
         if ran.code == -1:
-            yield "HANG", story
+            yield "HANG" if ran.said == "hang" else "DIED", story
         elif "Traceback" in ran.said or ran.code == 99:
             yield "TRACEBACK", story
         elif ran.code not in (0, 1, 2):

@@ -94,7 +94,7 @@ def verbs(inputs: Path) -> dict[str, Verb]:
         Verb(
             "data (text)",
             lambda out: ["data", str(inputs / "text"), str(out), "--tokenizer", hf, "--suffix", ".py"],
-            lambda out: out.with_name(f"{out.name}.json").exists(),
+            lambda out: out.with_name(f"{out.name}.idx").exists(),  # without it there is no dataset
             _prefix,
         ),
         Verb("data (chats)", lambda out: ["data", str(inputs / "chats.jsonl"), str(out), *chats], _store, _files),

@@ -130,6 +130,26 @@ def test_ranks_that_do_not_meet_say_so(toy_flash: Path) -> None:
         )
 
 
+def test_what_every_rank_meets_is_said_once(tmp_path: Path) -> None:
+    """A launcher ends the others when one ends; a rank that meets something alone still says it."""
+    command = ("-m", "dsv4_bridge", "train", "flash-petrain")
+
+    def start(rank: int) -> Warm:
+        at = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "3"}
+        return Warm(*command, out=tmp_path / f"rank{rank}", **at)
+
+    ranks = [start(rank) for rank in range(3)]
+    assert ranks[0].wait(60) == 2
+    for rank in ranks[1:]:
+        rank.send_signal(signal.SIGTERM)
+    assert [rank.wait(60) for rank in ranks[1:]] in ([2, 2], [2, 143], [143, 2], [143, 143])
+    said = [(tmp_path / f"rank{rank}").read_text() for rank in range(3)]
+    assert "flash-petrain" in said[0] and said[0].count("\n") == 1
+    assert not any("flash-petrain" in words for words in said[1:]) and "Traceback" not in "".join(said)
+    alone = start(2)
+    assert alone.wait(60) == 2 and "flash-petrain" in (tmp_path / "rank2").read_text()
+
+
 # ---------------------------------------------------------------- readers and patience
 
 

@@ -6,6 +6,8 @@ import os
 import signal
 import sys
 import threading
+import time
+from collections.abc import Mapping
 from typing import Any
 
 import typer
@@ -31,7 +33,8 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
     except BridgeError as error:
-        _say(str(error))
+        if _turn_comes(os.environ):
+            _say(str(error))
         code = 2
     except ModuleNotFoundError as error:
         if (extra := _EXTRAS.get((error.name or "").partition(".")[0])) is None:
@@ -103,6 +106,21 @@ def _swallowed(what: Any) -> None:
 
 def _verb() -> str:
     return next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+
+
+def _turn_comes(env: Mapping[str, str]) -> bool:
+    """Whether to say what this process ends with: what all ranks meet is said once.
+
+    Rank 0 speaks at once, and launchers end the others when one of them ends; a rank that is still there later
+    met something of its own, or has another launcher.
+    """
+    if env.get("RANK", "0") == "0" or env.get("WORLD_SIZE", "1") == "1":
+        return True
+    try:
+        time.sleep(2.0 if env.get("LOCAL_RANK") == "0" else 4.0)
+    except (_Terminated, KeyboardInterrupt):
+        return False
+    return True
 
 
 def _say(message: str) -> None:
