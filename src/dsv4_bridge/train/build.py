@@ -201,6 +201,8 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
     losses, model = recipe.losses, recipe.model
     found: dict[str, Any] = {
         "expert_layout": model.experts,
+        "kernels": model.kernels,
+        "deterministic_mode": model.deterministic,
         "mtp_loss_scaling_factor": losses.mtp,
         "moe_router_bias_update_rate": losses.bias_update,
         "csa_dense_attention": model.dense_attention,

@@ -36,6 +36,8 @@ class Model:
         mtp: whether the draft block is trained along; without it, it is not in the model.
         dtype: type of the parameters, `bf16` or `float32`; what checkpoints keep in float32 stays so.
         experts: how a rank holds its experts: sequential, grouped, transformer_engine.
+        kernels: what computes attention, indexer, mixing, norms and activations: auto (Triton on a GPU), torch, triton.
+        deterministic: fused kernels add gradients up in a fixed order, which takes longer.
         recompute: what the backward computes again: none, moe (experts), full (whole layers).
         dense_attention: layers with an indexer attend to all blocks, whatever it would choose.
         initial_seed: of the weights, where training starts from none.
@@ -44,6 +46,8 @@ class Model:
     mtp: bool = fact(True, REPORT)
     dtype: str = fact("bf16", BRIDGE, choices=("bf16", "float32"))
     experts: str = fact("grouped", OURS, choices=("sequential", "grouped", "transformer_engine"))
+    kernels: str = fact("auto", OURS, choices=("auto", "torch", "triton"))
+    deterministic: bool = fact(False, OURS)
     recompute: str = fact("full", f"{OURS}: the layers' inputs alone are kept", choices=("none", "moe", "full"))
     dense_attention: bool = fact(False, "released models: the indexer chooses")
     initial_seed: int = fact(1234, BRIDGE, below=SEEDS)
