@@ -11,6 +11,7 @@ from .errors import BridgeError
 
 if TYPE_CHECKING:
     from .convert.checksums import verify_files
+    from .convert.contents import examine
     from .convert.jobs import export_hf, import_hf, repack
     from .convert.merge import merge
     from .convert.run import Options
@@ -30,6 +31,7 @@ __all__ = [
     "ModelSpec",
     "Options",
     "count_flops",
+    "examine",
     "export_hf",
     "flops_per_token",
     "import_hf",
@@ -49,6 +51,7 @@ _PLACES = {
     "ModelSpec": "spec.spec:ModelSpec",
     "Options": "convert.run:Options",
     "count_flops": "spec.flops:count_flops",
+    "examine": "convert.contents:examine",
     "export_hf": "convert.jobs:export_hf",
     "flops_per_token": "spec.flops:flops_per_token",
     "import_hf": "convert.jobs:import_hf",

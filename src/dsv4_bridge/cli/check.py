@@ -63,12 +63,31 @@ def toy(
 
 
 @app.command()
-def inspect(ckpt: str, revision: Revision = None, as_json: Json = False) -> None:
-    """What is this: variant, encodings, coverage, sizes, what is missing or unknown."""
-    from ..store.hub import describe
+def inspect(
+    ckpt: str,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Read every tensor too, and say what of its contents cannot be right.")
+    ] = False,
+    revision: Revision = None,
+    workers: Workers = 2,
+    as_json: Json = False,
+) -> None:
+    """What is this: variant, encodings, coverage, sizes, what is missing or unknown. Exit code 1 with findings."""
+    from ..store.hub import describe, resolve
     from ..store.inspect import inspect as look
     from .show.tables import inspect_table
 
+    if deep:
+        from ..convert.contents import examine
+        from .show.progress import TerminalProgress
+
+        folder = resolve(ckpt, revision)
+        report = look(folder)
+        contents = examine(folder, workers=workers, progress=TerminalProgress())
+        facts = report.to_json() | {"contents": contents.to_json(), "sound": report.sound and contents.sound}
+        put(facts, as_json, inspect_table(report, contents))
+        finish(report.sound and contents.sound)
+        return
     report = look(*describe(ckpt, revision))
     put(report.to_json(), as_json, inspect_table(report))
     finish(report.sound)

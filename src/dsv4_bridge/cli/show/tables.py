@@ -12,6 +12,7 @@ from rich.text import Text
 
 from ...codec import Certificate, EncodeStats
 from ...convert.checksums import FilesReport
+from ...convert.contents import ContentsReport
 from ...convert.emitter import Report
 from ...convert.verify import VerifyReport
 from ...errors import printable
@@ -103,12 +104,21 @@ def files_verdict(report: FilesReport) -> Group:
     return Group(*lines, Text(f"{len(report.wrong)} of {report.files} files are not as written", "bold red"))
 
 
-def inspect_table(report: InspectReport) -> Group:
-    """What a checkpoint is, row by row."""
+def inspect_table(report: InspectReport, contents: ContentsReport | None = None) -> Group:
+    """What a checkpoint is, row by row, and what was found in its tensors."""
     table = make_table(f"{report.path}", "row", ">tensors", ">values", ">bytes", "encoding")
     for key, row in report.rows.items():
         table.add_row(key, f"{row.tensors:,}", f"{row.values:,}", size(row.bytes), ", ".join(row.encodings))
-    return Group(table, inspect_facts(report))
+    return Group(table, inspect_facts(report), *([contents_verdict(contents)] if contents else []))
+
+
+def contents_verdict(report: ContentsReport) -> Group:
+    """What the tensors of a checkpoint hold, in a few lines."""
+    if report.sound:
+        told = f"{report.tensors:,} tensors, {size(report.bytes)} read: nothing in them is amiss"
+        return Group(Text(told, "bold green"))
+    lines = [Text(f"  {finding}", "red") for finding in report.findings]
+    return Group(Text(f"of {report.tensors:,} tensors read, these cannot be right:", "bold red"), *lines)
 
 
 def inspect_facts(report: InspectReport) -> Group:
