@@ -102,7 +102,10 @@ def _of_queries(call: _Call, saved: Saved, window: int, ratio: int) -> Tensor:
     found = torch.empty_like(call.q)
     if programs and batch:
         _grad_queries[programs, batch](
-            *call,
+            call.q,
+            call.apart,
+            call.lse,
+            call.delta,
             saved.out,
             saved.kv,
             saved.kv if saved.blocks is None else saved.blocks,
@@ -164,7 +167,7 @@ def _of_chosen(call: _Call, blocks: Tensor, chosen: Tensor, deterministic: bool)
         into = found
         if deterministic:
             into = found.new_empty((batch, queries * count, width))
-        _grad_chosen[queries, batch](
+        _grad_chosen[queries, triton.cdiv(count, cut.keys), batch](
             call.q,
             call.apart,
             call.lse,
@@ -210,7 +213,7 @@ def _add_in_order(waiting: Tensor, block: Tensor, found: Tensor) -> None:
 @triton.jit
 def _grad_queries(
     q,  # [b, s * h, d]
-    grad,  # as q
+    apart,  # elements from q to the output's gradient, which is as q
     lse,  # [b, s * h]
     delta,  # [b, s * h], written
     out,  # as q
@@ -237,42 +240,47 @@ def _grad_queries(
     there = row < stop
     query = row // HEADS
     at = batch * length * HEADS + row
-    x = load_rows(q, at, there, WIDTH, PADDED)
-    g = load_rows(grad, at, there, WIDTH, PADDED)
     level = tl.load(lse + at, mask=there, other=0.0)
-    mean = _inner(grad, out, at, there, WIDTH, PADDED)
+    mean = _inner(q + apart, out, at, there, WIDTH, PADDED)
     tl.store(delta + at, mean, there)
+    # Eight queries and their gradients by turns: both products of a row end up in the same thread.
+    both = tl.arange(0, 2 * ROWS)
+    double = first + both // 16 * 8 + both % 8
+    origin = q + (both // 8 % 2 * apart.to(tl.int64))[:, None]
+    pairs = load_rows(origin, batch * length * HEADS + double, double < stop, WIDTH, PADDED)
     acc = tl.zeros((ROWS, PADDED), tl.float32)
     begin, end = first // HEADS, (stop - 1) // HEADS + 1  # of queries
     for start in range(tl.maximum(begin - WINDOW + 1, 0) if WINDOW else end, end, KEYS):
         token = start + tl.arange(0, KEYS)
         keys = load_rows(kv, batch * length + token, token < end, WIDTH, PADDED)
         seen = in_window(query[:, None], token[None, :], WINDOW)
-        acc = _pull_queries(x, g, level, mean, keys, seen, acc, SCALE)
+        acc = _pulled_queries(pairs, level, mean, keys, seen, acc, SCALE, ROWS, KEYS)
     if KIND == ALL:
         for start in range(0, tl.minimum(end // RATIO, blocks_count), KEYS):
             block = start + tl.arange(0, KEYS)
             keys = load_rows(blocks, batch * blocks_count + block, block < blocks_count, WIDTH, PADDED)
             seen = (block[None, :] < (query[:, None] + 1) // RATIO) & (block < blocks_count)[None, :]
-            acc = _pull_queries(x, g, level, mean, keys, seen, acc, SCALE)
+            acc = _pulled_queries(pairs, level, mean, keys, seen, acc, SCALE, ROWS, KEYS)
     if KIND == CHOSEN:
         own = chosen + (batch * length + begin) * chosen_count
         for start in range(0, last_choice(own, chosen_count), KEYS):
             place = start + tl.arange(0, KEYS)
             block = tl.load(own + place, mask=place < chosen_count, other=-1)
             keys = load_rows(blocks, batch * blocks_count + block, block >= 0, WIDTH, PADDED)
-            acc = _pull_queries(x, g, level, mean, keys, (block >= 0)[None, :], acc, SCALE)
+            acc = _pulled_queries(pairs, level, mean, keys, (block >= 0)[None, :], acc, SCALE, ROWS, KEYS)
     column = tl.arange(0, PADDED)
     where = at[:, None] * WIDTH + column[None, :]
     tl.store(found + where, (acc * SCALE).to(found.dtype.element_ty), there[:, None] & (column < WIDTH)[None, :])
 
 
 @triton.jit
-def _pull_queries(x, g, level, mean, keys, seen, acc, SCALE: tl.constexpr):
-    across = tl.trans(keys)
-    scores = tl.where(seen, dot(x, across) * (SCALE * LOG2E), -float("inf"))
-    pull = tl.exp2(scores - level[:, None]) * (dot(g, across) - mean[:, None])
-    return acc + dot(pull.to(keys.dtype), keys)
+def _pulled_queries(pairs, level, mean, keys, seen, acc, SCALE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr):
+    """Add what a tile of keys pulls on rows, but for the scale: one product gives both scores and pulls."""
+    products = tl.reshape(dot(pairs, tl.trans(keys)), (ROWS // 8, 2, 8, KEYS))
+    scores, pull = tl.split(tl.permute(products, (0, 2, 3, 1)))
+    scores, pull = tl.reshape(scores, (ROWS, KEYS)), tl.reshape(pull, (ROWS, KEYS))
+    weights = tl.exp2(tl.where(seen, scores * (SCALE * LOG2E), -float("inf")) - level[:, None])
+    return acc + dot((weights * (pull - mean[:, None])).to(keys.dtype), keys)
 
 
 @triton.jit
@@ -330,7 +338,10 @@ def _pulled(
             seen = seen & in_window(query[None, :], key[:, None], WINDOW)
         elif RATIO:
             seen = seen & (key[:, None] < (query[None, :] + 1) // RATIO)
-        scores, pull = tl.split(tl.reshape(dot(tile, tl.trans(pairs)), (KEYS, ROWS, 2)))
+        products = tl.zeros((KEYS, 2 * ROWS), tl.float32)
+        if first < high:
+            products = dot(tile, tl.trans(pairs))
+        scores, pull = tl.split(tl.reshape(products, (KEYS, ROWS, 2)))
         weights = tl.exp2(tl.where(seen, scores * (SCALE * LOG2E), -float("inf")) - level[None, :])
         pull = weights * (pull - mean[None, :]) * SCALE
         acc += dot(tl.reshape(tl.join(pull, weights), (KEYS, 2 * ROWS)).to(tile.dtype), pairs)
@@ -400,29 +411,30 @@ def _grad_chosen(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """The heads of one query over the blocks it chose."""
-    batch = tl.program_id(1).to(tl.int64)
+    """The heads of one query over a tile of the blocks it chose."""
+    batch = tl.program_id(2).to(tl.int64)
     query = start + tl.program_id(0)
-    own = chosen + (batch * length + query) * chosen_count
+    place = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
+    block = tl.load(chosen + (batch * length + query) * chosen_count + place, mask=place < chosen_count, other=-1)
+    tile = load_rows(blocks, batch * blocks_count + block, block >= 0, WIDTH, PADDED)
+    low = query * HEADS
+    high = low + HEADS * (tl.max(block) >= 0).to(tl.int32)  # nothing to do for a tile of none
+    past = batch * length * HEADS
+    acc = _pulled(
+        tile, block, block >= 0, low, high, past, q, apart, lse, delta,
+        0, 0, HEADS, WIDTH, PADDED, SCALE, ROWS, KEYS,
+    )  # fmt: skip
+    if ORDERED:
+        to = (batch * tl.num_programs(0) + tl.program_id(0)) * chosen_count + place
+    else:
+        to = batch * blocks_count + block
     column = tl.arange(0, PADDED)
-    for begin in range(0, last_choice(own, chosen_count), KEYS):
-        place = begin + tl.arange(0, KEYS)
-        block = tl.load(own + place, mask=place < chosen_count, other=-1)
-        tile = load_rows(blocks, batch * blocks_count + block, block >= 0, WIDTH, PADDED)
-        acc = _pulled(
-            tile, block, block >= 0, query * HEADS, (query + 1) * HEADS, batch * length * HEADS, q, apart, lse, delta,
-            0, 0, HEADS, WIDTH, PADDED, SCALE, ROWS, KEYS,
-        )  # fmt: skip
-        if ORDERED:
-            to = (batch * tl.num_programs(0) + tl.program_id(0)) * chosen_count + place
-        else:
-            to = batch * blocks_count + block
-        where = found + to[:, None] * WIDTH + column[None, :]
-        seen = (block >= 0)[:, None] & (column < WIDTH)[None, :]
-        if ORDERED:
-            tl.store(where, acc, seen)
-        else:
-            tl.atomic_add(where, acc, seen, sem="relaxed")
+    where = found + to[:, None] * WIDTH + column[None, :]
+    seen = (block >= 0)[:, None] & (column < WIDTH)[None, :]
+    if ORDERED:
+        tl.store(where, acc, seen)
+    else:
+        tl.atomic_add(where, acc, seen, sem="relaxed")
 
 
 @triton.jit

@@ -66,7 +66,7 @@ def tiles(rows: int, keys: int, held: tuple[int, int], moving: tuple[int, int], 
         rows, keys = (rows // 2, keys) if rows > keys else (rows, keys // 2)
     if taken() > room:
         stages = 1
-    return Tiles(rows, keys, 8 if rows * width >= 64 * 256 or keys * width >= 64 * 256 else 4, stages)
+    return Tiles(rows, keys, 8 if width > 128 else 4, stages)
 
 
 def shared_memory(device: torch.device) -> int:
