@@ -11,7 +11,7 @@ from reference import distance, randomise, small_spec, some_ids
 from torch import Tensor
 
 from dsv4_bridge.mcore import build_model
-from dsv4_bridge.mcore.kernels import attention_backward_triton
+from dsv4_bridge.mcore.kernels import attention_keys_triton
 from dsv4_bridge.mcore.kernels.attention import Reach, attend
 from dsv4_bridge.mcore.kernels.choice import Choice
 
@@ -131,8 +131,8 @@ def test_any_sizes(case: Case, by: Choice, seed: int) -> None:
 @pytest.mark.parametrize("waiting", [1, 1 << 29])
 def test_a_fixed_order_repeats_itself_to_the_bit(waiting: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One query at a time waits to be added, or all."""
-    monkeypatch.setattr(attention_backward_triton, "_WAITING", waiting)
-    case = Case(2, 8, 4, 32, 3, 1, 4, 6)
+    monkeypatch.setattr(attention_keys_triton, "_WAITING", waiting)
+    case = Case(2, 5, 4, 32, 3, 1, 3, 4)
     first, again = (computed(case, F32, IN_ORDER) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert_close(first, computed(case, F32, TORCH), FAR[F32])
@@ -144,10 +144,11 @@ def test_a_sink_that_is_nothing_or_everything(sink: float) -> None:
     (q, kv, blocks, _), chosen = tensors(case, F32)
     given = [q, kv, blocks, torch.full((case.heads,), sink, device=DEVICE)]
     reach = Reach(case.window, case.ratio, 64)
-    found, expected = (
-        values_and_gradients(lambda q, kv, blocks, sink: attend(q, kv, blocks, chosen, sink, reach, by), given)
-        for by in (TRITON, TORCH)
-    )
+
+    def run(by: Choice) -> list[Tensor]:
+        return values_and_gradients(lambda q, kv, b, sink: attend(q, kv, b, chosen, sink, reach, by), given)
+
+    found, expected = run(TRITON), run(TORCH)
     assert all(bool(t.isfinite().all()) for t in found)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, expected, strict=True))
 
@@ -181,5 +182,11 @@ def test_a_whole_model(lengths: tuple[int, ...]) -> None:
     (ours, mine), (theirs, exact) = found
     assert distance(ours, theirs) <= 1e-5
     assert set(mine) == set(exact) and len(exact) > 20
-    far = {n: float((mine[n] - g).norm() / g.norm()) for n, g in exact.items() if g.any()}
-    assert {n: value for n, value in far.items() if not value <= 2e-4} == {}
+    # By module: a single number beside a matrix is a sum over all tokens that nearly cancels.
+    modules = {n.rpartition(".")[0] for n in exact}
+    whole = [
+        {m: torch.cat([g.flatten() for n, g in grads.items() if n.startswith(m + ".")]) for m in modules}
+        for grads in (mine, exact)
+    ]
+    far = {m: float((whole[0][m] - g).norm() / g.norm()) for m, g in whole[1].items() if g.any()}
+    assert {m: value for m, value in far.items() if not value <= 1e-4} == {}

@@ -4,6 +4,7 @@ Rows are (query, head) pairs, `query * heads + head`; a tile's rows meet a tile'
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -12,6 +13,8 @@ import triton.language as tl
 # Compressed blocks: none, all that are visible, or each query's choice.
 NONE, ALL, CHOSEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 LOG2E = tl.constexpr(1.4426950408889634)
+# Rows of a tile, and what a product takes at least.
+_ROWS, _LEAST = 64, 16
 # Indices that are looked at together for the last choice of a query.
 _SCAN = tl.constexpr(512)
 # Kept free of tiles: probabilities on their way between products, sums along rows.
@@ -36,6 +39,11 @@ class Tiles:
     warps: int
     stages: int
 
+    @property
+    def constants(self) -> dict[str, Any]:
+        """Arguments of a launch."""
+        return {"ROWS": self.rows, "KEYS": self.keys, "num_warps": self.warps, "num_stages": self.stages}
+
 
 def tiles(rows: int, keys: int, held: tuple[int, int], moving: tuple[int, int], width: int, x: torch.Tensor) -> Tiles:
     """Halve a kernel's tiles until they fit into the shared memory of a block.
@@ -56,13 +64,13 @@ def tiles(rows: int, keys: int, held: tuple[int, int], moving: tuple[int, int], 
     size = x.element_size()
     stages = 2
     if size == 4 and width > 128:
-        rows, keys = min(rows, 16), min(keys, 16)
+        rows, keys = min(rows, _LEAST), min(keys, _LEAST)
 
     def taken() -> int:
         of_rows, of_keys = (held[i] + stages * moving[i] for i in (0, 1))
         return (of_rows * rows + of_keys * keys) * width * size
 
-    while taken() > room and max(rows, keys) > 16:
+    while taken() > room and max(rows, keys) > _LEAST:
         rows, keys = (rows // 2, keys) if rows > keys else (rows, keys // 2)
     if taken() > room:
         stages = 1
@@ -74,6 +82,31 @@ def shared_memory(device: torch.device) -> int:
     if device.type != "cuda":
         return _SHARED
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def constants(**values: Any) -> dict[str, Any]:
+    """Arguments of a launch that a kernel is compiled for; annotations in kernels are Triton's, not types."""
+    return values
+
+
+def kind_of(blocks: torch.Tensor | None, chosen: torch.Tensor | None) -> int:
+    """NONE, ALL or CHOSEN."""
+    return (NONE if blocks is None else ALL if chosen is None else CHOSEN).value
+
+
+def most_rows(kind: int, heads: int) -> int:
+    """Rows of a tile at most: one query's where it chooses for itself."""
+    return min(_ROWS, max(_LEAST, triton.next_power_of_2(heads))) if kind == CHOSEN.value else _ROWS
+
+
+def row_programs(kind: int, length: int, heads: int, rows: int) -> int:
+    """Programs that all rows of a sequence take, as `rows_of` deals them out."""
+    return length * triton.cdiv(heads, rows) if kind == CHOSEN.value else triton.cdiv(length * heads, rows)
+
+
+def padded(width: int) -> int:
+    """Channels of a tile."""
+    return max(_LEAST, triton.next_power_of_2(width))
 
 
 @triton.jit

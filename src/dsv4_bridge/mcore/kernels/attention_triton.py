@@ -11,8 +11,6 @@ byte. An H100's tensor cores want some 180 of L2's some 5.5 TB/s. Keys of a wind
 would be loaded less often, but their rows would not fit. See docs/concepts/kernels.md for the count.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -21,18 +19,24 @@ from torch.autograd.function import once_differentiable
 
 from .attention import Reach
 from .attention_backward_triton import Saved, gradients
-from .attention_tiles import ALL, CHOSEN, LOG2E, NONE, in_window, last_choice, load_rows, rows_of, tiles
+from .attention_tiles import (
+    ALL,
+    CHOSEN,
+    LOG2E,
+    constants,
+    in_window,
+    kind_of,
+    last_choice,
+    load_rows,
+    most_rows,
+    padded,
+    row_programs,
+    rows_of,
+    tiles,
+)
 from .tiles import dot
 
-_ROWS, _KEYS = 64, 64
-
-
-class _Shape(NamedTuple):
-    """Sizes of a call: rows of a tile belong to one query if it chooses for itself."""
-
-    kind: int
-    rows: int
-    programs: int
+_KEYS = 64
 
 
 def attend_fused(
@@ -86,13 +90,9 @@ def forward(
     batch, length, heads, width = q.shape
     out = torch.empty_like(q)
     lse = q.new_empty((batch, length, heads), dtype=torch.float32)
-    padded = max(16, triton.next_power_of_2(width))
-    if chosen is not None:
-        kind, most = CHOSEN.value, min(_ROWS, max(16, triton.next_power_of_2(heads)))
-    else:
-        kind, most = (NONE if blocks is None else ALL).value, _ROWS
-    cut = tiles(most, _KEYS, (1, 0), (0, 1), padded, q)
-    programs = length * triton.cdiv(heads, cut.rows) if chosen is not None else triton.cdiv(length * heads, cut.rows)
+    kind, columns = kind_of(blocks, chosen), padded(width)
+    cut = tiles(most_rows(kind, heads), _KEYS, (1, 0), (0, 1), columns, q)
+    programs = row_programs(kind, length, heads, cut.rows)
     if programs and batch:
         _forward[programs, batch](
             q,
@@ -105,17 +105,9 @@ def forward(
             length,
             0 if blocks is None else blocks.shape[1],
             0 if chosen is None else chosen.shape[2],
-            WINDOW=window,
-            RATIO=max(1, ratio),
-            KIND=kind,
-            HEADS=heads,
-            WIDTH=width,
-            PADDED=padded,
-            SCALE=width**-0.5,
-            ROWS=cut.rows,
-            KEYS=cut.keys,
-            num_warps=cut.warps,
-            num_stages=cut.stages,
+            **constants(WINDOW=window, RATIO=max(1, ratio), KIND=kind),
+            **constants(HEADS=heads, WIDTH=width, PADDED=columns, SCALE=width**-0.5),
+            **cut.constants,
         )
     return out, lse
 
