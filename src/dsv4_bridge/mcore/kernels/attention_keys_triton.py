@@ -87,7 +87,7 @@ def grad_chosen(call: Rows, blocks: Tensor, chosen: Tensor, deterministic: bool)
         into = found
         if deterministic:
             into = found.new_empty((batch, queries * count, width))
-        _grad_chosen[queries, triton.cdiv(count, cut.keys), batch](
+        _grad_chosen[queries * triton.cdiv(count, cut.keys), batch](
             call.q,
             call.apart,
             call.lse,
@@ -243,9 +243,11 @@ def _grad_chosen(
     KEYS: tl.constexpr,
 ):
     """The heads of one query over a tile of the blocks it chose."""
-    batch = tl.program_id(2).to(tl.int64)
-    query = start + tl.program_id(0)
-    place = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
+    batch = tl.program_id(1).to(tl.int64)
+    parts = tl.cdiv(chosen_count, KEYS)  # of a query follow each other: its rows come out of the L2 cache
+    here = tl.program_id(0) // parts
+    query = start + here
+    place = tl.program_id(0) % parts * KEYS + tl.arange(0, KEYS)
     block = tl.load(chosen + (batch * length + query) * chosen_count + place, mask=place < chosen_count, other=-1)
     tile = load_rows(blocks, batch * blocks_count + block, block >= 0, WIDTH, PADDED)
     low = query * HEADS
@@ -256,7 +258,7 @@ def _grad_chosen(
         _NO, _NO, HEADS, WIDTH, PADDED, SCALE, ROWS, KEYS,
     )  # fmt: skip
     if ORDERED:
-        to = (batch * tl.num_programs(0) + tl.program_id(0)) * chosen_count + place
+        to = (batch * (tl.num_programs(0) // parts) + here) * chosen_count + place
     else:
         to = batch * blocks_count + block
     column = tl.arange(0, PADDED)
