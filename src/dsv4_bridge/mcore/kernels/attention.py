@@ -71,6 +71,10 @@ def attend(
     Returns:
         [b, s, h, d] in q's type. Scores are scaled by d^-0.5 (no YaRN factor).
     """
+    if by.fused(q, kv, blocks, sink):
+        from .attention_triton import attend_fused
+
+        return attend_fused(q, kv, blocks, chosen, sink, reach, by.deterministic)
     result = _Attend.apply(q, kv, blocks, chosen, sink, reach)
     assert isinstance(result, Tensor)
     return result
