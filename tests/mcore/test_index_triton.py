@@ -111,7 +111,7 @@ def test_few_blocks_are_all_chosen() -> None:
 
 def test_rows_and_chunks_do_not_change_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 64 queries, whose scores are all that is held, choose what one chunk does."""
-    terms = some_terms(2, 200, 2, 16)
+    terms = some_terms(2, 150, 2, 16)
     whole = choose_blocks(terms, 6, TRITON)
     held: list[int] = []
     select = index_triton.select
@@ -123,7 +123,7 @@ def test_rows_and_chunks_do_not_change_the_choice(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(index_triton, "_SCRATCH", 0)
     monkeypatch.setattr(index_triton, "select", watched)
     assert torch.equal(choose_blocks(terms, 6, TRITON), whole)
-    assert len(held) == 4 and max(held) <= 2 * 64 * 50
+    assert len(held) == 3 and max(held) <= 2 * 64 * 37
 
 
 def test_rows_that_lie_apart() -> None:
@@ -171,14 +171,15 @@ def test_the_real_number_of_blocks_to_choose() -> None:
 def test_a_row_longer_than_a_program_holds() -> None:
     """Pieces of 16 and their winners, again and again: two rounds and three."""
     source = torch.Generator().manual_seed(3)
-    for n, k in ((70, 5), (300, 8)):
-        for values in (torch.randn((1, 5, n), generator=source), torch.randint(0, 4, (1, 5, n), generator=source)):
-            seen = torch.tensor([n, n - 1, 17, 3, 0], device=DEVICE)
-            scores = values.float().to(DEVICE)
-            expect_best(selected(scores, seen, k, 16), scores, seen)
+    for n, k, values in (
+        (40, 5, torch.randn((1, 5, 40), generator=source)),
+        (90, 8, torch.randint(0, 4, (1, 5, 90), generator=source).float()),
+    ):
+        seen = torch.tensor([n, n - 1, 17, 3, 0], device=DEVICE)
+        expect_best(selected(values.to(DEVICE), seen, k, 16), values.to(DEVICE), seen)
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=10, deadline=None, derandomize=True)
 @given(st.integers(1, 90), st.integers(1, 12), st.integers(1, 20), st.integers(0, 6), st.integers(0, 99))
 def test_any_size(length: int, topk: int, rows: int, spread: int, seed: int) -> None:
     """Blocks of any number, few values or many, choices of any number."""

@@ -233,7 +233,8 @@ def _divergence(
     grad_keys += batch * count * WIDTH
     target += line * columns
     picked += line * columns
-    top, norm, mass = -3.4e38, 0.0, 0.0
+    top, norm = -3.4e38, 0.0
+    masses = tl.full((BLOCKS,), 0.0, tl.float32)
     for begin in range(0, end, BLOCKS):
         slot = begin + each
         place, seen = slot, slot < end
@@ -254,7 +255,8 @@ def _divergence(
         new = tl.maximum(top, tl.max(score, 0))
         norm = norm * tl.exp(top - new) + tl.sum(tl.exp(score - new), 0)
         top = new
-        mass += tl.sum(tl.load(target + slot, mask=seen, other=0.0), 0)
+        masses += tl.load(target + slot, mask=seen, other=0.0)
+    mass = tl.sum(masses, 0)
     whole = top + tl.log(norm)
     share = 1.0 / tl.maximum(mass, 1.1754944e-38, propagate_nan=tl.PropagateNan.ALL)
     if COUNTED:
