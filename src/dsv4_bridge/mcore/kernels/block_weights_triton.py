@@ -6,6 +6,7 @@ leaves the chip.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -38,6 +39,11 @@ class QueryTiles:
     warps: int
     stages: int
 
+    def launch(self, **more: Any) -> dict[str, Any]:
+        """What a kernel is launched with."""
+        sizes = {"HEADS": self.heads, "BLOCKS": self.blocks, "DEPTH": self.depth}
+        return sizes | more | {"num_warps": self.warps, "num_stages": self.stages}
+
 
 def target_tiles(heads: int, width: int, dtype: torch.dtype, shared: int) -> QueryTiles:
     """Tiles of the attention's weights: as many heads as possible share a block that was read."""
@@ -49,6 +55,11 @@ def target_tiles(heads: int, width: int, dtype: torch.dtype, shared: int) -> Que
         if 2 * width * (tile + stages * blocks) + _SPARE <= shared:
             return QueryTiles(tile, blocks, width, 8, stages)
     return QueryTiles(16, 32, min(width, 64), 4, 2)
+
+
+def slots_of(picked: Tensor | None) -> int:
+    """A power of two of at least as many as a query chooses."""
+    return 1 if picked is None else triton.next_power_of_2(picked.shape[-1])
 
 
 def fill_block_weights(
@@ -83,15 +94,16 @@ def fill_block_weights(
         q.shape[2],
         reach.window,
         scale,
-        RATIO=reach.ratio,
-        CHOSEN=picked is not None,
-        WIDTH=q.shape[3],
-        HEADS=tiles.heads,
-        BLOCKS=tiles.blocks,
-        DEPTH=tiles.depth,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
+        **tiles.launch(RATIO=reach.ratio, CHOSEN=picked is not None, SLOTS=slots_of(picked), WIDTH=q.shape[3]),
     )
+
+
+@triton.jit
+def last_chosen(picked, columns, SLOTS: tl.constexpr):
+    """How many slots of a query there are up to the last that holds a block: early queries choose few."""
+    slot = tl.arange(0, SLOTS)
+    place = tl.load(picked + slot, mask=slot < columns, other=-1)
+    return tl.max(tl.where(place >= 0, slot + 1, 0), 0)
 
 
 @triton.jit(do_not_specialize=["start", "length", "count", "rows", "columns"])
@@ -112,6 +124,7 @@ def _target(
     scale,
     RATIO: tl.constexpr,
     CHOSEN: tl.constexpr,
+    SLOTS: tl.constexpr,
     WIDTH: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -122,15 +135,17 @@ def _target(
     token = start + row
     line = batch * rows + row  # of the chunk
     channel, each = tl.arange(0, DEPTH), tl.arange(0, BLOCKS)
-    end = columns if CHOSEN else tl.minimum(columns, (token + 1) // RATIO)
+    if CHOSEN:
+        end = last_chosen(picked + line * columns, columns, SLOTS)
+    else:
+        end = tl.minimum(columns, (token + 1) // RATIO)
     kv += batch * length * WIDTH
     blocks += batch * count * WIDTH
     for group in range(0, heads, HEADS):
         head = group + tl.arange(0, HEADS)
         real = head < heads
         at = q + ((batch * length + token) * heads + head[:, None]) * WIDTH + channel[None, :]
-        if DEPTH == WIDTH:
-            held = tl.load(at, mask=real[:, None], other=0.0)
+        held = tl.load(at, mask=real[:, None], other=0.0)
         top = tl.load(sink + head, mask=real, other=0.0)
         total = tl.full((HEADS,), 1.0, tl.float32)
         for back in range(0, tl.minimum(window, token + 1), BLOCKS):

@@ -3,13 +3,13 @@
 Choosing needs every score of a query at least twice: to find the threshold and to collect what lies above it.
 Computed anew, a score costs 2 x 64 heads x 128 channels = 16 thousand operations, 17 ps of an H100's tensor cores;
 written and read, it costs 8 bytes, 2.4 ps of its memory. So scores are written once, for as many queries as fit
-`_SCRATCH` bytes, and memory never grows with S x S. A row is read once: it stays in registers while the threshold is
-found bit by bit, 32 compare-and-count passes at most, which at 64 K tokens is a tenth of what the scores cost.
-A merge of sorted buffers would compare each score some hundred times.
+`_SCRATCH` bytes, and memory never grows with S x S. A row is read once: it stays in registers while its threshold is
+found bit by bit, in at most 32 passes of a comparison and a count; at 64 K tokens that is a sixth of what the products
+of the scores cost. Merging sorted buffers would compare each score some hundred times.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -47,6 +47,11 @@ class ScoreTiles:
     depth: int
     warps: int
     stages: int
+
+    def launch(self, **more: Any) -> dict[str, Any]:
+        """What a kernel is launched with."""
+        sizes = {"QUERIES": self.queries, "BLOCKS": self.blocks, "DEPTH": self.depth}
+        return sizes | more | {"num_warps": self.warps, "num_stages": self.stages}
 
 
 def score_tiles(width: int, dtype: torch.dtype, shared: int) -> ScoreTiles:
@@ -144,12 +149,14 @@ def select(scores: Tensor, visible: Tensor, topk: int, out: Tensor, piece: int =
             0 if places is None else places.stride(1),
             found.stride(0),
             found.stride(1),
-            TOPK=topk,
-            FILL=triton.next_power_of_2(topk),
-            ROWS=together,
-            SIZE=size,
-            AGAIN=places is not None,
-            num_warps=min(16, max(2, size // 512)),
+            **{
+                "TOPK": topk,
+                "FILL": triton.next_power_of_2(topk),
+                "ROWS": together,
+                "SIZE": size,
+                "AGAIN": places is not None,
+                "num_warps": min(16, max(2, size // 512)),
+            },
         )
         if pieces == 1:
             return
@@ -189,12 +196,7 @@ def _fill(scores: Tensor, terms: "IndexTerms", start: int, width: int) -> None:
         weights.stride(1),
         scores.stride(0),
         scores.stride(1),
-        WIDTH=queries.shape[3],
-        QUERIES=tiles.queries,
-        BLOCKS=tiles.blocks,
-        DEPTH=tiles.depth,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
+        **tiles.launch(WIDTH=queries.shape[3]),
     )
 
 
@@ -296,25 +298,24 @@ def _select(
     threshold = tl.full((ROWS,), least, tl.int32)
     above = tl.full((ROWS,), SIZE, tl.int32)
     bit = 31
-    open_rows = ROWS
-    while (bit >= 0) & (open_rows > 0):
+    while bit >= 0:
         trial = threshold ^ (tl.full((ROWS,), 1, tl.int32) << bit)
         reached = tl.sum((key >= trial[:, None]).to(tl.int32), 1)
         threshold = tl.where(reached >= TOPK, trial, threshold)
         above = tl.where(reached >= TOPK, reached, above)
-        open_rows = tl.sum((above != TOPK).to(tl.int32), 0)
-        bit -= 1
+        going = tl.max((above != TOPK).to(tl.int32), 0)
+        bit = tl.where(going != 0, bit - 1, -1)
     better = (seen & (key > threshold[:, None])).to(tl.int32)
     equal = (seen & (key == threshold[:, None])).to(tl.int32)
     # Both counts of those in front in one scan: each is below 2^16.
     flags = better | (equal << 16)
     before = tl.cumsum(flags, 1) - flags
     equals = (before >> 16) & 0xFFFF
-    wanted = TOPK - tl.sum(better, 1)[:, None]
+    wanted = TOPK - tl.sum(better, 1, keep_dims=True)
     kept = (better > 0) | ((equal > 0) & (equals < wanted))
     slot = (before & 0xFFFF) + tl.minimum(equals, wanted)
     into = out + batch * out_batch + row[:, None] * out_row + piece * TOPK
     tl.store(into + slot, place.to(tl.int64), mask=kept)
     rest = tl.arange(0, FILL)[None, :]
-    none = (rest >= tl.sum(kept.to(tl.int32), 1)[:, None]) & (rest < TOPK)
+    none = (rest >= tl.sum(kept.to(tl.int32), 1, keep_dims=True)) & (rest < TOPK)
     tl.store(into + rest, tl.full((ROWS, FILL), -1, tl.int64), mask=none & here[:, None])

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention import Reach
-from .block_weights_triton import QueryTiles, fill_block_weights
+from .block_weights_triton import QueryTiles, fill_block_weights, last_chosen, slots_of
 from .index import IndexTerms
 from .index_triton import shared_memory, widened
 from .tiles import dot
@@ -48,7 +48,7 @@ def walk_tiles(heads: int, width: int, dtype: torch.dtype, shared: int) -> Query
     if dtype == torch.float32:
         return QueryTiles(rows, 16, min(width, 32), 8, 2)
     for blocks, stages in ((128, 3), (64, 2)):
-        if 2 * width * (blocks + stages * rows) + 2 * rows * blocks <= shared:
+        if max(2 * width * (blocks + stages * rows) + 2 * rows * blocks, 8 * width * blocks) <= shared:
             return QueryTiles(rows, blocks, width, 8, stages)
     return QueryTiles(rows, 32, width, 8, 1)
 
@@ -144,16 +144,14 @@ def _diverge(
         columns,
         queries.shape[2],
         scale,
-        RATIO=ratio,
-        CHOSEN=picked is not None,
-        COUNTED=counted is not None,
-        FIXED=unit is not None,
-        WIDTH=queries.shape[3],
-        HEADS=tiles.heads,
-        BLOCKS=tiles.blocks,
-        DEPTH=tiles.depth,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
+        **tiles.launch(
+            RATIO=ratio,
+            CHOSEN=picked is not None,
+            SLOTS=slots_of(picked),
+            COUNTED=counted is not None,
+            FIXED=unit is not None,
+            WIDTH=queries.shape[3],
+        ),
     )
 
 
@@ -178,15 +176,7 @@ def _walk(
         columns,
         queries.shape[2],
         scale,
-        RATIO=ratio,
-        FIXED=unit is not None,
-        WIDTH=queries.shape[3],
-        HEADS=tiles.heads,
-        BLOCKS=tiles.blocks,
-        DEPTH=tiles.depth,
-        WALK=_WALK,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
+        **tiles.launch(RATIO=ratio, FIXED=unit is not None, WIDTH=queries.shape[3], WALK=_WALK),
     )
 
 
@@ -212,6 +202,7 @@ def _divergence(
     scale,
     RATIO: tl.constexpr,
     CHOSEN: tl.constexpr,
+    SLOTS: tl.constexpr,
     COUNTED: tl.constexpr,
     FIXED: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -225,7 +216,10 @@ def _divergence(
     each, channel, part_of = tl.arange(0, BLOCKS), tl.arange(0, WIDTH), tl.arange(0, DEPTH)
     head = tl.arange(0, HEADS)
     real = head < heads
-    end = columns if CHOSEN else tl.minimum(columns, (start + row + 1) // RATIO)
+    if CHOSEN:
+        end = last_chosen(picked + line * columns, columns, SLOTS)
+    else:
+        end = tl.minimum(columns, (start + row + 1) // RATIO)
     query = queries + (token * heads + head[:, None]) * WIDTH
     held = tl.load(query + channel[None, :], mask=real[:, None], other=0.0)
     weight = tl.load(weights + token * heads + head, mask=real, other=0.0) * scale
