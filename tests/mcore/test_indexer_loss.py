@@ -14,9 +14,9 @@ from dsv4_bridge.mcore import DeepSeekV4Model, build_model
 from dsv4_bridge.mcore.config import model_config
 from dsv4_bridge.mcore.indexer_phase import indexer_settings, set_trained
 from dsv4_bridge.mcore.kernels import attention as attend_module
+from dsv4_bridge.mcore.kernels import indexer_loss
 from dsv4_bridge.mcore.kernels.attention import Reach
 from dsv4_bridge.mcore.kernels.index import IndexTerms, best_blocks, index_scores
-from dsv4_bridge.mcore.layers import indexer_loss
 from dsv4_bridge.mcore.layers.indexer import Indexer
 from dsv4_bridge.mcore.metrics import collect
 from dsv4_bridge.mcore.schedule import Batch, forward_backward

@@ -43,13 +43,18 @@ def index_scores(q: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
 def choose_blocks(terms: IndexTerms, topk: int, by: Choice = AUTO) -> Tensor:
     """The best visible blocks of every query: [b, s, topk] int64, -1 where a query sees fewer.
 
-    Where there are no more blocks than `topk`, all of them: [b, s, n].
+    Where there are no more blocks than `topk`, all of them: [b, s, n]. Torch and Triton add a score up in different
+    orders: where two differ by rounding alone they may choose another one.
     """
     queries, keys, weights = terms
     batch, length, heads = queries.shape[:3]
     count = keys.shape[1]
     if count <= topk:
         return every_block(length, batch, count, keys.device)
+    if by.fused(*terms):
+        from . import index_triton
+
+        return index_triton.choose(terms, topk)
     visible = (torch.arange(length, device=keys.device) + 1) // 4  # [s]
     times = 1 if keys.device.type == "cpu" else _GPU_TIMES
     chosen = queries.new_full((batch, length, topk), -1, dtype=torch.int64)
