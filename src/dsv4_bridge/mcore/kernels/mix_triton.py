@@ -306,7 +306,7 @@ class _Mix(torch.autograd.Function):
         to_streams, to_weight = into_streams(flat, weight, pull, ctx.needs_input_grad[1])
         to_bias, to_alphas = sums.sum(0)
         alphas = (part.sum().view(1) for part in to_alphas.split([count, count, count**2]))
-        return to_streams.view(*lead, -1), to_weight, to_bias, *alphas, None, None, None, None
+        return to_streams.view(*lead, count * width), to_weight, to_bias, *alphas, None, None, None, None
 
 
 def sinkhorn(start: Tensor, iterations: int, eps: float) -> Tensor:

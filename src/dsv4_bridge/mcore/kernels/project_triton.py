@@ -30,17 +30,17 @@ class Cut(NamedTuple):
     size: int
 
 
-def cut_columns(tokens: int, columns: int) -> Cut:
-    """For sums over columns: few tokens, as in decoding, take more parts."""
-    tile = 64 if tokens > 32 else 16
+def cut_columns(tokens: int, columns: int, narrow: bool) -> Cut:
+    """For sums over columns: few tokens, as in decoding, take more parts. Tiles of float32 are smaller."""
+    tile = (64 if narrow else 32) if tokens > 32 else 16
     wanted = max(1, min(triton.cdiv(PROGRAMS // 2, triton.cdiv(tokens, tile)), columns // 512))
     size = triton.cdiv(triton.cdiv(columns, wanted), COLUMNS) * COLUMNS
     return Cut(tile, triton.cdiv(columns, size), size)
 
 
-def cut_tokens(tokens: int, columns: int) -> Cut:
+def cut_tokens(tokens: int, columns: int, narrow: bool) -> Cut:
     """For sums over tokens: a part costs a sum's memory, so there are no more than fill the GPU."""
-    tile = 64 if tokens > 32 else 16
+    tile = 64 if narrow and tokens > 32 else 16
     wanted = max(1, min(triton.cdiv(PROGRAMS, triton.cdiv(columns, COLUMNS)), tokens // 256))
     size = triton.cdiv(triton.cdiv(tokens, wanted), tile) * tile
     return Cut(tile, triton.cdiv(tokens, size), size)
@@ -192,11 +192,11 @@ def mapped_streams(streams: Tensor, weight: Tensor, eps: float) -> tuple[Tensor,
     padded = max(16, triton.next_power_of_2(outs))
     mapped, inverse = (streams.new_empty(shape, dtype=torch.float32) for shape in ((tokens, outs), (tokens,)))
     if tokens:
-        tile, parts, size = cut_columns(tokens, width)
+        narrow = streams.dtype is torch.bfloat16
+        tile, parts, size = cut_columns(tokens, width, narrow)
         products = mapped.new_empty(parts, tokens, outs)
         squares = mapped.new_empty(parts, tokens)
         grid = (triton.cdiv(tokens, tile), parts)
-        narrow = streams.dtype is torch.bfloat16
         _products[grid](
             streams, weight, products, squares, tokens, width, size, outs, padded, tile, COLUMNS, narrow, num_warps=4
         )
@@ -224,7 +224,8 @@ def into_streams(streams: Tensor, weight: Tensor, pull: Pull, weighed: bool) -> 
     grad_streams = torch.empty_like(streams)
     if not tokens:
         return grad_streams, torch.zeros_like(weight) if weighed else None
-    tile, chunks, size = cut_tokens(tokens, wide)
+    narrow = streams.dtype is torch.bfloat16
+    tile, chunks, size = cut_tokens(tokens, wide, narrow)
     parts = weight.new_empty((chunks, *weight.shape) if weighed else (0,), dtype=torch.float32)
     _streams_backward[(triton.cdiv(width, COLUMNS) * count, chunks)](
         streams,
@@ -243,10 +244,11 @@ def into_streams(streams: Tensor, weight: Tensor, pull: Pull, weighed: bool) -> 
         max(16, triton.next_power_of_2(outs)),
         tile,
         COLUMNS,
-        streams.dtype is torch.bfloat16,
+        narrow,
         pull.pre is not None,
         weighed,
         num_warps=4,
+        num_stages=2,  # three need all registers
     )
     return grad_streams, parts.sum(0).to(weight.dtype) if weighed else None
 

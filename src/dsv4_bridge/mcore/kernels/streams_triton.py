@@ -178,7 +178,7 @@ class _Collapse(torch.autograd.Function):
         grad = grad.reshape(-1, grad.shape[-1]).contiguous()
         to_weights, to_streams = dots(streams, grad, weights, weights.dtype)
         assert to_streams is not None
-        return to_streams.view(*weights.shape[:-1], -1), to_weights.view(weights.shape)
+        return to_streams.view(*weights.shape[:-1], streams.shape[1] * streams.shape[2]), to_weights.view(weights.shape)
 
 
 class _Expand(torch.autograd.Function):
