@@ -39,9 +39,9 @@ def _tile(
     ape,
     batch,
     block,
+    count,
     half,
     c,
-    there,
     kb,
     ks,
     gb,
@@ -53,8 +53,10 @@ def _tile(
 ):
     """Tokens of a block: kv, gate + ape (-inf where there is none), float32, and which there are."""
     slot = tl.arange(0, SLOTS)
-    seen = there & (slot < RATIO)[:, None] & (c < width)[None, :]
-    token = (block * RATIO + slot).to(tl.int64)[:, None]
+    token = block * RATIO + slot
+    there = (slot < RATIO) & (token >= 0) & (token < count * RATIO)
+    seen = there[:, None] & (c < width)[None, :]
+    token = token.to(tl.int64)[:, None]
     column = half * width + c[None, :]
     value = tl.load(kv + batch * kb + token * ks + column, mask=seen, other=0.0).to(tl.float32)
     logit = tl.load(gate + batch * gb + token * gs + column, mask=seen, other=0.0).to(tl.float32)
@@ -91,12 +93,12 @@ def _pool(
     batch, block = (entry // count).to(tl.int64), entry % count
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     value, logit, _ = _tile(
-        kv, gate, ape, batch, block, 1 if OVERLAPS else 0, c, block >= 0, kb, ks, gb, gs, wide, width, RATIO, SLOTS
+        kv, gate, ape, batch, block, count, 1 if OVERLAPS else 0, c, kb, ks, gb, gs, wide, width, RATIO, SLOTS
     )
     high = _highest(logit)
     if OVERLAPS:
         value_0, logit_0, _ = _tile(
-            kv, gate, ape, batch, block - 1, 0, c, block > 0, kb, ks, gb, gs, wide, width, RATIO, SLOTS
+            kv, gate, ape, batch, block - 1, count, 0, c, kb, ks, gb, gs, wide, width, RATIO, SLOTS
         )
         high = tl.maximum(high, tl.max(logit_0, 0))
     weight = tl.exp(logit - high[None, :])
@@ -145,16 +147,16 @@ def _pool_backward(
     own: tl.constexpr = 1 if OVERLAPS else 0
     for number in range(part * size, tl.minimum(part * size + size, blocks)):
         batch, block = (number // (count + own)).to(tl.int64), number % (count + own)
-        real = block < count
-        value, logit, seen = _tile(kv, gate, ape, batch, block, own, c, real, kb, ks, gb, gs, wide, width, RATIO, SLOTS)
+        real = (c < width) & (block + tl.zeros_like(c) < count)
+        value, logit, seen = _tile(kv, gate, ape, batch, block, count, own, c, kb, ks, gb, gs, wide, width, RATIO, SLOTS)
         high = _highest(logit)
         if OVERLAPS:
             value_0, logit_0, seen_0 = _tile(
-                kv, gate, ape, batch, block - 1, 0, c, block > 0, kb, ks, gb, gs, wide, width, RATIO, SLOTS
+                kv, gate, ape, batch, block - 1, count, 0, c, kb, ks, gb, gs, wide, width, RATIO, SLOTS
             )
             high = tl.maximum(high, _highest(logit_0))
         at = (batch * count + block) * width + c
-        pull = tl.load(grad + at, mask=real & (c < width), other=0.0).to(tl.float32)
+        pull = tl.load(grad + at, mask=real, other=0.0).to(tl.float32)
         weight = tl.exp(logit - high[None, :])
         total, mean = tl.sum(weight, 0), tl.sum(weight * value, 0)
         if OVERLAPS:

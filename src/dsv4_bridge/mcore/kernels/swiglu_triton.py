@@ -1,4 +1,7 @@
-"""`clamped_swiglu` of grouped.py: one pass each way, and in the backward the routing weight's dot in the same."""
+"""`clamped_swiglu` of grouped.py: one pass each way, and in the backward the routing weight's dot in the same.
+
+On a limit itself no gradient passes: torch's clamp has had it so since 2.13, and let it pass before.
+"""
 
 import torch
 import triton
@@ -23,8 +26,8 @@ def _halves(x, row, c, width, limit, CLAMPED: tl.constexpr):
     up = tl.load(x + row * 2 * width + width + c, mask=seen, other=0.0).to(tl.float32)
     passes_gate, passes_up = seen, seen
     if CLAMPED:
-        passes_gate = gate <= limit
-        passes_up = (up >= -limit) & (up <= limit)
+        passes_gate = gate < limit
+        passes_up = (up > -limit) & (up < limit)
         gate = tl.where(gate > limit, limit, gate)
         up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
     return gate, up, passes_gate, passes_up
