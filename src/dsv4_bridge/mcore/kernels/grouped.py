@@ -135,6 +135,10 @@ def clamped_swiglu(x: Tensor, weights: Tensor, limit: float | None, by: Choice =
     Returns:
         [T, f].
     """
+    if by.fused(x, weights):
+        from .swiglu_triton import clamped_swiglu as fused
+
+        return fused(x, weights, limit)
     gate, up = x.chunk(2, dim=-1)
     if limit is not None:
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)

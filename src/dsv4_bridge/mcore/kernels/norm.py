@@ -1,8 +1,9 @@
-"""The inverse root mean square."""
+"""The inverse root mean square, and the norm with a weight."""
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from .choice import AUTO, Choice
 
@@ -27,6 +28,22 @@ class _InverseRMS(torch.autograd.Function):
 
 def inverse_rms(x: Tensor, eps: float, by: Choice = AUTO) -> Tensor:
     """1 / root of the mean square over the last axis, float32: […, n] -> […, 1]."""
+    if by.fused(x):
+        from .norm_triton import inverse_rms as fused
+
+        return fused(x, eps)
     result = _InverseRMS.apply(x, eps)
     assert isinstance(result, Tensor)
     return result
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, by: Choice = AUTO) -> Tensor:
+    """Divide by the root of the mean square and multiply by a weight, in float32: […, n], [n] -> […, n] in x's type.
+
+    eps is added to the mean square, and the weight multiplies in front of the one rounding.
+    """
+    if by.fused(x, weight):
+        from .norm_triton import rms_norm as fused
+
+        return fused(x, weight, eps)
+    return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .choice import AUTO, Choice
+from .norm import inverse_rms
 
 
 class _Rotate(torch.autograd.Function):
@@ -45,6 +46,29 @@ def rotate(x: Tensor, turn: Tensor, inverse: bool = False, by: Choice = AUTO) ->
     Returns:
         The same shape and type as x.
     """
+    if by.fused(x):
+        from .rotary_triton import rotate as fused
+
+        return fused(x, turn, inverse)
     result = _Rotate.apply(x, turn.conj() if inverse else turn)
     assert isinstance(result, Tensor)
     return result
+
+
+def norm_rotate(x: Tensor, turn: Tensor, eps: float, by: Choice = AUTO) -> Tensor:
+    """Divide x by the root of its mean square over the channels, without a weight, then `rotate` it.
+
+    Args:
+        x: […, channels].
+        turn: as of `rotate`.
+        eps: added to the mean square.
+        by: torch or Triton.
+
+    Returns:
+        The same shape and type as x.
+    """
+    if by.fused(x):
+        from .rotary_triton import norm_rotate as fused
+
+        return fused(x, turn, eps)
+    return rotate(x * inverse_rms(x, eps, by).to(x.dtype), turn, by=by)

@@ -1,5 +1,8 @@
 """Residual streams: mixing, projection, collapse, with backwards that keep little."""
 
+import math
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -64,6 +67,10 @@ def sinkhorn(start: Tensor, iterations: int, eps: float, by: Choice = AUTO) -> T
         eps: added to every sum.
         by: torch or Triton.
     """
+    if by.fused(start):
+        from .mix_triton import sinkhorn as fused
+
+        return fused(start, iterations, eps)
     result = _Sinkhorn.apply(start, iterations, eps)
     assert isinstance(result, Tensor)
     return result
@@ -91,6 +98,10 @@ class _Project(torch.autograd.Function):
 
 def project(streams: Tensor, weight: Tensor, eps: float, by: Choice = AUTO) -> Tensor:
     """Normed streams times weight^T: [s, b, n*h], [m, n*h] float32 -> [s, b, m] float32."""
+    if by.fused(streams, weight):
+        from .project_triton import project as fused
+
+        return fused(streams, weight, eps)
     result = _Project.apply(streams, weight, eps)
     assert isinstance(result, Tensor)
     return result
@@ -138,6 +149,10 @@ def _dots(streams: Tensor, x: Tensor) -> Tensor:
 
 def collapse(streams: Tensor, weights: Tensor, by: Choice = AUTO) -> Tensor:
     """Weighted sum of the streams, in float32: [s, b, n*h], [s, b, n] -> [s, b, h] in the streams' type."""
+    if by.fused(streams, weights):
+        from .streams_triton import collapse as fused
+
+        return fused(streams, weights)
     result = _Collapse.apply(streams.unflatten(-1, (weights.shape[-1], -1)), weights)
     assert isinstance(result, Tensor)
     return result
@@ -148,6 +163,64 @@ def expand(output: Tensor, streams: Tensor, post: Tensor, mix: Tensor, by: Choic
 
     […, h], [..., n, h], [..., n], [..., n, n], all of one type -> […, n, h].
     """
+    if by.fused(output, streams, post, mix):
+        from .streams_triton import expand as fused
+
+        return fused(output, streams, post, mix)
     result = _Expand.apply(output, streams, post, mix)
     assert isinstance(result, Tensor)
     return result
+
+
+class MixRule(NamedTuple):
+    """The numbers of `mix`.
+
+    Attributes:
+        norm_eps: added to the mean square of the streams.
+        eps: added to pre, to the softmax and to Sinkhorn's sums.
+        iterations: of Sinkhorn.
+    """
+
+    norm_eps: float
+    eps: float
+    iterations: int
+
+
+def mix(
+    streams: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    alphas: tuple[Tensor, Tensor, Tensor],
+    rule: MixRule,
+    by: Choice = AUTO,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What stands in front of a sub-layer: the streams' weighted sum, and the weights of what follows it.
+
+    Of the normed streams' projection, n numbers give pre = sigmoid + eps, n give post = 2 sigmoid, and n x n the
+    mixing matrix, a softmax by rows + eps made nearly doubly stochastic (technical report 2.2; transformers'
+    DeepseekV4HyperConnection).
+
+    Args:
+        streams: [s, b, n*h].
+        weight: [n*n+2n, n*h] float32.
+        bias: [n*n+2n] float32.
+        alphas: factors of the three projections, [1] float32 each.
+        rule: eps and iterations.
+        by: torch or Triton.
+
+    Returns:
+        [s, b, h] in the streams' type, post [s, b, n] and mixing matrix [s, b, n, n], both float32.
+    """
+    n = math.isqrt(len(bias) + 1) - 1
+    if by.fused(streams, weight, bias, *alphas):
+        from .mix_triton import mix as fused
+
+        return fused(streams, weight, bias, alphas, n, *rule)
+    mapped = project(streams, weight, rule.norm_eps, by)
+    pre, post, mixing = mapped.split([n, n, n * n], dim=-1)
+    bias_pre, bias_post, bias_mix = bias.split([n, n, n * n])
+    alpha_pre, alpha_post, alpha_res = alphas
+    pre = torch.sigmoid(pre * alpha_pre + bias_pre) + rule.eps
+    post = 2 * torch.sigmoid(post * alpha_post + bias_post)
+    mixing = torch.softmax((mixing * alpha_res + bias_mix).unflatten(-1, (n, n)), dim=-1) + rule.eps
+    return collapse(streams, pre, by), post, sinkhorn(mixing, rule.iterations, rule.eps, by)

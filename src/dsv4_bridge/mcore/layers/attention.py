@@ -26,8 +26,7 @@ from torch.distributed import ProcessGroup
 
 from ..config import DeepSeekV4Config
 from ..kernels.attention import Reach, attend, attend_one
-from ..kernels.norm import inverse_rms
-from ..kernels.rotary import rotate
+from ..kernels.rotary import norm_rotate, rotate
 from ..metrics import Tally
 from .basics import Linear, RMSNorm, new_parameter
 from .cache import Cache, LayerCache, slot_positions
@@ -242,8 +241,7 @@ class HybridAttention(MegatronModule):
         qr = self.q_layernorm(self.linear_q_down_proj(x))
         q = self.linear_q_up_proj(qr)[0].unflatten(-1, (self.heads, self.width))  # [s, b, heads, d]
         by = self.config.kernel_choice
-        q = q * inverse_rms(q, self.config.layernorm_epsilon, by).to(q.dtype)
-        q = rotate(q, across.unsqueeze(2), by=by)
+        q = norm_rotate(q, across.unsqueeze(2), self.config.layernorm_epsilon, by)
         kv = rotate(self.kv_layernorm(self.linear_kv_proj(x)), across, by=by)  # [s, b, d]
         kv = copy_to_tensor_model_parallel_region(kv, self.tp_group)
         layer = None if cache is None else cache.layers[self.layer_number - 1]

@@ -10,6 +10,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..config import DeepSeekV4Config
+from ..kernels.norm import rms_norm
+
 
 class Linear(torch.nn.Module):
     """`y = x W^T`, the same on every tensor-parallel rank. W is [out, in] of the parameters' type."""
@@ -43,7 +46,8 @@ class RMSNorm(torch.nn.Module):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, whole: bool = False):
         super().__init__()
-        self.eps = eps
+        assert isinstance(config, DeepSeekV4Config)
+        self.config, self.eps = config, eps
         self.weight = new_parameter((hidden_size,), config, config.params_dtype)
         torch.nn.init.ones_(self.weight)
         if not whole:
@@ -51,7 +55,7 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[…, hidden] -> […, hidden], in x's type."""
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps, self.config.kernel_choice)
 
     def get_extra_state(self) -> None:
         return None

@@ -12,6 +12,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from ..config import DeepSeekV4Config
+from ..kernels.pool import gated_mean, pool
 from ..kernels.rotary import rotate
 from .basics import Linear, RMSNorm, new_parameter
 from .cache import CompressorCache
@@ -54,15 +55,9 @@ class Compressor(KeepsFloat32, MegatronModule):
         """
         kv = self.linear_wkv(x).transpose(0, 1)  # [b, s, wide]
         gate = self.linear_wgate(x).transpose(0, 1)
-        count = kv.shape[1] // self.ratio
-        whole = count * self.ratio
-        kv_blocks = kv[:, :whole].unflatten(1, (count, self.ratio))  # [b, n, ratio, wide]
-        gate_blocks = gate[:, :whole].unflatten(1, (count, self.ratio)) + self.ape
-        if self.overlaps:
-            kv_blocks = _overlapped(kv_blocks, 0.0)
-            gate_blocks = _overlapped(gate_blocks, -math.inf)
-        positions = torch.arange(count, device=x.device) * self.ratio
-        entries = self._entries(kv_blocks, gate_blocks, positions)
+        pooled = pool(kv, gate, self.ape, self.ratio, self.overlaps, self.config.kernel_choice)
+        positions = torch.arange(pooled.shape[1], device=x.device) * self.ratio
+        entries = self._entries(pooled, positions)
         if cache is not None and lengths is not None:
             cache.fill(kv, gate, entries, lengths)
         return entries
@@ -95,23 +90,16 @@ class Compressor(KeepsFloat32, MegatronModule):
                 old_gate = old_gate.masked_fill(none, -math.inf)
                 kv_block = torch.cat([old_kv[..., first], kv_block[..., second]], 1)
                 gate_block = torch.cat([old_gate[..., first], gate_block[..., second]], 1)
-            entry = self._entries(kv_block.unsqueeze(1), gate_block.unsqueeze(1), (block * self.ratio)[:, None])
+            pooled = gated_mean(kv_block.unsqueeze(1), gate_block.unsqueeze(1))
+            entry = self._entries(pooled, (block * self.ratio)[:, None])
             cache.add(entry[:, 0], block, closed)
         assert cache.entries is not None
         return cache.entries
 
-    def _entries(self, kv: Tensor, gate: Tensor, positions: Tensor) -> Tensor:
-        """[b, n, slots, width] twice, positions [n] or [b, n] -> [b, n, width]: gate, sum, norm, rotate."""
-        weights = torch.softmax(gate, dim=2, dtype=torch.float32).to(kv.dtype)
+    def _entries(self, pooled: Tensor, positions: Tensor) -> Tensor:
+        """[b, n, width], positions [n] or [b, n] -> [b, n, width]: norm, rotate."""
         turn = turns(self.config, self.ratio, positions)
-        return rotate(self.norm((kv * weights).sum(2)), turn, by=self.config.kernel_choice)
-
-
-def _overlapped(blocks: Tensor, nothing: float) -> Tensor:
-    """[b, n, r, 2w] -> [b, n, 2r, w]: the previous block's first half, then the own second half."""
-    first, second = blocks.chunk(2, -1)
-    before = torch.nn.functional.pad(first, (0, 0, 0, 0, 1, 0), value=nothing)[:, :-1]
-    return torch.cat([before, second], 2)
+        return rotate(self.norm(pooled), turn, by=self.config.kernel_choice)
 
 
 def _take(values: Tensor, slots: Tensor) -> Tensor:

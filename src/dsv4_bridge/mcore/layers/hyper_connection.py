@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from ..config import DeepSeekV4Config
-from ..kernels.streams import collapse, expand, project, sinkhorn
+from ..kernels.streams import MixRule, collapse, expand, mix, project
 from .basics import mark_sequence_parallel, new_parameter
 from .floats import KeepsFloat32
 
-# The three operations on whole streams. They are bound by memory, so each makes one pass and, in the
-# backward, one gradient of the streams; autograd by single operations makes eleven copies of them.
+# The operations on whole streams are bound by memory, so each makes few passes and, in the backward, one gradient
+# of the streams; autograd by single operations makes eleven copies of them.
 
 
 class HyperConnection(KeepsFloat32):
@@ -51,15 +51,10 @@ class HyperConnection(KeepsFloat32):
             The sub-layer's input [s, b, h], and what `expand` needs: post [s, b, n] and mixing
             matrix [s, b, n, n], both float32.
         """
-        n, eps = self.n, self.config.mhc_eps
-        by = self.config.kernel_choice
-        mapped = project(streams, self.mapping_proj.weight, self.config.layernorm_epsilon, by)
-        pre, post, mix = mapped.split([n, n, n * n], dim=-1)
-        bias_pre, bias_post, bias_mix = self.bias.split([n, n, n * n])
-        pre = torch.sigmoid(pre * self.alpha_pre + bias_pre) + eps
-        post = 2 * torch.sigmoid(post * self.alpha_post + bias_post)
-        mix = torch.softmax((mix * self.alpha_res + bias_mix).unflatten(-1, (n, n)), dim=-1) + eps
-        return collapse(streams, pre, by), post, sinkhorn(mix, self.config.mhc_sinkhorn_iterations, eps, by)
+        config = self.config
+        rule = MixRule(config.layernorm_epsilon, config.mhc_eps, config.mhc_sinkhorn_iterations)
+        alphas = self.alpha_pre, self.alpha_post, self.alpha_res
+        return mix(streams, self.mapping_proj.weight, self.bias, alphas, rule, config.kernel_choice)
 
     def expand(self, output: Tensor, streams: Tensor, post: Tensor, mix: Tensor) -> Tensor:
         """Write a sub-layer's output back: stream j = post[j] * output + sum over i of mix[i, j] * stream i.
