@@ -1,7 +1,7 @@
 """What `gpu.py` measures, a unit at a time; a process runs a list of units and prints a line of JSON behind each.
 
-The first line is their list. A unit is words joined by colons: `facts`, `ceilings`, `kernel:LENGTH:NAME`, `layer:LENGTH:KIND:SIDE`, `generate:SIDE`,
-`load`, `codec`.
+The first line is their list. A unit is words joined by colons: `facts`, `ceilings`, `kernel:LENGTH:NAME`,
+`layer:LENGTH:KIND:SIDE`, `generate:SIDE`, `load`, `codec`.
 """
 
 import argparse

@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.kernel
 def test_a_launch_is_compiled_for_hopper_and_a_broken_one_is_told() -> None:
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests" / "tools"), str(ROOT / "benchmarks")])
+    path = [str(ROOT / "src"), str(ROOT / "tests" / "tools"), str(ROOT / "benchmarks"), env.get("PYTHONPATH", "")]
+    env["PYTHONPATH"] = os.pathsep.join(part for part in path if part)
     words = ["--targets", "90", "--types", "float32", "--only", "small_triton", "--more", "small_triton", "--json"]
     script = ROOT / "benchmarks" / "compile_kernels.py"
     done = subprocess.run(
