@@ -1,7 +1,7 @@
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test test-all test-oldest check bench format clean
+.PHONY: demo test test-all test-oldest check bench gpu format clean
 
 # The marker is touched when the environment matches pyproject.toml and constraints.txt.
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -52,6 +52,11 @@ bench: $(VENV)/.ready
 	$(PY) benchmarks/layer.py
 	$(PY) benchmarks/model.py
 	$(PY) benchmarks/model_memory.py
+
+# Tests and measurements for a machine with a GPU, in build/gpu; they run here where this is one.
+gpu: $(VENV)/.ready
+	$(PY) benchmarks/pack_gpu.py
+	if nvidia-smi -L >/dev/null 2>&1; then OUT=build/gpu/out $(PY) build/gpu/run_gpu.py; fi
 
 clean:
 	rm -rf $(VENV) $(OLDEST) build dist src/*.egg-info

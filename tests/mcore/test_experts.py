@@ -57,15 +57,16 @@ def row_by_row(x: torch.Tensor, counts: tuple[int, ...], weights: list[torch.Ten
     return torch.stack(rows) if rows else x @ weights[0].t()
 
 
+@pytest.mark.parametrize("there", [False, True], ids=["numbers", "tensor"])
 @pytest.mark.parametrize("kernel", [False, True], ids=["loop", "kernel"])
 @pytest.mark.parametrize("name", COUNTS)
-def test_grouped_products_equal_the_definition(name: str, kernel: bool) -> None:
+def test_grouped_products_equal_the_definition(name: str, kernel: bool, there: bool) -> None:
     counts = COUNTS[name]
     random = torch.Generator().manual_seed(len(name))
     x = torch.randn(24, sum(counts), generator=random).t().requires_grad_()  # neither rows nor gradient lie in order
     weights = [torch.randn(16, 24, generator=random).requires_grad_() for _ in counts]
     grad = torch.randn(16, sum(counts), generator=random).t()
-    ours = grouped_linear(x, counts, weights, kernel)
+    ours = grouped_linear(x, torch.tensor(counts) if there else counts, weights, kernel)
     theirs = row_by_row(x, counts, weights)
     assert ours.shape == theirs.shape
     assert torch.allclose(ours, theirs, rtol=1e-6, atol=1e-5)
@@ -87,7 +88,8 @@ def test_frozen_matrices_get_no_gradient_and_pass_it_on(kernel: bool) -> None:
     assert torch.allclose(x.grad, wanted, rtol=1e-6, atol=1e-5)
 
 
-def test_what_a_kernel_leaves_for_empty_groups_is_not_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("there", [False, True], ids=["numbers", "tensor"])
+def test_what_a_kernel_leaves_for_empty_groups_is_not_a_gradient(monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
     """Some write nothing there: their result is whatever the memory held (pytorch/pytorch#172439)."""
     product = torch.nn.functional.grouped_mm
 
@@ -100,7 +102,8 @@ def test_what_a_kernel_leaves_for_empty_groups_is_not_a_gradient(monkeypatch: py
     monkeypatch.setattr(torch.nn.functional, "grouped_mm", careless)
     x = torch.randn(29, 24)
     weights = [torch.randn(16, 24).requires_grad_() for _ in range(4)]
-    grouped_linear(x, COUNTS["some empty"], weights, True).sum().backward()
+    counts = COUNTS["some empty"]
+    grouped_linear(x, torch.tensor(counts) if there else counts, weights, True).sum().backward()
     assert [float(w.grad.abs().sum()) > 0 for w in weights] == [False, True, False, True]
     assert not any(w.grad.isnan().any() for w in weights)
 

@@ -7,7 +7,7 @@ quantised encodings, the scales of a checkpoint to be like.
 import contextlib
 import math
 from collections import deque
-from collections.abc import Container
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -22,7 +22,7 @@ from ..store.hf import HFCheckpoint
 from ..store.reading import Readahead
 from ..store.safetensors import SafetensorsFolder, TensorInfo
 from ..store.stream import Bytes, CountingStream, Stream, as_bytes
-from ..store.values import HFValues, Scratch, Values, cuts, stripe_rows, to_plain
+from ..store.values import EncodedRows, EncodingValues, HFValues, Scratch, Values, cuts, stripe_rows, to_plain
 from .report import Report
 from .segments import Copy, Frame, Literal, Rows, Scale, Segment, Weight
 
@@ -182,26 +182,27 @@ class Emitter:
         return b""
 
     def _encode(self, item: Item, encoding: str, source: Values, stream: Stream, report: Report) -> bytes:
-        how = ENCODINGS[encoding]
         like = self._like(item, encoding)
         scales: list[bytes] = []
         total = EncodeStats()
-        first = 0
-        for stripe in source.stripes(item, 0, item.shape[0], self.scratch):
-            values, rounded = to_plain(item, stripe, "bf16", self.scratch)
-            if rounded:
-                self._count_rounding(item, rounded, report)
-            last = first + len(values)
-            out = self.scratch.take("codes", "u1", (last - first, how.weight_shape(item.shape)[1]))
-            scale = self.scratch.take("new_scale", _scale_type(encoding), how.scale_shape(values.shape))
-            old = like.scale(like.checkpoint.bound[item.name], first, last, self.scratch, "old_scale") if like else None
-            try:
-                total = total + CODECS[encoding].encode(values, old, out, scale)
-            except CodecError as error:
-                raise BridgeError(f"encoding {item.name} as {encoding}: {error.problem.shifted(first)}") from None
-            stream.write(out)
-            scales.append(scale.tobytes())
-            first = last
+
+        def old_scale(first: int, last: int) -> np.ndarray | None:
+            bound = like.checkpoint.bound[item.name] if like else None
+            return like.scale(bound, first, last, self.scratch, "old_scale") if like and bound else None
+
+        def on_host(first: int, stripe: np.ndarray) -> EncodedRows:
+            return self._encode_stripe(item, encoding, first, stripe, old_scale(first, first + len(stripe)), report)
+
+        if isinstance(source, EncodingValues):
+            parts = source.encoded(item, encoding, old_scale, on_host)
+        else:
+            parts = self._host_parts(item, source, on_host)
+        for part in parts:
+            if part.rounded:
+                self._count_rounding(item, part.rounded, report)
+            total = total + part.stats
+            stream.write(part.codes)
+            scales.append(part.scale.tobytes())
         _add(report.encoded, item.row.key, total)
         if total.rounded_values and not self._may_round(item) and (like is None or not self.keep_rounding):
             raise BridgeError(
@@ -209,6 +210,28 @@ class Emitter:
                 f"(largest error {total.max_abs_error:.3g}); --allow-lossy accepts that and reports the error"
             )
         return b"".join(scales)
+
+    def _host_parts(
+        self, item: Item, source: Values, on_host: Callable[[int, np.ndarray], EncodedRows]
+    ) -> Iterator[EncodedRows]:
+        first = 0
+        for stripe in source.stripes(item, 0, item.shape[0], self.scratch):
+            yield on_host(first, stripe)
+            first += len(stripe)
+
+    def _encode_stripe(
+        self, item: Item, encoding: str, first: int, stripe: np.ndarray, old: np.ndarray | None, report: Report
+    ) -> EncodedRows:
+        how = ENCODINGS[encoding]
+        values, rounded = to_plain(item, stripe, "bf16", self.scratch)
+        if rounded:
+            self._count_rounding(item, rounded, report)
+        out = self.scratch.take("codes", "u1", how.weight_shape(values.shape))
+        scale = self.scratch.take("new_scale", _scale_type(encoding), how.scale_shape(values.shape))
+        try:
+            return EncodedRows(out, scale, CODECS[encoding].encode(values, old, out, scale))
+        except CodecError as error:
+            raise BridgeError(f"encoding {item.name} as {encoding}: {error.problem.shifted(first)}") from None
 
     def _recode(self, item: Item, encoding: str, source: HFValues, stream: Stream, report: Report) -> bytes:
         how, recode = ENCODINGS[encoding], RECODERS[source.encoding(item), encoding]

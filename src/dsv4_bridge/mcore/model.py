@@ -161,7 +161,8 @@ class DeepSeekV4Model(GPTModel):
         if cache is not None:
             if last_only and not stepping:
                 hidden = hidden[cache.lengths - 1, torch.arange(batch, device=hidden.device)].unsqueeze(0)
-            cache.lengths = cache.lengths + 1 if stepping else cache.lengths
+            if stepping:
+                cache.advance()
             cache.filled = True
         elif last_only:
             hidden = hidden[-1:]
@@ -262,13 +263,13 @@ def _check_ids(ids: Tensor, vocab_size: int, what: str = "token ids") -> None:
 
 
 def _check_cache(cache: Cache, batch: int, length: int) -> None:
-    if len(cache.lengths) != batch:
-        raise BridgeError(f"decoding: {batch} rows with a cache of {len(cache.lengths)}")
+    if len(cache.known) != batch:
+        raise BridgeError(f"decoding: {batch} rows with a cache of {len(cache.known)}")
     if cache.filled and length != 1:
         raise BridgeError(f"decoding: {length} tokens a row with a filled cache, expected 1")
-    longest = int(cache.lengths.max())
-    if not cache.filled and not 0 < int(cache.lengths.min()) <= longest <= length:
-        raise BridgeError(f"decoding: prompts of {cache.lengths.tolist()} tokens in rows of {length}")
+    longest = max(cache.known)
+    if not cache.filled and not 0 < min(cache.known) <= longest <= length:
+        raise BridgeError(f"decoding: prompts of {list(cache.known)} tokens in rows of {length}")
     if longest + cache.filled > cache.capacity:
         raise BridgeError(f"decoding: the cache holds {cache.capacity} tokens a row, and it is full")
 

@@ -18,7 +18,7 @@ from ..store.hub import resolve
 from ..store.named import spec_of
 from .model import DeepSeekV4Model, build_chunks
 from .runtime import initialize
-from .weights.gather import ModelValues
+from .weights.gather import model_values
 from .weights.load import load_weights
 
 
@@ -91,7 +91,7 @@ def save_pretrained(
     try:
         if released:
             apart(released.folder.path, out)
-        values = ModelValues([model] if isinstance(model, DeepSeekV4Model) else model)
+        values = model_values([model] if isinstance(model, DeepSeekV4Model) else model)
         target = encoding or ("source" if released else "bf16")
         run(
             model_job(values, values.plan, released, target, allow_lossy=allow_lossy), out, Options(overwrite=overwrite)

@@ -5,12 +5,12 @@ as uint16 bit patterns, float32, int32 or int64. Stripes start at multiples of 1
 reused buffers: use one before asking for the next.
 """
 
-from collections.abc import Iterable, Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from ..codec import CODECS, CodecError
+from ..codec import CODECS, CodecError, EncodeStats
 from ..errors import BridgeError
 from ..spec.dtypes import DTYPES
 from ..spec.encodings import ENCODINGS, TILE, of_dtype
@@ -36,8 +36,12 @@ class Scratch:
         size = int(np.prod(shape, dtype=np.int64)) * kind.itemsize
         buffer = self._buffers.get(name)
         if buffer is None or buffer.size < size:
-            buffer = self._buffers[name] = np.empty(-(-size // 4096) * 4096, np.uint8)
+            buffer = self._buffers[name] = self.new(-(-size // 4096) * 4096)
         return buffer[:size].view(kind).reshape(shape)
+
+    def new(self, size: int) -> np.ndarray:
+        """A buffer of so many bytes."""
+        return np.empty(size, np.uint8)
 
 
 class Values(Protocol):
@@ -54,6 +58,43 @@ class Values(Protocol):
     def extents(self, item: Item, start: int, stop: int) -> Iterable[tuple[int, int, int]]:
         """Descriptor, first byte and size of what reading those rows will touch."""
         ...
+
+
+class EncodedRows(NamedTuple):
+    """Rows of an item, encoded.
+
+    Attributes:
+        codes: uint8, of the encoding's shape.
+        scale: uint8 or float32, the rows of the scale.
+        stats: what encoding did to the values.
+        rounded: float32 values that became bf16 on the way and changed.
+    """
+
+    codes: np.ndarray
+    scale: np.ndarray
+    stats: EncodeStats
+    rounded: int = 0
+
+
+class EncodingValues:
+    """A source that encodes by itself, where its values lie; a class, for protocols are slow to ask."""
+
+    def encoded(
+        self,
+        item: Item,
+        encoding: str,
+        old_scale: Callable[[int, int], np.ndarray | None],
+        on_host: Callable[[int, np.ndarray], EncodedRows],
+    ) -> Iterator[EncodedRows]:
+        """All rows of an item, encoded, stripe by stripe.
+
+        Args:
+            item: what.
+            encoding: a quantised one.
+            old_scale: rows of the source's scale that cover rows from … to.
+            on_host: encodes a stripe that begins at a row; called for one that cannot be encoded, to say why.
+        """
+        raise NotImplementedError
 
 
 def stripe_rows(shape: tuple[int, ...], itemsize: int = 2) -> int:
@@ -79,6 +120,14 @@ class HFValues:
 
     def stripes(self, item: Item, start: int, stop: int, scratch: Scratch) -> Iterator[np.ndarray]:
         bound = self.checkpoint.bound[item.name]
+        for first, raw, scale in self.stored(item, start, stop, scratch):
+            yield raw if scale is None else self.decoded(bound, first, raw, scale, scratch)
+
+    def stored(
+        self, item: Item, start: int, stop: int, scratch: Scratch
+    ) -> Iterator[tuple[int, np.ndarray, np.ndarray | None]]:
+        """Rows as they are stored, stripe by stripe: first row, codes, and their scale where they have one."""
+        bound = self.checkpoint.bound[item.name]
         rows = stripe_rows(item.shape, DTYPES[bound.weight.dtype].itemsize)
         if start % TILE and bound.scale is not None:
             raise AssertionError("a quantised tensor is cut at multiples of 128 rows")
@@ -87,15 +136,20 @@ class HFValues:
             if bound.scale is None:
                 if item.row.encoding == "int":
                     check_ids(raw, self.checkpoint.spec, bound.weight_name)
-                yield raw
-                continue
-            out = scratch.take("decoded", "<u2", (last - first, *item.shape[1:]))
-            try:
-                CODECS[bound.encoding].decode(raw, self.scale(bound, first, last, scratch), out)
-            except CodecError as error:
-                where = f"decoding {bound.weight_name} ({bound.encoding})"
-                raise BridgeError(f"{where}: {error.problem.shifted(first)}") from None
-            yield out
+                yield first, raw, None
+            else:
+                yield first, raw, self.scale(bound, first, last, scratch)
+
+    def decoded(self, bound: Bound, first: int, raw: np.ndarray, scale: np.ndarray, scratch: Scratch) -> np.ndarray:
+        """What a stripe of codes from row `first` on stands for, as bf16 bit patterns."""
+        columns = raw.shape[1] * ENCODINGS[bound.encoding].packed
+        out = scratch.take("decoded", "<u2", (len(raw), columns))
+        try:
+            CODECS[bound.encoding].decode(raw, scale, out)
+        except CodecError as error:
+            where = f"decoding {bound.weight_name} ({bound.encoding})"
+            raise BridgeError(f"{where}: {error.problem.shifted(first)}") from None
+        return out
 
     def extents(self, item: Item, start: int, stop: int) -> Iterable[tuple[int, int, int]]:
         fd, first, nbytes = self.checkpoint.folder.extent(self.checkpoint.bound[item.name].weight)

@@ -19,7 +19,7 @@ from ...errors import BridgeError
 from ...lora.adapters import Adapter, Adapters, check_fit
 from ...spec.lora import ADAPTERS, ALPHA, PARTS, Lora, Target, targets
 from ...spec.table import ROWS
-from ..kernels.grouped import grouped_linear
+from ..kernels.grouped import Counts, grouped_linear
 from ..layers.attention import HybridAttention
 from ..layers.experts import Matrices
 from ..model import DeepSeekV4Model
@@ -105,7 +105,7 @@ def _adapt_linear(adapters: Sequence[LoraAdapter], module: torch.nn.Module, args
     return (new, *output[1:]) if isinstance(output, tuple) else new
 
 
-def _adapt_experts(adapters: Sequence[LoraAdapter], y: Tensor, x: Tensor, counts: Sequence[int]) -> Tensor:
+def _adapt_experts(adapters: Sequence[LoraAdapter], y: Tensor, x: Tensor, counts: Counts) -> Tensor:
     """Adapt y [T, out], made of x [T, in] sorted by expert with `counts` rows of each."""
     a, b = zip(*(adapter.factors(x.dtype) for adapter in adapters), strict=True)
     first = adapters[0]

@@ -12,14 +12,18 @@ from .choice import AUTO, Choice
 _KERNEL_BYTES = 16  # rows of the grouped kernel begin at multiples of this
 
 
-def grouped_linear(x: Tensor, counts: Sequence[int], weights: Sequence[Tensor], kernel: bool | None = None) -> Tensor:
+Counts = Sequence[int] | Tensor
+
+
+def grouped_linear(x: Tensor, counts: Counts, weights: Sequence[Tensor], kernel: bool | None = None) -> Tensor:
     """Rows times the matrix of their group: `y = x W_j^T` for the `counts[j]` rows of group j.
 
     Every weight gets a gradient, zero where its group is empty: data parallelism waits for all of them.
 
     Args:
         x: [T, in], sorted by group.
-        counts: rows of each group, T together.
+        counts: rows of each group, T together: numbers, or integers [n] on x's device, which one launch reads
+            there; a product for each group waits for them.
         weights: n matrices [out, in] of x's type.
         kernel: one launch of torch's grouped product, or a product for each group that has rows; by
             default the first where it is fast: bfloat16 on CUDA, with rows that it can address.
@@ -27,7 +31,12 @@ def grouped_linear(x: Tensor, counts: Sequence[int], weights: Sequence[Tensor], 
     Returns:
         [T, out], of x's type.
     """
-    result = _GroupedLinear.apply(x, list(counts), _kernel_fits(x, weights) if kernel is None else kernel, *weights)
+    together = _kernel_fits(x, weights) if kernel is None else kernel
+    if not isinstance(counts, Tensor):
+        counts = list(counts)
+    elif not together:
+        counts = counts.tolist()
+    result = _GroupedLinear.apply(x, counts, together, *weights)
     assert isinstance(result, Tensor)
     return result
 
@@ -44,12 +53,15 @@ class _GroupedLinear(torch.autograd.Function):
     """See `grouped_linear`. Saves the weights as they are: a stack of them lives only during a call."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, counts: list[int], kernel: bool, *weights: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.counts, ctx.kernel = counts, kernel and len(x) > 0  # the kernel refuses an empty batch
+    def forward(ctx, x: Tensor, counts: Counts, kernel: bool, *weights: Tensor) -> Tensor:  # type: ignore[override]
+        if len(x) == 0:  # the kernel refuses an empty batch
+            counts, kernel = [0] * len(weights), False
+        ctx.counts, ctx.kernel = counts, kernel
         ctx.save_for_backward(x, *weights)
         if ctx.kernel:
             return F.grouped_mm(x.contiguous(), stacked(weights).transpose(1, 2), offs=_ends(counts, x.device))
         out = x.new_empty(len(x), len(weights[0]))
+        assert not isinstance(counts, Tensor)
         for rows, j in _groups(counts):
             torch.mm(x[rows], weights[j].t(), out=out[rows])
         return out
@@ -70,15 +82,20 @@ Gradients = tuple[Tensor | None, Sequence[Tensor | None]]
 
 
 def _kernel_gradients(
-    grad: Tensor, x: Tensor, counts: list[int], weights: Sequence[Tensor], for_x: bool, for_weights: bool
+    grad: Tensor, x: Tensor, counts: Counts, weights: Sequence[Tensor], for_x: bool, for_weights: bool
 ) -> Gradients:
     ends = _ends(counts, x.device)
     to_x = F.grouped_mm(grad, stacked(weights), offs=ends) if for_x else None
     if not for_weights:
         return to_x, [None] * len(weights)
     to_weights = F.grouped_mm(grad.t(), x, offs=ends)  # [n, out, in]
-    if empty := [j for j, count in enumerate(counts) if count == 0]:
-        to_weights[empty] = 0  # not every kernel writes there (pytorch/pytorch#172439)
+    # Not every kernel writes where a group is empty (pytorch/pytorch#172439).
+    if isinstance(counts, Tensor):
+        to_weights.masked_fill_((counts == 0)[:, None, None], 0)  # a pass over all of them, and no waiting
+    else:
+        for j, count in enumerate(counts):
+            if count == 0:
+                to_weights[j].zero_()
     return to_x, to_weights.unbind()
 
 
@@ -106,7 +123,9 @@ def _groups(counts: Iterable[int]) -> Iterator[tuple[slice, int]]:
         start += count
 
 
-def _ends(counts: list[int], device: torch.device) -> Tensor:
+def _ends(counts: Counts, device: torch.device) -> Tensor:
+    if isinstance(counts, Tensor):
+        return counts.cumsum(0, dtype=torch.int32)
     return torch.tensor(counts, dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device, non_blocking=True)
 
 

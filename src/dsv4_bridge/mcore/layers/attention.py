@@ -29,7 +29,7 @@ from ..kernels.attention import Reach, attend, attend_one
 from ..kernels.rotary import norm_rotate, rotate
 from ..metrics import Tally
 from .basics import Linear, RMSNorm, new_parameter
-from .cache import Cache, LayerCache, slot_positions
+from .cache import Cache, LayerCache, Positions, slot_positions
 from .compressor import Compressor
 from .documents import Documents
 from .floats import KeepsFloat32
@@ -113,11 +113,11 @@ class CoreAttention(KeepsFloat32, MegatronModule):
         return wanted and self.indexer is not None and self.training and torch.is_grad_enabled()
 
     def step(
-        self, q: Tensor, kv: Tensor, x: Tensor, qr: Tensor, turn: Tensor, cache: LayerCache, positions: Tensor
+        self, q: Tensor, kv: Tensor, x: Tensor, qr: Tensor, turn: Tensor, cache: LayerCache, positions: Positions
     ) -> Tensor:
-        """Attention of one token a row: q [b, heads, d], kv [b, d], x [b, hidden], qr, turn [b, …], positions [b]."""
-        keys = cache.window.put(kv, positions)
-        seen = slot_positions(positions + 1, cache.window.slots) >= 0
+        """Attention of one token a row: q [b, heads, d], kv [b, d], x [b, hidden], qr, turn [b, …]."""
+        keys = cache.window.put(kv, positions.here)
+        seen = slot_positions(positions.here + 1, cache.window.slots) >= 0
         if self.compressor is not None and cache.compressor is not None:
             entries = self.compressor.step(x, cache.compressor, positions)
             sparse = not self.config.csa_dense_attention
@@ -127,8 +127,8 @@ class CoreAttention(KeepsFloat32, MegatronModule):
                 at = chosen.clamp(min=0).unsqueeze(-1).expand(-1, -1, entries.shape[-1])
                 entries, visible = entries.gather(1, at), chosen >= 0
             else:
-                count = (positions + 1) // self.ratio
-                entries = entries[:, : max(1, int(count.max()))]
+                count = (positions.here + 1) // self.ratio
+                entries = entries[:, : max(1, (max(positions.known) + 1) // self.ratio)]
                 visible = torch.arange(entries.shape[1], device=q.device) < count[:, None]
             keys, seen = torch.cat([keys, entries], 1), torch.cat([seen, visible], 1)
         return attend_one(q, keys, seen, self.attn_sink)
@@ -246,7 +246,7 @@ class HybridAttention(MegatronModule):
         kv = copy_to_tensor_model_parallel_region(kv, self.tp_group)
         layer = None if cache is None else cache.layers[self.layer_number - 1]
         if stepping and cache is not None and layer is not None:
-            out = self.core_attention.step(q[0], kv[0], x[0], qr[0], turn, layer, cache.lengths).unsqueeze(0)
+            out = self.core_attention.step(q[0], kv[0], x[0], qr[0], turn, layer, cache.positions).unsqueeze(0)
         else:
             q, kv = q.transpose(0, 1).contiguous(), kv.transpose(0, 1).contiguous()
             counted = None if padding_mask is None else ~padding_mask.bool()

@@ -4,12 +4,25 @@ Rows of a batch may have different lengths. Token p of a row lies in slot p modu
 so a row's position alone says what every slot holds.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..config import DeepSeekV4Config
+
+
+class Positions(NamedTuple):
+    """The position of every row's token in a step, twice: what the host decides by it waits for no device.
+
+    Attributes:
+        here: [b] int64, on the device.
+        known: the same numbers.
+    """
+
+    here: Tensor
+    known: tuple[int, ...]
 
 
 def slot_positions(lengths: Tensor, slots: int) -> Tensor:
@@ -74,10 +87,9 @@ class CompressorCache:
         self.entries = entries.new_zeros((len(entries), self.capacity, entries.shape[-1]))
         self.entries[:, :count] = entries[:, :count].detach()
 
-    def add(self, entry: Tensor, block: Tensor, closed: Tensor) -> None:
-        """Store entry [b, width] as number `block` [b] in the rows whose block is `closed` [b] bool."""
+    def add(self, entry: Tensor, block: Tensor, rows: Tensor) -> None:
+        """Store entry [b, width] as number `block` [b], of these rows [closed] int64."""
         assert self.entries is not None
-        rows = closed.nonzero().squeeze(-1)
         self.entries[rows, block[rows]] = entry[rows].detach()
 
     def keep(self, rows: Tensor) -> None:
@@ -115,16 +127,32 @@ class Cache:
         lengths: tokens remembered of each row, [b] int64.
         capacity: tokens a row at most.
         filled: whether a prompt was taken over.
+        known: the lengths, on the host.
     """
 
     layers: list[LayerCache]
     lengths: Tensor
     capacity: int
     filled: bool = False
+    known: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.known = tuple(self.lengths.tolist())
+
+    @property
+    def positions(self) -> Positions:
+        """Where the next tokens go."""
+        return Positions(self.lengths, self.known)
+
+    def advance(self) -> None:
+        """One token a row was taken."""
+        self.lengths = self.lengths + 1
+        self.known = tuple(n + 1 for n in self.known)
 
     def keep(self, rows: Tensor) -> None:
         """Forget all rows but these, [kept] int64: the others are finished."""
         self.lengths = self.lengths[rows]
+        self.known = tuple(self.known[row] for row in rows.tolist())
         for layer in self.layers:
             for part in layer.parts():
                 part.keep(rows)

@@ -15,7 +15,7 @@ from ..config import DeepSeekV4Config
 from ..kernels.pool import gated_mean, pool
 from ..kernels.rotary import rotate
 from .basics import Linear, RMSNorm, new_parameter
-from .cache import CompressorCache
+from .cache import CompressorCache, Positions
 from .floats import KeepsFloat32
 from .rope import turns
 
@@ -62,22 +62,22 @@ class Compressor(KeepsFloat32, MegatronModule):
             cache.fill(kv, gate, entries, lengths)
         return entries
 
-    def step(self, x: Tensor, cache: CompressorCache, positions: Tensor) -> Tensor:
+    def step(self, x: Tensor, cache: CompressorCache, positions: Positions) -> Tensor:
         """Take one token a row; a row that closes a block gets an entry.
 
         Args:
             x: [b, hidden].
             cache: memory, changed in place.
-            positions: [b], position of each row's token.
+            positions: of each row's token.
 
         Returns:
             All entries of the memory, [b, capacity, width]; those a row does not have yet are unused.
         """
-        kv = cache.kv.put(self.linear_wkv(x), positions)
-        gate = cache.gate.put(self.linear_wgate(x), positions)
-        closed = (positions + 1) % self.ratio == 0
-        if bool(closed.any()):
-            block = positions // self.ratio
+        kv = cache.kv.put(self.linear_wkv(x), positions.here)
+        gate = cache.gate.put(self.linear_wgate(x), positions.here)
+        closed = [row for row, position in enumerate(positions.known) if (position + 1) % self.ratio == 0]
+        if closed:
+            block = positions.here // self.ratio
             slots = torch.arange(self.ratio, device=x.device)
             now = (block[:, None] * self.ratio + slots) % cache.kv.slots
             kv_block, gate_block = _take(kv, now), _take(gate, now) + self.ape
@@ -92,7 +92,7 @@ class Compressor(KeepsFloat32, MegatronModule):
                 gate_block = torch.cat([old_gate[..., first], gate_block[..., second]], 1)
             pooled = gated_mean(kv_block.unsqueeze(1), gate_block.unsqueeze(1))
             entry = self._entries(pooled, (block * self.ratio)[:, None])
-            cache.add(entry[:, 0], block, closed)
+            cache.add(entry[:, 0], block, torch.tensor(closed).to(x.device, non_blocking=True))
         assert cache.entries is not None
         return cache.entries
 

@@ -7,7 +7,7 @@ Shapes: T tokens of this rank's experts, sorted by expert; n local experts; h hi
 on this rank (its whole width over the expert-tensor-parallel ranks).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -20,9 +20,9 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from ..config import DeepSeekV4Config
-from ..kernels.grouped import clamped_swiglu, grouped_linear
+from ..kernels.grouped import Counts, clamped_swiglu, grouped_linear
 
-Adapt = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
+Adapt = Callable[[Tensor, Tensor, Counts], Tensor]
 
 
 class Matrices(torch.nn.Module):
@@ -61,7 +61,7 @@ class Matrices(torch.nn.Module):
         """In the order of the experts."""
         return [getattr(self, f"weight{j}") for j in range(self.count)]
 
-    def multiply(self, x: Tensor, counts: Sequence[int]) -> Tensor:
+    def multiply(self, x: Tensor, counts: Counts) -> Tensor:
         """[T, in], `counts` rows of each expert -> [T, out]."""
         y = grouped_linear(x, counts, self.weights)
         return y if self.adapt is None else self.adapt(y, x, counts)
@@ -116,7 +116,8 @@ class GroupedExperts(MegatronModule):
         self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor
     ) -> tuple[Tensor, None]:
         """[T, h], tokens of each expert [n] and their routing weights [T] -> [T, h], and no bias."""
-        counts = tokens_per_expert.tolist()
+        # Megatron's dispatchers have brought them to the host, but for its fused permutation, which leaves them.
+        counts = tokens_per_expert if tokens_per_expert.is_cuda else tokens_per_expert.tolist()
         gate_up = self.linear_fc1.multiply(permuted_local_hidden_states, counts)  # [T, 2f]
         limit, by = self.config.activation_func_clamp_value, self.config.kernel_choice
         active = clamped_swiglu(gate_up, permuted_probs, limit, by)  # [T, f]

@@ -15,7 +15,7 @@ from ..config import DeepSeekV4Config
 from ..kernels.index import IndexTerms, best_blocks, choose_blocks, every_block, index_scores
 from ..kernels.rotary import rotate
 from .basics import Linear
-from .cache import CompressorCache
+from .cache import CompressorCache, Positions
 from .compressor import Compressor
 
 
@@ -69,11 +69,11 @@ class Indexer(MegatronModule):
         return choose_blocks(terms, self.topk, self.config.kernel_choice)
 
     @torch.no_grad()
-    def step(self, x: Tensor, qr: Tensor, turn: Tensor, cache: CompressorCache, positions: Tensor) -> Tensor:
-        """Blocks of one query a row: [b, hidden], [b, q_lora_rank], [b, pairs], [b] -> [b, k]."""
+    def step(self, x: Tensor, qr: Tensor, turn: Tensor, cache: CompressorCache, positions: Positions) -> Tensor:
+        """Blocks of one query a row: [b, hidden], [b, q_lora_rank], [b, pairs] -> [b, k]."""
         keys = self.compressor.step(x, cache, positions)
-        visible = (positions + 1) // 4
-        used = keys[:, : max(1, int(visible.max()))]
+        visible = (positions.here + 1) // 4
+        used = keys[:, : max(1, (max(positions.known) + 1) // 4)]
         queries = self._queries(qr, turn[:, None]).unsqueeze(1)
         scores = index_scores(queries, used, self._weights(x).unsqueeze(1))
         return best_blocks(scores, visible[:, None], min(self.topk, used.shape[1])).squeeze(1)

@@ -80,6 +80,6 @@ def make_rotary(config: DeepSeekV4Config, positions: Tensor, documents: Document
 
 def turns(config: DeepSeekV4Config, ratio: int, positions: Tensor) -> Tensor:
     """Cos + i sin of position times frequency: [positions…, width/2] complex64."""
-    frequencies = layer_frequencies(config, ratio).to(positions.device)
+    frequencies = layer_frequencies(config, ratio).to(positions.device, non_blocking=True)
     angles = positions[..., None].float() * frequencies
     return torch.complex(angles.cos(), angles.sin())

@@ -1,22 +1,26 @@
 """Whole items of a model that is cut over ranks, put together one at a time."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ...codec.tensors import encode
 from ...parallel.pieces import Piece, pieces
 from ...parallel.topology import Coordinate, chunk_of
 from ...spec.dtypes import DTYPES
 from ...spec.encodings import ENCODINGS
 from ...spec.plan import Item
-from ...store.values import Scratch, check_ids, cuts, stripe_rows
+from ...store.values import EncodedRows, EncodingValues, Scratch, check_ids, cuts, stripe_rows
 from ..model import DeepSeekV4Model
+from .on_device import computes
 from .places import Place, places, to_numpy
 
 _RAW = {torch.bfloat16: "BF16", torch.float32: "F32", torch.int32: "I32"}
+# A GPU takes more at a time than what fits a core's cache.
+_TIMES = 16
 
 
 class ModelValues:
@@ -87,6 +91,42 @@ class ModelValues:
             part = torch.empty_like(whole[box], memory_format=torch.contiguous_format)
         dist.broadcast(part, rank)
         whole[box] = part
+
+
+class DeviceModelValues(ModelValues, EncodingValues):
+    """The same, which encodes on the model's device: what crosses the bus is codes (see `EncodingValues`)."""
+
+    def encoded(
+        self,
+        item: Item,
+        encoding: str,
+        old_scale: Callable[[int, int], np.ndarray | None],
+        on_host: Callable[[int, np.ndarray], EncodedRows],
+    ) -> Iterator[EncodedRows]:
+        whole = self._whole(item) if self._ranks else None
+        for first, last in cuts(0, item.shape[0], _TIMES * stripe_rows(item.shape)):
+            values = self._rows(item, first, last) if whole is None else whole[first:last]
+            plain = values.to(torch.bfloat16)
+            old = old_scale(first, last)
+            like = None if old is None else torch.from_numpy(old).to(self._device)
+            found = encode(encoding, plain, like)
+            if found is None:
+                on_host(first, to_numpy(values))
+                raise AssertionError(f"{item.name}: only the device finds fault with it")
+            codes, scale, stats = found
+            rounded = int((plain.float() != values).sum()) if values.dtype == torch.float32 else 0
+            yield EncodedRows(to_numpy(codes), to_numpy(scale), stats, rounded)
+
+    def _rows(self, item: Item, first: int, last: int) -> Tensor:
+        """Rows of an item that this rank has, one behind another."""
+        found = sorted(self._places[item.name], key=lambda place: place.start)
+        parts = [p.rows(max(first, p.start), min(last, p.stop)) for p in found if p.start < last and first < p.stop]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).contiguous()
+
+
+def model_values(chunks: Sequence[DeepSeekV4Model]) -> ModelValues:
+    """The items of this rank's chunks as a source, which encodes by itself on a GPU."""
+    return (DeviceModelValues if computes(next(chunks[0].parameters()).device) else ModelValues)(chunks)
 
 
 def _copy_rows(found: Iterable[Place], first: int, last: int, out: np.ndarray) -> None:

@@ -1,9 +1,8 @@
 """Weights into a live model and out of it, a stripe or a tensor at a time."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from ...store.checkpoint import open_checkpoint
 from ...store.reading import kept_in_cache
 from ...store.values import Scratch, Values
 from ..model import DeepSeekV4Model
+from .on_device import as_tensor, computes, device_stripes, scratch_for
 from .places import Place, places
 
 
@@ -23,7 +23,8 @@ from .places import Place, places
 def load_weights(model: DeepSeekV4Model, checkpoint: AnyPath, *, allow_lossy: bool = False) -> None:
     """Fill a model from a Hugging Face folder (any encoding and naming) or a torch_dist checkpoint.
 
-    Only what this rank holds is read, a stripe of rows at a time.
+    Only what this rank holds is read, a stripe of rows at a time. A model on a GPU gets the codes of encoded weights
+    and decodes them there, to the same values.
 
     Args:
         model: made by `build_model` for the same numbers; without MTP where it should not be loaded.
@@ -52,7 +53,7 @@ def _fill(model: DeepSeekV4Model, source: Values, there: set[str], path: Path, a
             "where the checkpoint has no draft block, train by flash-finetune-no-mtp (model.mtp=false), or in Python "
             "build the model without MTP (spec.without_draft())"
         )
-    scratch = Scratch()
+    scratch = scratch_for(next(model.parameters()).device)
     with kept_in_cache():  # other ranks of this machine read the same
         for item in plan.items:
             _fill_item(item, found.get(item.name, ()), source, scratch, allow_lossy)
@@ -61,16 +62,23 @@ def _fill(model: DeepSeekV4Model, source: Values, there: set[str], path: Path, a
 def _fill_item(item: Item, here: Sequence[Place], source: Values, scratch: Scratch, allow_lossy: bool) -> None:
     for start, stop in _spans([(p.start, p.stop) for p in here]):
         at = start // TILE * TILE  # stripes of quantised tensors begin at whole tiles
-        for stripe in source.stripes(item, at, stop, scratch):
-            values = _as_tensor(stripe)
+        for values in _stripes(item, at, stop, source, scratch, here[0].tensor.device):
             for place in here:
-                low, high = max(at, place.start), min(at + len(stripe), place.stop)
+                low, high = max(at, place.start), min(at + len(values), place.stop)
                 if low < high:
                     held = values[low - at : high - at]
                     if values.ndim > 1:
                         held = held[:, slice(*place.columns)]
                     _store(place.rows(low, high), held, item, allow_lossy)
-            at += len(stripe)
+            at += len(values)
+
+
+def _stripes(
+    item: Item, start: int, stop: int, source: Values, scratch: Scratch, device: torch.device
+) -> Iterator[Tensor]:
+    if computes(device):
+        return device_stripes(source, item, start, stop, scratch, device)
+    return map(as_tensor, source.stripes(item, start, stop, scratch))
 
 
 def _spans(parts: list[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -82,11 +90,6 @@ def _spans(parts: list[tuple[int, int]]) -> list[tuple[int, int]]:
         else:
             joined.append((start, stop))
     return joined
-
-
-def _as_tensor(stripe: np.ndarray) -> Tensor:
-    tensor = torch.from_numpy(stripe)
-    return tensor.view(torch.bfloat16) if stripe.dtype == np.uint16 else tensor
 
 
 def _store(into: Tensor, values: Tensor, item: Item, allow_lossy: bool) -> None:

@@ -17,7 +17,7 @@ from ...store.hf import HFCheckpoint, open_hf
 from ...store.stream import Bytes, as_bytes
 from ...store.values import HFValues
 from ..model import DeepSeekV4Model
-from .gather import ModelValues
+from .gather import model_values
 from .load import check_numbers
 
 
@@ -53,9 +53,9 @@ def stream_weights(
     """Tensors of the model in released names, on the host, in the order of the plan.
 
     Where the model is cut over ranks, every rank calls this, goes through all of it, and gets the whole
-    tensors. Memory holds one tensor at a time. Buffers (`tid2eid`, `gate.bias`) and scales are among them; a
-    scale follows its weight. Under `like`, tensors that Megatron has no place for (a drafter, Base's
-    own MTP embedding and head) come from there, byte for byte.
+    tensors. Memory holds one tensor at a time. A model on a GPU is encoded there, to the same bytes. Buffers
+    (`tid2eid`, `gate.bias`) and scales are among them; a scale follows its weight. Under `like`, tensors that
+    Megatron has no place for (a drafter, Base's own MTP embedding and head) come from there, byte for byte.
 
     Args:
         model: the model, or this rank's chunks of it.
@@ -84,7 +84,7 @@ def stream_weights(
 def _stream(
     chunks: Sequence[DeepSeekV4Model], encoding: str, like: HFCheckpoint | None, allow_lossy: bool
 ) -> Iterator[tuple[str, Tensor]]:
-    values = ModelValues(chunks)
+    values = model_values(chunks)
     if like:
         check_numbers(chunks[0], like.spec, like.folder.path)
     emitter = Emitter(values, HFValues(like) if like else None, like, allow_lossy or encoding == "bf16")
