@@ -30,6 +30,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [i for i in items if not i.get_closest_marker("gpu")]
 
 
+def pytest_configure() -> None:
+    gc.set_threshold(200_000, 20, 100)  # as the command does: the objects of tests are many, and few are cycles
+
+
 def pytest_unconfigure() -> None:
     gc.unfreeze()  # libraries complain of what is left of them at the end
 

@@ -31,6 +31,8 @@ _WORDS = """
     log.tensorboard=false log.spike=0 checkpoint.save_every=1000
 """
 SMALL = tuple(_WORDS.split())
+# A micro-batch a step, computed once: half of the time, where neither is what is looked at.
+QUICK = ("batch.micro=4", "model.recompute=none")
 
 
 def small_spec(layers: int = 3) -> ModelSpec:
@@ -49,6 +51,7 @@ def small_variant(name: str, layers: int = 3) -> ModelSpec:
         num_hidden_layers=layers,
         compress_ratios=(*ratios, *([0] * spec.draft_blocks)),
         num_hash_layers=1,
+        hc_sinkhorn_iters=4,
         hidden_size=128,
         moe_intermediate_size=64,
         n_routed_experts=4,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from training import make_start, make_text, run, small_spec, small_variant
+from training import QUICK, make_start, make_text, run, small_spec, small_variant
 from typer.testing import CliRunner
 
 from dsv4_bridge import export_hf, make_toy
@@ -32,7 +32,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(start: Path) -> Path:
     """An iteration of full fine-tuning in bf16, the draft block included."""
     words = [f"start={start}", f"out={start.parent / 'run'}", f"data.train={make_text(start.parent, start)}"]
-    outcome = run("flash-finetune", *words, "data.kind=text", "model.dtype=bf16", "schedule.steps=4")
+    outcome = run("flash-finetune", *words, "data.kind=text", "model.dtype=bf16", "schedule.steps=4", *QUICK)
     assert outcome.checkpoint is not None
     return outcome.checkpoint
 
@@ -97,7 +97,8 @@ def test_a_draft_that_was_not_trained_is_the_source_s(variant: str, tmp_path: Pa
     """MTP left out of training, or a DSpark drafter, which has no place in Megatron's model."""
     start = make_toy(tmp_path / "hf", variant, 23, spec=small_variant(variant))
     words = [f"start={start}", f"out={tmp_path / 'run'}", f"data.train={make_text(tmp_path, start)}"]
-    outcome = run("flash-finetune-no-mtp", *words, "data.kind=text", "model.dtype=bf16", "schedule.steps=3")
+    words += ["data.kind=text", "model.dtype=bf16", "schedule.steps=3", *QUICK]
+    outcome = run("flash-finetune-no-mtp", *words)
     assert outcome.checkpoint is not None
     report = export_hf(outcome.checkpoint, tmp_path / "out", start, "source")
     before, after = tensors(start), tensors(tmp_path / "out")
@@ -133,6 +134,7 @@ def test_a_run_from_fresh_weights_carries_the_tokenizer_it_names(start: Path, tm
         "model.dtype=bf16",
         f"data.train={make_text(tmp_path, start)}",
         f"out={tmp_path / 'run'}",
+        *QUICK,
     ]
     (tmp_path / "none").mkdir()
     with pytest.raises(BridgeError, match=r"tokenizer=.*none: it has no tokenizer.json"):
@@ -154,8 +156,8 @@ def test_a_run_from_fresh_weights_carries_the_tokenizer_it_names(start: Path, tm
 def test_adapters_go_on_from_adapters(start: Path, trained: Path, tmp_path: Path) -> None:
     """Of a folder of peft, and of a run; what is no whole model says where adapters go."""
     text = make_text(tmp_path, start)
-    same = [f"start={trained}", f"data.train={text}", "data.kind=text", "lora.rank=3", "lora.targets=[attn]"]
-    first = run("flash-lora", *same, f"out={tmp_path / 'first'}").checkpoint
+    same = [f"start={trained}", f"data.train={text}", "data.kind=text", "lora.rank=3", "lora.targets=[attn]", *QUICK]
+    first = run("flash-lora", *same, "schedule.steps=3", f"out={tmp_path / 'first'}").checkpoint
     assert first is not None
     adapters, spec = read_adapters(first)
     export_peft(adapters, spec, tmp_path / "peft")

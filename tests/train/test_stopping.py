@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from training import SMALL, make_start, make_text, run
+from training import QUICK, SMALL, make_start, make_text, run
 from warm import Warm
 
 from dsv4_bridge import BridgeError, make_toy
@@ -35,7 +35,7 @@ def text(hf: Path) -> Path:
 
 def start(out: Path, hf: Path, text: Path, *words: str) -> Warm:
     """`dsv4 train` as the leader of a process group."""
-    command = ["-m", "dsv4_bridge", "train", "flash-pretrain", *SMALL, f"start={hf}", f"out={out}"]
+    command = ["-m", "dsv4_bridge", "train", "flash-pretrain", *SMALL, *QUICK, f"start={hf}", f"out={out}"]
     command += [f"data.train={text}", "schedule.steps=100000", *words]
     return Warm(*command, out=out.with_name(f"{out.name}.said"), new_session=True)
 
@@ -74,6 +74,7 @@ def test_a_signal_to_the_group_saves(background: str, hf: Path, text: Path, tmp_
 
 def test_a_second_run_in_the_same_folder_is_refused(hf: Path, text: Path, tmp_path: Path) -> None:
     words = [f"start={hf}", f"out={tmp_path / 'run'}", f"data.train={text}", "schedule.steps=2", "schedule.warmup=1"]
+    words += QUICK
     with (
         hold(tmp_path / "run", "something else"),
         pytest.raises(BridgeError, match=f"another run is writing .*process {os.getpid()}"),
@@ -86,7 +87,7 @@ def test_a_second_run_in_the_same_folder_is_refused(hf: Path, text: Path, tmp_pa
 
 def test_what_a_kill_leaves_is_understood(hf: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    words = [f"start={hf}", f"out={out}", f"data.train={text}", "schedule.warmup=1", "checkpoint.save_every=1"]
+    words = [f"start={hf}", f"out={out}", f"data.train={text}", "schedule.warmup=1", "checkpoint.save_every=1", *QUICK]
     whole = run("flash-pretrain", *words, "schedule.steps=4", "checkpoint.keep=9")
     younger = time.time() + 5
 
@@ -117,7 +118,7 @@ def test_a_state_that_says_no_numbers_is_refused(
     step: str, hf: Path, text: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     out = tmp_path_factory.getbasetemp() / "stopping-state"
-    words = [f"start={hf}", f"out={out}", f"data.train={text}", "schedule.warmup=1"]
+    words = [f"start={hf}", f"out={out}", f"data.train={text}", "schedule.warmup=1", *QUICK]
     if not out.exists():
         run("flash-pretrain", *words, "schedule.steps=2")
     path = out / "iter_0000002" / "training.json"

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from training import SMALL, contents, log, make_start, make_text, recipe, run, small_spec, unigram_entropy
+from training import QUICK, SMALL, contents, log, make_start, make_text, recipe, run, small_spec, unigram_entropy
 from warm import Warm
 
 from dsv4_bridge import BridgeError
@@ -21,8 +21,6 @@ from dsv4_bridge.train.plan import plan_recipe, recipe_spec
 from dsv4_bridge.train.recipes import RECIPES
 
 pytestmark = pytest.mark.megatron
-
-ONE = "batch.micro=4"  # micro-batch a step, where more are not what is looked at
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +49,10 @@ def test_fresh_weights_learn_more_than_frequencies(name: str, text: Path, tmp_pa
 # ---------------------------------------------------------------- stop and go on
 
 
+class _Killed(Exception):
+    pass
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
@@ -61,14 +63,22 @@ def test_fresh_weights_learn_more_than_frequencies(name: str, text: Path, tmp_pa
     ],
 )
 def test_a_run_that_stopped_goes_on_bit_for_bit(
-    name: str, words: list[str], hf: Path, text: Path, tmp_path: Path
+    name: str, words: list[str], hf: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     common = [f"start={hf}", f"data.train={text}", *words]
     whole = run(name, f"out={tmp_path / 'whole'}", *common)
-    run(name, f"out={tmp_path / 'parts'}", *common, "checkpoint.save_every=3", "schedule.steps=6")
-    # As if it had been killed behind its third step.
-    (tmp_path / "parts" / "latest_checkpointed_iteration.txt").write_text("3")
-    shutil.rmtree(tmp_path / "parts" / "iter_0000006")
+    step = loop._step
+
+    def killed(trainer: object, feed: object, state: loop.State, size: int) -> dict[str, float]:
+        if state.step == 4:  # one step behind its last checkpoint
+            raise _Killed
+        return step(trainer, feed, state, size)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch, pytest.raises(_Killed):
+        patch.setattr(loop, "_step", killed)
+        run(name, f"out={tmp_path / 'parts'}", *common, "checkpoint.save_every=3", "schedule.steps=6")
+    assert [line["step"] for line in log(tmp_path / "parts")] == [1, 2, 3, 4]
+    assert (tmp_path / "parts" / "latest_checkpointed_iteration.txt").read_text().strip() == "3"
     again = run(name, f"out={tmp_path / 'parts'}", *common)
     assert len(whole.losses) == 6 and again.losses == whole.losses[3:]
     assert contents(tmp_path / "whole" / "iter_0000006") == contents(tmp_path / "parts" / "iter_0000006")
@@ -80,7 +90,7 @@ def test_a_run_that_stopped_goes_on_bit_for_bit(
 
 
 def test_the_last_few_checkpoints_stay(hf: Path, text: Path, tmp_path: Path) -> None:
-    words = ["schedule.steps=5", "checkpoint.save_every=1", "checkpoint.keep=2", "checkpoint.background=true", ONE]
+    words = ["schedule.steps=5", "checkpoint.save_every=1", "checkpoint.keep=2", "checkpoint.background=true", *QUICK]
     outcome = run("flash-pretrain", f"start={hf}", f"out={tmp_path / 'run'}", f"data.train={text}", *words)
     assert sorted(p.name for p in (tmp_path / "run").glob("iter_*")) == ["iter_0000004", "iter_0000005"]
     assert outcome.checkpoint == tmp_path / "run" / "iter_0000005"
@@ -96,7 +106,7 @@ def test_what_the_background_writes_is_of_its_step(name: str, hf: Path, text: Pa
         "schedule.steps=3",
         "checkpoint.save_every=1",
         "checkpoint.keep=9",
-        ONE,
+        *QUICK,
     ]
     for kind in ("true", "false"):
         run(name, *words, f"out={tmp_path / kind}", f"checkpoint.background={kind}")
@@ -134,13 +144,14 @@ def _wait_for_step(out: Path, step: int, process: Warm) -> int:
 
 def test_what_cannot_be_saved_leaves_what_was(hf: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    run("flash-pretrain", f"start={hf}", f"out={out}", f"data.train={text}", "schedule.steps=2", "schedule.warmup=1")
-    words = ["schedule.steps=4", "checkpoint.background=true"]
+    same = [f"start={hf}", f"out={out}", f"data.train={text}", *QUICK]
+    run("flash-pretrain", *same, "schedule.steps=2", "schedule.warmup=1")
+    words = [*QUICK, "schedule.steps=4", "checkpoint.background=true"]
     assert _start(out, hf, text, *words, largest=1_024_000).wait(timeout=120) == 2
     said = (tmp_path / "said.txt").read_text()
     assert "dsv4: saving a checkpoint in" in said and "GB are free there" in said and "Traceback" not in said
     assert sorted(p.name for p in out.glob("iter_*")) == ["iter_0000002", "iter_0000004.part"]
-    went = run("flash-pretrain", f"start={hf}", f"out={out}", f"data.train={text}", "schedule.steps=3")
+    went = run("flash-pretrain", *same, "schedule.steps=3")
     assert len(went.losses) == 1 and not list(out.glob("*.part"))
 
 
@@ -174,7 +185,7 @@ def test_learning_rate_and_mtp_weight_follow_the_recipe(hf: Path, text: Path, tm
         "losses.mtp=0.3",
         "losses.mtp_late=0.1",
         "schedule.steps=7",
-        ONE,
+        *QUICK,
     ]
     run("flash-pretrain", f"start={hf}", f"out={tmp_path / 'run'}", f"data.train={text}", *words)
     rates = [line["lr"] for line in log(tmp_path / "run")]
@@ -186,7 +197,7 @@ def test_learning_rate_and_mtp_weight_follow_the_recipe(hf: Path, text: Path, tm
 def test_a_leap_of_the_loss_stops_with_what_to_look_at(
     hf: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ["schedule.steps=14", "checkpoint.save_every=5", "log.spike=2", ONE]
+    words = ["schedule.steps=14", "checkpoint.save_every=5", "log.spike=2", *QUICK]
     step = loop._step
 
     def leaping(trainer: object, feed: object, state: loop.State, size: int) -> dict[str, float]:
@@ -233,7 +244,7 @@ def test_memory_is_of_the_moments_that_there_will_be(
 ) -> None:
     """Narrow moments need Transformer Engine, which a CPU has not: room for them is not enough."""
     words = ["model.dtype=bf16", f"start={hf}", f"out={tmp_path / 'run'}", f"data.train={text}", "schedule.steps=1"]
-    words += ["schedule.warmup=0", "schedule.decay=constant"]
+    words += ["schedule.warmup=0", "schedule.decay=constant", "batch.micro=4"]
     chosen = recipe("flash-pretrain", *words)
     assert chosen.optimizer.moments_dtype == "bf16"
     wide, narrow = (
@@ -278,7 +289,8 @@ def test_out_is_a_folder_of_its_own(hf: Path, text: Path, tmp_path: Path) -> Non
 def begun(hf: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two steps."""
     out = tmp_path_factory.mktemp("begun") / "run"
-    run("flash-pretrain", f"start={hf}", f"out={out}", f"data.train={text}", "schedule.steps=2", "schedule.warmup=1")
+    words = [f"start={hf}", f"out={out}", f"data.train={text}", "schedule.steps=2", "schedule.warmup=1"]
+    run("flash-pretrain", *words, *QUICK)
     return out
 
 
@@ -299,6 +311,7 @@ def test_another_run_is_not_gone_on_with(
     shutil.copytree(begun, tmp_path / "run")
     before = contents(begun / "iter_0000002")
     same = [f"start={hf}", f"out={tmp_path / 'run'}", f"data.train={text}", "schedule.steps=3", "schedule.warmup=1"]
+    same += QUICK
     with pytest.raises(BridgeError, match=told):
         run("flash-pretrain", *same, *words)
     assert contents(tmp_path / "run" / "iter_0000002") == before

@@ -18,7 +18,7 @@ LAYOUTS: dict[str, list[str]] = {
     "tp2": ["parallel.tp=2"],
     "ep2": ["parallel.ep=2"],
     "pp2": ["parallel.pp=2"],
-    "pp2vp2": ["parallel.pp=2", "parallel.vp=2", "batch.micro=1"],
+    "pp2vp2": ["parallel.pp=2", "parallel.vp=2", "batch.micro=1", "log.valid_steps=2"],
     "dp2": [],
     "dp2apart": ["parallel.overlap=false"],
     "dp2buckets": ["parallel.bucket=20000"],
@@ -49,7 +49,7 @@ def test_every_layout_makes_the_steps_of_one_rank(start: Path, text: Path) -> No
     lora = ["data.kind=text", "lora.rank=4"]
     recipes: dict[str, tuple[list[str], tuple[str, ...]]] = {
         "flash-pretrain": (
-            ["log.valid_every=2", "log.valid_steps=2"],
+            ["log.valid_every=2", "log.valid_steps=1"],
             ("tp2", "ep2", "pp2", "pp2vp2", "dp2", "dp2apart", "dp2buckets"),
         ),
         "flash-pretrain-muon": ([], ("tp2", "ep2")),
@@ -72,7 +72,7 @@ def test_every_layout_makes_the_steps_of_one_rank(start: Path, text: Path) -> No
     assert min(sizes := [path.stat().st_size for path in written]) > 0.9 * max(sizes)
 
 
-INTERLEAVED = ["parallel.pp=2", "parallel.vp=2", "batch.micro=1", "batch.size=8"]
+INTERLEAVED = ["parallel.pp=2", "parallel.vp=2", "batch.micro=1", "batch.size=8", "log.valid_steps=2"]
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_what_is_sent_during_the_passes_changes_no_bit(
     if world == 2:  # nothing is interleaved
         start = make_start(folder)
     words = [f"start={start}", f"data.train={text}", "schedule.steps=4", "optimizer.clip_grad=0", "optimizer.lr=1e-3"]
-    words += ["log.valid_every=2", "log.valid_steps=2", "checkpoint.save_every=2", "checkpoint.background=true"]
+    words += ["log.valid_every=2", "log.valid_steps=1", "checkpoint.save_every=2", "checkpoint.background=true"]
     ways = (["parallel.overlap=false"], ["parallel.bucket=5000"])
     told = [
         ("flash-pretrain", [*words, *layout, *way, f"out={folder / f'{n}-{m}'}"])

@@ -8,6 +8,7 @@ Symbols: T tokens of a micro-batch, T1 = T / tp of them under sequence paralleli
 n hyper-connection streams; h heads and g output groups of a rank; d head_dim; e bytes of the model's type.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -185,7 +186,8 @@ def _rotations(spec: ModelSpec, chunk: Chunk, shape: Shape) -> int:
 def chunk_bytes(spec: ModelSpec, chunk: Chunk, shape: Shape) -> int:
     """What one micro-batch leaves in a pipeline chunk."""
     layers, drafts = _ratios(spec, chunk)
-    found = sum(_body(spec, r, shape) for r in (*layers, *drafts))
+    kinds = Counter((*layers, *drafts))
+    found = sum(_body(spec, ratio, shape) * times for ratio, times in kinds.items())
     found += 0 if shape.recompute else _rotations(spec, chunk, shape)
     if chunk.embedding and shape.lora is None:
         found += 8 * shape.tokens
@@ -209,13 +211,14 @@ def recomputed_bytes(spec: ModelSpec, chunk: Chunk, shape: Shape) -> int:
     stream, head = stream_bytes(spec, shape), _head(spec, shape)
     layers, drafts = _ratios(spec, chunk)
     below = 8 * shape.tokens if chunk.embedding and shape.lora is None else 0
+    own = {ratio: layer_bytes(spec, ratio, shape) for ratio in {*layers, *drafts}}
     points = []
     for ratio in layers:
-        points.append(below + layer_bytes(spec, ratio, shape))
+        points.append(below + own[ratio])
         below += stream
     for ratio in drafts:
         below += head + _draft_input(spec, shape)
-        points.append(below + layer_bytes(spec, ratio, shape))
+        points.append(below + own[ratio])
         below += stream
     return max(0, max(points) + _rotations(spec, chunk, shape) - chunk_bytes(spec, chunk, shape))
 

@@ -1,5 +1,6 @@
 """Parameters of a rank, by what a copy of them is: from `pieces` over the plan of the table."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -68,6 +69,9 @@ class Part:
             self.expert_adapters + other.expert_adapters,
         )
 
+    def __mul__(self, times: int) -> "Part":
+        return Part(self.dense * times, self.expert * times, self.adapters * times, self.expert_adapters * times)
+
 
 def chunk_part(spec: ModelSpec, layout: Layout, number: int, topology: Topology, lora: Lora | None) -> Part:
     """What a rank holds of one pipeline chunk.
@@ -82,8 +86,10 @@ def chunk_part(spec: ModelSpec, layout: Layout, number: int, topology: Topology,
     chunk: Chunk = layout.chunks[number]
     key = (spec, topology.tp, topology.ep, topology.etp, lora)
     found = Part()
-    for index in range(chunk.start, chunk.stop):
-        found += _block_part(*key, spec.ratio(index), index < spec.num_hash_layers, False)
+    # Layers are of a few kinds, and layouts that are considered hundreds.
+    kinds = Counter((spec.ratio(index), index < spec.num_hash_layers) for index in range(chunk.start, chunk.stop))
+    for (ratio, hashed), times in kinds.items():
+        found += _block_part(*key, ratio, hashed, False) * times
     for depth in range(chunk.mtp):
         found += _block_part(*key, spec.ratio(spec.num_hidden_layers + depth), False, True, depth)
     # MTP reads the embedding: a chunk without it has a copy.

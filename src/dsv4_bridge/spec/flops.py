@@ -16,6 +16,7 @@ Symbols: H hidden_size; h heads; d head_dim; k chosen blocks; n streams.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import NamedTuple
 
 from ..errors import BridgeError, short
@@ -146,6 +147,7 @@ def count_flops(
     return FlopCount(sum(lengths), Terms(**forward), Terms(**inputs), Terms(**weights), Terms(**again))
 
 
+@cache
 def forward_costs(spec: ModelSpec, length: int) -> tuple[tuple[float, ...], float, float]:
     """Forward FLOPs a token, of sequences of `length` tokens: of each decoder layer, all MTP depths, and the head."""
 

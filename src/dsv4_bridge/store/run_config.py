@@ -1,6 +1,8 @@
 """run_config.yaml: the numbers that travel with a Megatron checkpoint, in plain YAML types."""
 
 from collections.abc import Mapping
+from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -159,5 +161,11 @@ def _body(path: Path) -> dict[str, Any] | None:
         raw = path.read_bytes()
     except OSError as error:
         raise BridgeError(f"reading {path}: {error.strerror or error}") from None
-    body = parse_yaml(raw, f"reading {path}", aliases=True)
-    return body if isinstance(body, dict) else None
+    body = _parsed(raw, path)
+    return deepcopy(body) if isinstance(body, dict) else None
+
+
+@lru_cache(maxsize=8)
+def _parsed(raw: bytes, path: Path) -> Any:
+    """Every opening asks several times, and to parse it takes longer than all else of an opening."""
+    return parse_yaml(raw, f"reading {path}", aliases=True)

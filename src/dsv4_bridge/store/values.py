@@ -5,6 +5,7 @@ as uint16 bit patterns, float32, int32 or int64. Stripes start at multiples of 1
 reused buffers: use one before asking for the next.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, Protocol
 
@@ -33,7 +34,7 @@ class Scratch:
     def take(self, name: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
         """A contiguous array of raw type `dtype` over the buffer called `name`."""
         kind = np.dtype(dtype)
-        size = int(np.prod(shape, dtype=np.int64)) * kind.itemsize
+        size = math.prod(shape) * kind.itemsize
         buffer = self._buffers.get(name)
         if buffer is None or buffer.size < size:
             buffer = self._buffers[name] = self.new(-(-size // 4096) * 4096)
