@@ -83,7 +83,8 @@ def run(job: Job, out: Path, options: Options) -> Report:
             progress.stop()
         if team.leads:
             # In one step, so that whoever finds a work folder finds a journal in it.
-            shutil.rmtree(work.rename(out / DONE))
+            # From the rename on the output is whole; what cannot be taken away is by the next run.
+            shutil.rmtree(work.rename(out / DONE), ignore_errors=True)
             sync(out)
         return report
 
