@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from kernel_tools import DEVICE, TORCH, TRITON, assert_close, values_and_gradients
 from torch import Tensor
 
+from dsv4_bridge.mcore.kernels import norm_triton
 from dsv4_bridge.mcore.kernels.choice import Choice
 from dsv4_bridge.mcore.kernels.grouped import clamped_swiglu
 from dsv4_bridge.mcore.kernels.norm import inverse_rms, rms_norm
@@ -127,9 +128,10 @@ def test_norms(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         against_float64(lambda by: lambda x, w: rms_norm(x, w, 0.5, by), lambda x, w: plain_norm(x, 0.5) * w, x, weight)
 
 
-def test_a_norm_of_more_rows_than_parts_of_a_sum() -> None:
-    """Each program has several rows, one after the other."""
-    x, weight = normal(0, 259, 2049), normal(1, 2049)
+@pytest.mark.parametrize(("rows", "width"), [(13, 2049), (40, 260)])
+def test_programs_that_have_several_rows(rows: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(norm_triton, "PARTS", 3)
+    x, weight = normal(0, rows, width), normal(1, width)
     against_torch(lambda by: lambda x, w: rms_norm(x, w, 1e-6, by), x, weight)
 
 
@@ -188,9 +190,8 @@ def test_swiglu_at_its_limits_and_far_from_them() -> None:
 def test_swiglu_of_what_lies_across() -> None:
     x, weights = beside(normal(0, 80, 6).mT, 0.9), normal(1, 6, 2)[:, 0]
     against_torch(lambda by: lambda x, w: clamped_swiglu(x, w, 0.9, by), x, weights)
-    against_torch(
-        lambda by: lambda x, w: clamped_swiglu(x, w.to(x.dtype), 0.9, by), x.bfloat16(), weights, narrow=2**-5
-    )
+    x, weights = beside(x.bfloat16(), 0.9), weights.bfloat16()
+    against_torch(lambda by: lambda x, w: clamped_swiglu(x, w, 0.9, by), x, weights, narrow=2**-5)
 
 
 def test_nothing() -> None:

@@ -1,11 +1,13 @@
 """Operations with a backward of their own, against autograd through the plain formula, in float64 and bfloat16."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
+from dsv4_bridge.mcore.kernels.choice import AUTO
 from dsv4_bridge.mcore.kernels.norm import inverse_rms
 from dsv4_bridge.mcore.kernels.rotary import rotate
 from dsv4_bridge.mcore.kernels.streams import collapse, project, sinkhorn
@@ -20,6 +22,7 @@ class Streams:
     """What `HyperConnection.expand` reads of its module."""
 
     n = N
+    config = SimpleNamespace(kernel_choice=AUTO)
 
 
 def plain_inverse_rms(x: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ def against_torch(given: list[Tensor], ratio: int, overlaps: bool) -> None:
 
 SIZES = [
     (4, 64, 15, 1, True),
-    (4, 100, 9, 3, True),
+    (4, 100, 5, 3, True),
     (128, 40, 259, 1, False),
     (4, 512, 9, 1, True),
     (16, 40, 50, 2, False),

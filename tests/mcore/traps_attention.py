@@ -7,8 +7,8 @@ from bugs import Bug, Trap, put
 from checks import TINY
 
 from dsv4_bridge.mcore import config
-from dsv4_bridge.mcore.kernels import streams
-from dsv4_bridge.mcore.layers import attention, block, compressor, hyper_connection, mtp, rope
+from dsv4_bridge.mcore.kernels import pool, rotary, streams
+from dsv4_bridge.mcore.layers import attention, block, compressor, mtp, rope
 from dsv4_bridge.mcore.layers.attention import CoreAttention, HybridAttention
 from dsv4_bridge.mcore.layers.basics import RMSNorm
 from dsv4_bridge.mcore.layers.compressor import Compressor
@@ -27,7 +27,7 @@ def mixing(make: bugs.Make) -> Bug:
 
 
 def sinkhorn(make: bugs.Make) -> Bug:
-    return put(hyper_connection, "sinkhorn", make)
+    return put(streams, "sinkhorn", make)
 
 
 def turning(make: bugs.Make) -> Bug:
@@ -54,10 +54,10 @@ HYPER_CONNECTIONS = [
         "Sinkhorn counts, orders and pads as released",
         same,
         {
-            "one iteration less": sinkhorn(lambda f: lambda m, n, eps: f(m, n - 1, eps)),
-            "one iteration more": sinkhorn(lambda f: lambda m, n, eps: f(m, n + 1, eps)),
-            "rows first": sinkhorn(lambda f: lambda m, n, eps: f(m.mT, n, eps).mT),
-            "no eps": sinkhorn(lambda f: lambda m, n, eps: f(m, n, 0.0)),
+            "one iteration less": sinkhorn(lambda f: lambda m, n, eps, by: f(m, n - 1, eps, by)),
+            "one iteration more": sinkhorn(lambda f: lambda m, n, eps, by: f(m, n + 1, eps, by)),
+            "rows first": sinkhorn(lambda f: lambda m, n, eps, by: f(m.mT, n, eps, by).mT),
+            "no eps": sinkhorn(lambda f: lambda m, n, eps, by: f(m, n, 0.0, by)),
             "eps on post": mixing(lambda f: lambda self, out, x, post, mix: f(self, out, x, post + 1e-2, mix)),
         },
     ),
@@ -96,7 +96,7 @@ HYPER_CONNECTIONS = [
         "streams are collapsed in float32",
         checks.bf16_collapse_equals_transformers,
         {
-            "weights rounded first": put(hyper_connection, "collapse", lambda f: lambda x, w: f(x, w.to(x.dtype))),
+            "weights rounded first": put(streams, "collapse", lambda f: lambda x, w, by: f(x, w.to(x.dtype), by)),
         },
     ),
     Trap(
@@ -105,8 +105,8 @@ HYPER_CONNECTIONS = [
         same,
         {
             "mean instead of the head": put(block, "collapse_by_head", lambda _: bugs.mean_of_streams),
-            "no eps on pre": put(hyper_connection, "collapse", lambda f: lambda x, w: f(x, w - TINY.hc_eps)),
-            "sums are clamped": sinkhorn(lambda f: lambda m, n, eps: f(m - eps, n, 0.0)),
+            "no eps on pre": put(streams, "collapse", lambda f: lambda x, w, by: f(x, w - TINY.hc_eps, by)),
+            "sums are clamped": sinkhorn(lambda f: lambda m, n, eps, by: f(m - eps, n, 0.0, by)),
         },
     ),
 ]
@@ -156,8 +156,8 @@ ATTENTION = [
         "the output is rotated back",
         same,
         {
-            "not at all": turning(lambda f: lambda x, turn, inverse=False: x if inverse else f(x, turn)),
-            "forwards": turning(lambda f: lambda x, turn, inverse=False: f(x, turn)),
+            "not at all": turning(lambda f: lambda x, turn, inverse=False, **by: x if inverse else f(x, turn)),
+            "forwards": turning(lambda f: lambda x, turn, inverse=False, **by: f(x, turn)),
         },
     ),
     Trap(
@@ -174,9 +174,9 @@ ATTENTION = [
         "blocks of 4 overlap",
         same,
         {
-            "own block twice": put(compressor, "_overlapped", lambda _: lambda x, none: torch.cat(x.chunk(2, -1), 2)),
+            "own block twice": put(pool, "overlapped", lambda _: lambda x, none: torch.cat(x.chunk(2, -1), 2)),
             "halves exchanged": put(
-                compressor, "_overlapped", lambda f: lambda x, none: f(x.roll(x.shape[-1] // 2, -1), none)
+                pool, "overlapped", lambda f: lambda x, none: f(x.roll(x.shape[-1] // 2, -1), none)
             ),
         },
     ),
@@ -238,11 +238,11 @@ ATTENTION = [
         "queries are normed by head, with the model's eps",
         same,
         {
-            "not at all": put(attention, "inverse_rms", lambda _: lambda x, eps: torch.ones_like(x[..., :1])),
+            "not at all": put(rotary, "inverse_rms", lambda _: lambda x, eps, by: torch.ones_like(x[..., :1])),
             "over all heads": put(
-                attention, "inverse_rms", lambda f: lambda x, eps: f(x.flatten(-2), eps).unsqueeze(-1)
+                rotary, "inverse_rms", lambda f: lambda x, eps, by: f(x.flatten(-2), eps).unsqueeze(-1)
             ),
-            "with Vision's eps": put(attention, "inverse_rms", lambda f: lambda x, eps: f(x, 1e-20)),
+            "with Vision's eps": put(rotary, "inverse_rms", lambda f: lambda x, eps, by: f(x, 1e-20)),
             "norms with Vision's eps": put(RMSNorm, "forward", bugs.norm_with_eps(1e-20)),
         },
     ),

@@ -148,7 +148,9 @@ def _pool_backward(
     for number in range(part * size, tl.minimum(part * size + size, blocks)):
         batch, block = (number // (count + own)).to(tl.int64), number % (count + own)
         real = (c < width) & (block + tl.zeros_like(c) < count)
-        value, logit, seen = _tile(kv, gate, ape, batch, block, count, own, c, kb, ks, gb, gs, wide, width, RATIO, SLOTS)
+        value, logit, seen = _tile(
+            kv, gate, ape, batch, block, count, own, c, kb, ks, gb, gs, wide, width, RATIO, SLOTS
+        )
         high = _highest(logit)
         if OVERLAPS:
             value_0, logit_0, seen_0 = _tile(
