@@ -12,72 +12,20 @@ import json
 import logging
 import os
 import platform
-import statistics
 import sys
 import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from gpu_models import generate, layer
+from gpu_timing import CUDA, DEVICE, KINDS, Times, ms, poisoned, said, wait
+
 MARK = "@@"
-KINDS = {"window, hash": (0, 1), "CSA, routed": (4, 0), "HCA, routed": (128, 0)}
-SIDES = ("ours", "ours by torch", "transformers")
-CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
-
-
-class Times:
-    """Sizes of a whole run, or of a tiny one."""
-
-    def __init__(self, tiny: bool):
-        self.tiny = tiny
-        self.dtype = torch.float32 if tiny else torch.bfloat16
-        self.sides = ("ours", "transformers") if tiny else SIDES
-        self.lengths = (48,) if tiny else (4096, 16384)
-        self.rounds, self.seconds = (1, 0.0) if tiny else (15, 1.5)
-        self.experts = None if tiny else 64  # of the model that generates
-        self.prompt, self.new = (24, 4) if tiny else (1024, 48)
-
-    def spec(self, **changes: Any) -> Any:
-        from dsv4_bridge.spec.spec import replace_spec
-        from dsv4_bridge.spec.variants import VARIANTS, tiny
-
-        flash = tiny(VARIANTS["Flash"]) if self.tiny else VARIANTS["Flash"].spec
-        return replace_spec(flash.without_draft(), **changes)
-
-    def layer(self, kind: str) -> Any:
-        ratio, hashed = KINDS[kind]
-        return self.spec(num_hidden_layers=1, compress_ratios=(ratio,), num_hash_layers=hashed, vocab_size=1280)
-
-
-def ms(run: Callable[[], object], times: Times) -> float:
-    """Median milliseconds of a call, behind one or two that warm up."""
-    if not CUDA:
-        taken = []
-        for _ in range(times.rounds):
-            began = time.perf_counter()
-            run()
-            taken.append((time.perf_counter() - began) * 1e3)
-        return statistics.median(taken)
-    began = time.perf_counter()
-    run()  # compiles
-    torch.cuda.synchronize()
-    if time.perf_counter() - began < 5:
-        run()
-    taken, until = [], time.perf_counter() + times.seconds
-    while len(taken) < 3 or (len(taken) < times.rounds and time.perf_counter() < until):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        stop.record()
-        stop.synchronize()
-        taken.append(start.elapsed_time(stop))
-    return statistics.median(taken)
 
 
 def facts() -> dict[str, Any]:
@@ -152,143 +100,6 @@ def kernel(length: int, name: str, times: Times) -> dict[str, Any]:
     return found
 
 
-def built(spec: Any, side: str, times: Times, folder: Path) -> Any:
-    """The model of one side, of fresh values."""
-    if side == "transformers":
-        from transformers import AutoConfig, DeepseekV4ForCausalLM
-
-        from dsv4_bridge.store.hf_config import released_config
-
-        folder.mkdir(exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(released_config(spec, None, False)))
-        config = AutoConfig.from_pretrained(folder)
-        config._attn_implementation = "eager"
-        torch.set_default_dtype(times.dtype)
-        try:
-            with torch.device(DEVICE):
-                model = DeepseekV4ForCausalLM(config)
-        finally:
-            torch.set_default_dtype(torch.float32)
-        for name, buffer in model.named_buffers():
-            if "tid2eid" in name:
-                order = torch.rand(len(buffer), spec.n_routed_experts, device=buffer.device)
-                buffer.copy_(order.argsort(1)[:, : buffer.shape[1]])
-        return model
-    from dsv4_bridge.mcore import build_model
-
-    by = "torch" if side == "ours by torch" else "auto"
-    model = build_model(spec, dtype=times.dtype, expert_layout="grouped", kernels=by)
-    for name, buffer in model.named_buffers():
-        if "tid2eid" in name:
-            order = torch.rand(len(buffer), spec.n_routed_experts, device=buffer.device)
-            buffer.copy_(order.argsort(1)[:, : buffer.shape[1]])
-    return model
-
-
-def layer(length: int, kind: str, side: str, times: Times) -> dict[str, Any]:
-    """A model of one layer: forward, and forward with backward; tokens, FLOPs, routing and memory."""
-    from dsv4_bridge.spec.flops import count_flops
-
-    spec = times.layer(kind)
-    with tempfile.TemporaryDirectory() as folder:
-        model = built(spec, side, times, Path(folder)).train()
-    ids = torch.randint(0, spec.vocab_size, (1, length), device=DEVICE)
-    work = count_flops(spec, length)
-    found: dict[str, Any] = {"tokens": length}
-
-    def forward() -> None:
-        with torch.no_grad():
-            model(ids)
-
-    def both() -> None:
-        model.zero_grad(set_to_none=True)
-        out = model(ids)
-        (out if isinstance(out, torch.Tensor) else out.logits).float().square().mean().backward()
-
-    for what, run, flops in (("forward", forward, work.forward.total), ("both", both, work.training.total)):
-        try:
-            if CUDA:
-                torch.cuda.reset_peak_memory_stats()
-            found[f"{what} ms"] = took = ms(run, times)
-            found |= {f"{what} tokens/s": length / took * 1e3, f"{what} TFLOP/s": flops / took / 1e9}
-            found[f"{what} peak GB"] = torch.cuda.max_memory_allocated() / 1e9 if CUDA else 0.0
-        except torch.OutOfMemoryError as error:
-            found[f"{what} error"] = "out of memory: " + said(error)[:120]
-        gc.collect()
-        if CUDA:
-            torch.cuda.empty_cache()
-    if side != "transformers":
-        found |= routing(model, ids, spec) | planned(spec, length, times)
-    return found
-
-
-def routing(model: Any, ids: torch.Tensor, spec: Any) -> dict[str, Any]:
-    """How tokens went to experts by themselves: none may be lost."""
-    seen: list[torch.Tensor] = []
-    experts = model.decoder.layers[0].mlp.experts
-    hook = experts.register_forward_pre_hook(lambda module, args: seen.append(args[1].detach().cpu()))
-    with torch.no_grad():
-        model(ids)
-    hook.remove()
-    counts = seen[-1]
-    routed = ids.numel() * spec.num_experts_per_tok
-    return {"dropped": routed - int(counts.sum()), "fullest expert": float(counts.max() / counts.float().mean())}
-
-
-def planned(spec: Any, length: int, times: Times) -> dict[str, float]:
-    """Bytes that `dsv4 plan` says for this: weights, gradients of the parameters' type, and activations."""
-    from dsv4_bridge.parallel.topology import Sizes
-    from dsv4_bridge.planning.memory import Run, make_run_topology, plan_memory
-
-    kind = "float32" if times.tiny else "bf16"
-    topology, dp = make_run_topology(spec, Sizes())
-    stage = plan_memory(spec, topology, dp, Run(dtype=kind, grad_dtype=kind, seq_length=length)).worst
-    return {"planned GB": (stage.weights + stage.gradients + stage.activations) / 1e9}
-
-
-def generate(side: str, times: Times) -> dict[str, Any]:
-    """Greedy tokens a second of a model of four layers behind a prompt, the prompt not counted; 1 and 8 rows."""
-    changes = {} if times.experts is None else {"n_routed_experts": times.experts}
-    spec = times.spec(num_hidden_layers=4, compress_ratios=(0, 4, 128, 4), num_hash_layers=1, **changes)
-    with tempfile.TemporaryDirectory() as folder:
-        model = built(spec, side, times, Path(folder)).eval()
-    found: dict[str, Any] = {"layers": 4, "experts": spec.n_routed_experts, "prompt": times.prompt, "new": times.new}
-    for rows in (1,) if times.tiny else (1, 8):
-        ids = torch.randint(0, spec.vocab_size, (rows, times.prompt), device=DEVICE)
-        for _ in range(1 if times.tiny else 2):  # the first compiles
-            steps = _theirs(model, ids) if side == "transformers" else _ours(model, ids, times.new)
-            next(steps)
-            _wait()
-            began = time.perf_counter()
-            for _ in range(times.new - 1):
-                next(steps)
-            _wait()
-            found[f"{rows} rows tokens/s"] = rows * (times.new - 1) / (time.perf_counter() - began)
-            steps.close()
-    return found
-
-
-def _ours(model: Any, ids: torch.Tensor, new: int) -> Iterator[object]:
-    from dsv4_bridge.mcore.generate import generate as steps
-
-    yield from steps(model, ids.tolist(), new)
-
-
-@torch.no_grad()
-def _theirs(model: Any, ids: torch.Tensor) -> Iterator[object]:
-    out = model(ids, use_cache=True)
-    while True:
-        token = out.logits[:, -1:].argmax(-1)
-        token.tolist()
-        yield token
-        out = model(token, past_key_values=out.past_key_values, use_cache=True)
-
-
-def _wait() -> None:
-    if CUDA:
-        torch.cuda.synchronize()
-
-
 def load(times: Times) -> dict[str, Any]:
     """A layer of real widths in and out, from the page cache: GB of bf16 values a second."""
     from dsv4_bridge.mcore import build_model, load_weights, stream_weights
@@ -311,7 +122,7 @@ def load(times: Times) -> dict[str, Any]:
         for _ in range(1 if times.tiny else 2):
             began = time.perf_counter()
             load_weights(model, folder)
-            _wait()
+            wait()
             found["load GB/s"] = size / (time.perf_counter() - began)
             began = time.perf_counter()
             for _ in stream_weights(model, "source", like=folder):
@@ -338,19 +149,6 @@ def codec(times: Times) -> dict[str, Any]:
         found[f"{name} decode GB/s"] = size / ms(lambda a=encoding, b=stored, c=scales: tensors.decode(a, b, c), times)
         found[f"{name} encode GB/s"] = size / ms(lambda a=encoding, b=values, c=scales: tensors.encode(a, b, c), times)
     return found
-
-
-def said(error: BaseException) -> str:
-    return "".join(traceback.format_exception_only(error)).strip()[-600:]
-
-
-def poisoned() -> bool:
-    """Whether the device does nothing more for this process, after an illegal access."""
-    try:
-        _wait()
-    except RuntimeError:
-        return True
-    return False
 
 
 def measure(unit: str, times: Times) -> dict[str, Any]:

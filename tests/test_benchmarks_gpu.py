@@ -104,3 +104,11 @@ def test_the_table_tells_shares_of_the_least_time_and_failures() -> None:
     assert "| attend, CSA | 4096 | forward | 4 | 40 | 8 | 5 | 250 | 0.5 | " in lines
     assert any(line.endswith("triton: too much shared memory") and "| 4 | 4 | - |" in line for line in lines)
     assert "| CSA, routed | 4096 | transformers | forward | out of memory |" in lines
+
+
+def test_a_pack_has_what_the_machine_lacks_and_not_what_it_has() -> None:
+    from pack_gpu import THERE, needed
+
+    names = needed("3.12")
+    assert {"megatron-core", "fastcrc", "psutil", "typer", "rich", "pytest", "hypothesis", "pluggy"} <= set(names)
+    assert not THERE & set(names) and all(version[0].isdigit() for version in names.values())

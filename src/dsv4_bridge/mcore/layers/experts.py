@@ -116,7 +116,7 @@ class GroupedExperts(MegatronModule):
         self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor
     ) -> tuple[Tensor, None]:
         """[T, h], tokens of each expert [n] and their routing weights [T] -> [T, h], and no bias."""
-        # Megatron's dispatchers have brought them to the host, but for its fused permutation, which leaves them.
+        # The dispatchers that megatron has for any machine brought them to the host; its flex ones may leave them.
         counts = tokens_per_expert if tokens_per_expert.is_cuda else tokens_per_expert.tolist()
         gate_up = self.linear_fc1.multiply(permuted_local_hidden_states, counts)  # [T, 2f]
         limit, by = self.config.activation_func_clamp_value, self.config.kernel_choice
