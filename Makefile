@@ -1,6 +1,9 @@
 VENV := .venv
 PY := $(VENV)/bin/python
 
+# Tests start many processes, and each would compile what it imports.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-all test-oldest check bench gpu format clean
 
 # The marker is touched when the environment matches pyproject.toml and constraints.txt.

@@ -78,10 +78,9 @@ def test_a_library_that_is_not_there_is_named_with_its_extra(
 ) -> None:
     (tmp_path / "t.txt").write_text("some words")
     names = {"TOY": str(toy_flash), "TEXT": str(tmp_path / "t.txt"), "OUT": str(tmp_path / "out")}
-    code, start = f"import sys; sys.modules[{lost!r}] = None", run
-    if lost != "psutil":  # which Megatron-Core takes when it is imported
-        code, start = AFRESH.format(name=lost) + code, dsv4
-    done = start(*(names.get(a, a.replace("OUT", names["OUT"])) for a in args), code=code)
+    # Megatron-Core takes psutil when it is imported.
+    code = AFRESH.format(name="megatron" if lost == "psutil" else lost) + f"sys.modules[{lost!r}] = None"
+    done = dsv4(*(names.get(a, a.replace("OUT", names["OUT"])) for a in args), code=code)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-1500:]
     last = done.stderr.strip().splitlines()[-1]
     assert f"dsv4-bridge[{extra}" in last or f",{extra}]" in last
