@@ -5,7 +5,6 @@ see what they launch. Operations are products of matrices, two FLOPs a multiply-
 bytes are inputs read once and outputs written once, gradients too where the backward runs.
 """
 
-import importlib
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -69,14 +68,6 @@ def cases(spec: ModelSpec, length: int, dtype: torch.dtype, device: str) -> Iter
 Found = Iterator[tuple[str, Callable[[], Case]]]
 
 
-def _function(module: str, name: str) -> Any:
-    """A kernel function that this tree may not have: None then."""
-    try:
-        return getattr(importlib.import_module(f"dsv4_bridge.mcore.{module}"), name, None)
-    except ModuleNotFoundError:
-        return None
-
-
 def _maker(dtype: torch.dtype, device: str) -> Callable[..., Tensor]:
     def new(*shape: int, kind: torch.dtype = dtype, grad: bool = True, scale: float = 1.0) -> Tensor:
         made = torch.randn(shape, dtype=torch.float32, device=device).mul_(scale).to(kind)
@@ -122,6 +113,7 @@ def _attention(spec: ModelSpec, s: int, dtype: torch.dtype, device: str) -> Foun
 
 def _indexer(spec: ModelSpec, s: int, dtype: torch.dtype, device: str) -> Found:
     from dsv4_bridge.mcore.kernels.index import choose_blocks
+    from dsv4_bridge.mcore.kernels.indexer_loss import indexer_loss
 
     new, heads, width = _maker(dtype, device), spec.index_n_heads, spec.index_head_dim
     once = 2 * heads * (width + 1)
@@ -138,7 +130,6 @@ def _indexer(spec: ModelSpec, s: int, dtype: torch.dtype, device: str) -> Found:
 
     if s // 4 > spec.index_topk:
         yield "choose_blocks", choose
-    loss = _function("kernels.indexer_loss", "indexer_loss") or _function("layers.indexer_loss", "indexer_loss")
 
     def train() -> Case:
         h, d = spec.num_attention_heads, spec.head_dim
@@ -148,7 +139,7 @@ def _indexer(spec: ModelSpec, s: int, dtype: torch.dtype, device: str) -> Found:
         chosen, reach = spread_blocks(s, 4, spec.index_topk, device), Reach(spec.sliding_window, 4, 128)
 
         def run(queries: Tensor, keys: Tensor, weights: Tensor, by: Choice) -> Tensor:
-            return loss(IndexTerms(queries, keys, weights), q, kv, blocks, chosen, sink, reach, None, None, by)
+            return indexer_loss(IndexTerms(queries, keys, weights), q, kv, blocks, chosen, sink, reach, by=by)
 
         pairs = block_pairs(s, 4, spec.index_topk)
         both = window_pairs(s, spec.sliding_window) + pairs
@@ -162,8 +153,7 @@ def _indexer(spec: ModelSpec, s: int, dtype: torch.dtype, device: str) -> Found:
             sum(map(nbytes, (q, kv, blocks))),
         )
 
-    if loss is not None:
-        yield "indexer_loss", train
+    yield "indexer_loss", train
 
 
 def _streams(spec: ModelSpec, s: int, dtype: torch.dtype, device: str) -> Found:
@@ -171,6 +161,18 @@ def _streams(spec: ModelSpec, s: int, dtype: torch.dtype, device: str) -> Found:
 
     new, n, hidden = _maker(dtype, device), spec.hc_mult, spec.hidden_size
     outs, wide = n * (n + 2), torch.float32
+
+    def mix() -> Case:
+        inputs = (new(s, 1, n * hidden), new(outs, n * hidden, kind=wide, scale=0.02), new(outs, kind=wide))
+        alphas = [new(1, kind=wide) for _ in range(3)]
+        rule = k.MixRule(1e-6, 1e-6, 20)
+
+        def run(x: Tensor, w: Tensor, bias: Tensor, a: Tensor, b: Tensor, c: Tensor, by: Choice) -> tuple[Tensor, ...]:
+            return k.mix(x, w, bias, (a, b, c), rule, by)
+
+        return Case("mix", (*inputs, *alphas), run, 2 * s * outs * n * hidden)
+
+    yield "mix", mix
     yield (
         "project",
         lambda: Case(
@@ -203,8 +205,8 @@ def _streams(spec: ModelSpec, s: int, dtype: torch.dtype, device: str) -> Found:
 
 
 def _rows(spec: ModelSpec, s: int, dtype: torch.dtype, device: str) -> Found:
-    from dsv4_bridge.mcore.kernels.norm import inverse_rms
-    from dsv4_bridge.mcore.kernels.rotary import rotate
+    from dsv4_bridge.mcore.kernels.norm import inverse_rms, rms_norm
+    from dsv4_bridge.mcore.kernels.rotary import norm_rotate, rotate
 
     new, h, d = _maker(dtype, device), spec.num_attention_heads, spec.head_dim
 
@@ -218,21 +220,17 @@ def _rows(spec: ModelSpec, s: int, dtype: torch.dtype, device: str) -> Found:
 
     yield "rotate", turned
     yield "inverse_rms", lambda: Case("inverse_rms", (new(s, 1, h, d),), lambda x, by: inverse_rms(x, 1e-6, by))
-    both, norm = _function("kernels.rotary", "norm_rotate"), _function("kernels.norm", "rms_norm")
 
     def normed_and_turned() -> Case:
         by_angle = turn()
-        return Case("norm_rotate", (new(s, 1, h, d),), lambda x, by: both(x, by_angle, 1e-6, by))
+        return Case("norm_rotate", (new(s, 1, h, d),), lambda x, by: norm_rotate(x, by_angle, 1e-6, by))
 
-    if both is not None:
-        yield "norm_rotate", normed_and_turned
-    if norm is not None:
-        yield (
-            "rms_norm",
-            lambda: Case(
-                "rms_norm", (new(s, 1, spec.hidden_size), new(spec.hidden_size)), lambda x, w, by: norm(x, w, 1e-6, by)
-            ),
-        )
+    yield "norm_rotate", normed_and_turned
+    inputs = (spec.hidden_size,)
+    yield (
+        "rms_norm",
+        lambda: Case("rms_norm", (new(s, 1, *inputs), new(*inputs)), lambda x, w, by: rms_norm(x, w, 1e-6, by)),
+    )
 
 
 def _experts(spec: ModelSpec, s: int, dtype: torch.dtype, device: str) -> Found:
@@ -266,9 +264,9 @@ def _experts(spec: ModelSpec, s: int, dtype: torch.dtype, device: str) -> Found:
 
 
 def _compressor(spec: ModelSpec, s: int, dtype: torch.dtype, device: str) -> Found:
-    new, pool, width = _maker(dtype, device), _function("kernels.pool", "pool"), spec.head_dim
-    if pool is None:
-        return
+    from dsv4_bridge.mcore.kernels.pool import pool
+
+    new, width = _maker(dtype, device), spec.head_dim
     for ratio in (4, 128):
 
         def make(ratio: int = ratio) -> Case:

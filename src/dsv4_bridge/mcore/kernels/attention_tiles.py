@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .tiles import shared_memory
+
 # Compressed blocks: none, all that are visible, or each query's choice.
 NONE, ALL, CHOSEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -19,8 +21,6 @@ _ROWS, _LEAST = 64, 16
 _SCAN = tl.constexpr(512)
 # Kept free of tiles: probabilities on their way between products, sums along rows.
 _SPARE = 16 * 1024
-# Of a block on cards that Triton cannot ask, and in the interpreter: what an H100 gives.
-_SHARED = 227 * 1024
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,6 @@ def tiles(rows: int, keys: int, held: tuple[int, int], moving: tuple[int, int], 
     if taken() > room:
         stages = 1
     return Tiles(rows, keys, 8 if width > 128 else 4, stages)
-
-
-def shared_memory(device: torch.device) -> int:
-    """Bytes that a block may have."""
-    if device.type != "cuda":
-        return _SHARED
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def constants(**values: Any) -> dict[str, Any]:

@@ -14,8 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention import Reach
-from .index_triton import shared_memory
-from .tiles import dot
+from .tiles import dot, shared_memory
 
 # Bytes that sums over rows and columns need besides the operands.
 _SPARE = 2 << 10

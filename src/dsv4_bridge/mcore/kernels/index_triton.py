@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
-from .tiles import dot
+from .tiles import dot, shared_memory
 
 if TYPE_CHECKING:
     from .index import IndexTerms
@@ -62,13 +62,6 @@ def score_tiles(width: int, dtype: torch.dtype, shared: int) -> ScoreTiles:
         if 2 * width * (tiles.blocks + tiles.stages * tiles.queries) <= shared:
             return tiles
     return ScoreTiles(64, 64, 64, 4, 2)
-
-
-def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a program may use."""
-    if device.type != "cuda":
-        return 227 << 10
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
 
 
 def widened(x: Tensor) -> Tensor:

@@ -21,8 +21,8 @@ from torch import Tensor
 from .attention import Reach
 from .block_weights_triton import QueryTiles, fill_block_weights, last_chosen, slots_of
 from .index import IndexTerms
-from .index_triton import shared_memory, widened
-from .tiles import dot
+from .index_triton import widened
+from .tiles import dot, shared_memory
 
 # Bytes of head-summed weights at a time.
 _SCRATCH = 64 << 20
