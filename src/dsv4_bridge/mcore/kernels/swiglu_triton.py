@@ -3,6 +3,10 @@
 On a limit itself no gradient passes: torch's clamp has had it so since 2.13, and let it pass before.
 """
 
+# A kernel's language is not Python's, and pyright reads it as such.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
+# pyright: reportPossiblyUnboundVariable=false, reportAssignmentType=false
+
 import torch
 import triton
 import triton.language as tl
