@@ -119,7 +119,7 @@ def test_any_sizes(ratio: int, width: int, tokens: int, batch: int, overlaps: bo
 @given(st.integers(1, 1 << 17), st.integers(1, 256), st.integers(1, 1024))
 def test_tiles_are_powers_of_two_and_hold_a_block(tokens: int, ratio: int, width: int) -> None:
     shape = shape_of(tokens, ratio, width)
-    assert shape.count == tokens // ratio
+    assert shape.blocks == tokens // ratio
     assert all(size & (size - 1) == 0 for size in (shape.slots, shape.channels, shape.warps))
     assert shape.slots >= ratio
     assert shape.slots * shape.channels <= 8192

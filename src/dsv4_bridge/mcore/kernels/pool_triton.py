@@ -4,6 +4,10 @@ In the backward a program takes some blocks one after the other and adds up what
 sum are added by torch. Block n, which is not there, lets zeros flow into the last block as a previous one.
 """
 
+# A kernel's language is not Python's, and pyright reads it as such.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
+# pyright: reportPossiblyUnboundVariable=false, reportAssignmentType=false
+
 from typing import NamedTuple
 
 import torch
@@ -17,9 +21,9 @@ PROGRAMS = 256  # that share the sum for ape, at most
 
 
 class Shape(NamedTuple):
-    """How blocks are cut: their number, tokens as a power of two, channels of a program, its warps."""
+    """How entries are made: their number, tokens of a block as a power of two, channels of a program, its warps."""
 
-    count: int
+    blocks: int
     slots: int
     channels: int
     warps: int
@@ -191,7 +195,9 @@ def _pool_backward(
 
 class _Pool(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, kv: Tensor, gate: Tensor, ape: Tensor, ratio: int, overlaps: bool) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx, kv: Tensor, gate: Tensor, ape: Tensor, ratio: int, overlaps: bool
+    ) -> Tensor:
         kv, gate = (t if t.stride(-1) == 1 else t.contiguous() for t in (kv, gate))
         ape = ape.contiguous()
         batch, tokens, wide = kv.shape

@@ -8,6 +8,10 @@ bfloat16 streams meet the weight on tensor cores: a float32 is the sum of three 
 of float32. float32 streams are multiplied in float32.
 """
 
+# A kernel's language is not Python's, and pyright reads it as such.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
+# pyright: reportPossiblyUnboundVariable=false, reportAssignmentType=false
+
 from typing import NamedTuple
 
 import torch
@@ -39,8 +43,11 @@ def cut_columns(tokens: int, columns: int, narrow: bool) -> Cut:
 
 
 def cut_tokens(tokens: int, columns: int, narrow: bool) -> Cut:
-    """For sums over tokens: a part costs a sum's memory, so there are no more than fill the GPU."""
-    tile = 64 if narrow and tokens > 32 else 16
+    """For sums over tokens: a part costs a sum's memory, so there are no more than fill the GPU.
+
+    Larger tiles than these leave the registers, of an A100 at 64.
+    """
+    tile = 32 if narrow and tokens > 32 else 16
     wanted = max(1, min(triton.cdiv(PROGRAMS, triton.cdiv(columns, COLUMNS)), tokens // 256))
     size = triton.cdiv(triton.cdiv(tokens, wanted), tile) * tile
     return Cut(tile, triton.cdiv(tokens, size), size)
@@ -248,7 +255,6 @@ def into_streams(streams: Tensor, weight: Tensor, pull: Pull, weighed: bool) -> 
         pull.pre is not None,
         weighed,
         num_warps=4,
-        num_stages=2,  # three need all registers
     )
     return grad_streams, parts.sum(0).to(weight.dtype) if weighed else None
 

@@ -1,7 +1,11 @@
 """`clamped_swiglu` of grouped.py: one pass each way, and in the backward the routing weight's dot in the same.
 
-On a limit itself no gradient passes: torch's clamp has had it so since 2.13, and let it pass before.
+On a limit itself no gradient passes, as by torch's clamp in 2.15; that of 2.12 let it pass.
 """
+
+# A kernel's language is not Python's, and pyright reads it as such.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
+# pyright: reportPossiblyUnboundVariable=false, reportAssignmentType=false
 
 import torch
 import triton
