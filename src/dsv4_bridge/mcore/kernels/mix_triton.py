@@ -6,10 +6,6 @@ numbers of a token (sigmoids, softmax, Sinkhorn) are computed in registers, and 
 front of an iteration comes from the begin of its segment of five, which costs less than to keep forty matrices.
 """
 
-# A kernel's language is not Python's, and pyright reads it as such.
-# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
-# pyright: reportPossiblyUnboundVariable=false, reportAssignmentType=false
-
 import torch
 import triton
 import triton.language as tl

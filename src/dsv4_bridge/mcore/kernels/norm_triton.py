@@ -1,9 +1,5 @@
 """`inverse_rms` and `rms_norm` of norm.py: a row stays in registers, so each direction is one pass."""
 
-# A kernel's language is not Python's, and pyright reads it as such.
-# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
-# pyright: reportPossiblyUnboundVariable=false, reportAssignmentType=false
-
 import torch
 import triton
 import triton.language as tl

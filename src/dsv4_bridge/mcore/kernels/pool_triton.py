@@ -4,10 +4,6 @@ In the backward a program takes some blocks one after the other and adds up what
 sum are added by torch. Block n, which is not there, lets zeros flow into the last block as a previous one.
 """
 
-# A kernel's language is not Python's, and pyright reads it as such.
-# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
-# pyright: reportPossiblyUnboundVariable=false, reportAssignmentType=false
-
 from typing import NamedTuple
 
 import torch

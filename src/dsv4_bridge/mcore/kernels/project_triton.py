@@ -8,10 +8,6 @@ bfloat16 streams meet the weight on tensor cores: a float32 is the sum of three 
 of float32. float32 streams are multiplied in float32.
 """
 
-# A kernel's language is not Python's, and pyright reads it as such.
-# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
-# pyright: reportPossiblyUnboundVariable=false, reportAssignmentType=false
-
 from typing import NamedTuple
 
 import torch

@@ -1,9 +1,5 @@
 """`rotate` and `norm_rotate` of rotary.py: rows of channels as they lie, whatever the strides in front of them."""
 
-# A kernel's language is not Python's, and pyright reads it as such.
-# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
-# pyright: reportPossiblyUnboundVariable=false, reportAssignmentType=false
-
 from typing import NamedTuple
 
 import torch

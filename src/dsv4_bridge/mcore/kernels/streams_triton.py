@@ -5,10 +5,6 @@ thread's registers, what is summed over channels crosses threads once a piece. E
 rounded once, on its way out. Nothing is added up by several programs.
 """
 
-# A kernel's language is not Python's, and pyright reads it as such.
-# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
-# pyright: reportPossiblyUnboundVariable=false, reportAssignmentType=false
-
 import torch
 import triton
 import triton.language as tl

@@ -3,10 +3,6 @@
 On a limit itself no gradient passes, as by torch's clamp in 2.15; that of 2.12 let it pass.
 """
 
-# A kernel's language is not Python's, and pyright reads it as such.
-# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
-# pyright: reportPossiblyUnboundVariable=false, reportAssignmentType=false
-
 import torch
 import triton
 import triton.language as tl
