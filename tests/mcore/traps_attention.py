@@ -211,10 +211,10 @@ ATTENTION = [
         same,
         {
             "the first for all": attending(
-                lambda f: lambda q, kv, x, i, sink, r: f(q, kv, x, i, sink[:1].expand_as(sink), r)
+                lambda f: lambda q, kv, x, i, sink, *rest: f(q, kv, x, i, sink[:1].expand_as(sink), *rest)
             ),
-            "in bf16": attending(lambda f: lambda q, kv, x, i, sink, r: f(q, kv, x, i, sink.bfloat16().float(), r)),
-            "none": attending(lambda f: lambda q, kv, x, i, sink, r: f(q, kv, x, i, sink - 1e4, r)),
+            "in bf16": attending(lambda f: lambda q, kv, x, i, sink, *rest: f(q, kv, x, i, sink.bfloat16().float(), *rest)),
+            "none": attending(lambda f: lambda q, kv, x, i, sink, *rest: f(q, kv, x, i, sink - 1e4, *rest)),
         },
     ),
     Trap(
