@@ -213,7 +213,9 @@ ATTENTION = [
             "the first for all": attending(
                 lambda f: lambda q, kv, x, i, sink, *rest: f(q, kv, x, i, sink[:1].expand_as(sink), *rest)
             ),
-            "in bf16": attending(lambda f: lambda q, kv, x, i, sink, *rest: f(q, kv, x, i, sink.bfloat16().float(), *rest)),
+            "in bf16": attending(
+                lambda f: lambda q, kv, x, i, sink, *rest: f(q, kv, x, i, sink.bfloat16().float(), *rest)
+            ),
             "none": attending(lambda f: lambda q, kv, x, i, sink, *rest: f(q, kv, x, i, sink - 1e4, *rest)),
         },
     ),
