@@ -319,7 +319,7 @@ RECOMPUTING = {
 
 def two_in_flight(spec: ModelSpec, **settings: object) -> tuple[list[torch.Tensor], dict[str, torch.Tensor], int]:
     """Losses and gradients of two micro-batches, both forward before either backward; and forwards run."""
-    model = randomise(build_model(spec, **settings), 3).train()
+    model = randomise(build_model(spec, initialize_weights=False, **settings), 3).train()
     runs = 0
 
     def count(*_: object) -> None:
