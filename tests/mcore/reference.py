@@ -24,8 +24,7 @@ from dsv4_bridge.store.hf_config import released_config
 def small_spec(**changes: object) -> ModelSpec:
     """A window, two CSA and an HCA layer, the first routed by id; no MTP, which transformers lacks.
 
-    The clamp of the experts is reached by several per cent of the activations. Twenty iterations of Sinkhorn, as
-    released, would take a tenth of the time of a step, and are no other code than four.
+    The clamp of the experts is reached by several per cent of the activations.
     """
     base = replace_spec(
         tiny(VARIANTS["Flash"]).without_draft(),
@@ -33,7 +32,6 @@ def small_spec(**changes: object) -> ModelSpec:
         compress_ratios=(0, 4, 128, 4),
         num_hash_layers=1,
         swiglu_limit=2.5,
-        hc_sinkhorn_iters=4,
     )
     return replace_spec(base, **changes) if changes else base
 
