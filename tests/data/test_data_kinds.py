@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from warm import Warm
 
-pytest.importorskip("megatron.core")
+pytest.importorskip("dsv4_bridge.mcore")
 
 from conftest import dsv4, fresh_dsv4
 from dsv4_bridge import BridgeError, make_toy

@@ -107,7 +107,7 @@ def refuses(**settings: object) -> Callable[[], None]:
 @cache
 def _precise() -> dict[str, torch.Tensor]:
     """Values of a model whose every float32 number has bits that bf16 lacks."""
-    model = randomise(build_model(TINY_DRAFT), 5)
+    model = randomise(build_model(TINY_DRAFT, initialize_weights=False), 5)
     return {n: t.clone() for n, t in model.state_dict().items() if t is not None}
 
 
@@ -177,7 +177,7 @@ def shapes_tell_the_ratios_apart() -> None:
 
 
 def only_the_indexer_is_frozen() -> None:
-    model = randomise(build_model(TINY)).train()
+    model = randomise(build_model(TINY, initialize_weights=False)).train()
     ids = some_ids(TINY, 2, 130)
     model(ids, labels=ids).sum().backward()
     frozen = {name for name, p in model.named_parameters() if p.grad is None}
@@ -267,7 +267,7 @@ def mtp_is_its_formula() -> None:
 
 
 def mtp_has_gradients() -> None:
-    model = randomise(build_model(TINY_DRAFT)).train()
+    model = randomise(build_model(TINY_DRAFT, initialize_weights=False)).train()
     ids = some_ids(TINY_DRAFT, 2, 9)
     try:
         model(ids, labels=ids).sum().backward()

@@ -24,8 +24,7 @@ from dsv4_bridge.store.hf_config import released_config
 def small_spec(**changes: object) -> ModelSpec:
     """A window, two CSA and an HCA layer, the first routed by id; no MTP, which transformers lacks.
 
-    The clamp of the experts is reached by several per cent of the activations. Twenty iterations of Sinkhorn, as
-    released, would take a tenth of the time of a step, and are no other code than four.
+    The clamp of the experts is reached by several per cent of the activations.
     """
     base = replace_spec(
         tiny(VARIANTS["Flash"]).without_draft(),
@@ -33,7 +32,6 @@ def small_spec(**changes: object) -> ModelSpec:
         compress_ratios=(0, 4, 128, 4),
         num_hash_layers=1,
         swiglu_limit=2.5,
-        hc_sinkhorn_iters=4,
     )
     return replace_spec(base, **changes) if changes else base
 
@@ -319,7 +317,7 @@ RECOMPUTING = {
 
 def two_in_flight(spec: ModelSpec, **settings: object) -> tuple[list[torch.Tensor], dict[str, torch.Tensor], int]:
     """Losses and gradients of two micro-batches, both forward before either backward; and forwards run."""
-    model = randomise(build_model(spec, **settings), 3).train()
+    model = randomise(build_model(spec, initialize_weights=False, **settings), 3).train()
     runs = 0
 
     def count(*_: object) -> None:

@@ -69,11 +69,11 @@ def assert_balance_is_the_formula(padded: int = 0, **settings: Any) -> None:
     padding = torch.zeros_like(ids).bool()
     padding[:, 40 - padded :] = padded > 0
     call = {"labels": ids.roll(-1, 1), "padding_mask": padding if padded else None}
-    ours = randomise(build_model(SPEC, **balancing(), **settings), 3).train()
+    ours = randomise(build_model(SPEC, initialize_weights=False, **balancing(), **settings), 3).train()
     ours(ids, **call).mean().backward()
     mine, reported = gradients(ours), collect(ours)["balance_loss"]
 
-    plain = randomise(build_model(SPEC), 3).train()
+    plain = randomise(build_model(SPEC, initialize_weights=False), 3).train()
     inputs: dict[str, torch.Tensor] = {}
     for block, router in routers(plain).items():
         router.register_forward_pre_hook(lambda _, args, block=block: inputs.__setitem__(block, args[0]))
@@ -148,7 +148,7 @@ def some_batches() -> list[Batch]:
 
 def assert_steps_move_the_biases() -> None:
     rate = 0.03
-    model = randomise(build_model(SPEC, moe_router_bias_update_rate=rate), 3).train()
+    model = randomise(build_model(SPEC, moe_router_bias_update_rate=rate, initialize_weights=False), 3).train()
     table = model.decoder.layers[0].mlp.router.tid2eid.clone()
     for batches in (some_batches(), some_batches()[:1]):  # the second counts anew
         before = biases(model)
@@ -193,7 +193,9 @@ def test_a_mistake_in_the_update_is_seen(name: str, monkeypatch: pytest.MonkeyPa
 
 def test_a_model_of_bf16_keeps_its_biases_in_float32() -> None:
     """bf16 around 0.7 knows steps of 0.004: a rate of 0.001 would vanish."""
-    model = randomise(build_model(SPEC, dtype=torch.bfloat16, moe_router_bias_update_rate=1e-3), 3).train()
+    model = randomise(
+        build_model(SPEC, dtype=torch.bfloat16, moe_router_bias_update_rate=1e-3, initialize_weights=False), 3
+    ).train()
     before = biases(model)
     pass_through(Float16Module(model.config, model), some_batches())
     for block, bias in biases(model).items():
@@ -204,7 +206,9 @@ def test_a_model_of_bf16_keeps_its_biases_in_float32() -> None:
 
 @pytest.mark.parametrize("how", ["no rate", "frozen", "looking only"])
 def test_biases_rest(how: str) -> None:
-    model = randomise(build_model(SPEC, moe_router_bias_update_rate=0.0 if how == "no rate" else 0.1), 3).train()
+    model = randomise(
+        build_model(SPEC, moe_router_bias_update_rate=0.0 if how == "no rate" else 0.1, initialize_weights=False), 3
+    ).train()
     before = biases(model)
     if how == "looking only":
         pass_through(model, some_batches(), forward_only=True)
@@ -218,7 +222,7 @@ def test_biases_rest(how: str) -> None:
 
 def test_metrics_are_means_of_a_step_and_start_anew() -> None:
     """Two micro-batches together: the mean of what each says alone."""
-    model = randomise(build_model(SPEC, **balancing(), dsa_indexer_loss_coeff=0.1), 3).train()
+    model = randomise(build_model(SPEC, initialize_weights=False, **balancing(), dsa_indexer_loss_coeff=0.1), 3).train()
     each = []
     for batch in some_batches():
         forward_backward([model], [batch])

@@ -30,7 +30,7 @@ SPEC = draft_spec(swiglu_limit=5.0)
 def test_trap24_a_single_experts_weight_is_over_its_sum() -> None:
     """transformers divides by the sum of the chosen scores for one expert, too."""
     spec = replace_spec(SPEC, num_experts_per_tok=1)
-    model = randomise(build_model(spec), 5)
+    model = randomise(build_model(spec, initialize_weights=False), 5)
     for router in [m for m in model.modules() if isinstance(m, BiasRouter)]:
         hidden = torch.randn(7, 2, spec.hidden_size)
         weights, chosen = router(hidden, None, some_ids(spec, 2, 7))
@@ -100,7 +100,7 @@ def test_choosing_reads_nothing_back(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_prefill_and_steps_choose_alike_among_equals() -> None:
     spec = replace_spec(SPEC, index_n_heads=4)
-    model = randomise(build_model(spec), 3).eval()
+    model = randomise(build_model(spec, initialize_weights=False), 3).eval()
     for name, parameter in model.named_parameters():
         if ".indexer.linear_wq_b" in name:  # few heads, and scores that are mostly 0
             parameter.data.abs_().neg_()
@@ -116,7 +116,7 @@ def test_prefill_and_steps_choose_alike_among_equals() -> None:
 
 def gradients(batches: list[Batch]) -> dict[str, torch.Tensor]:
     """Of the language model's loss alone."""
-    model = randomise(build_model(SPEC, mtp_loss_scaling_factor=0.0), 7).train()
+    model = randomise(build_model(SPEC, mtp_loss_scaling_factor=0.0, initialize_weights=False), 7).train()
     forward_backward([model], batches)
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
@@ -145,7 +145,9 @@ def test_a_weight_of_all_labels_changes_nothing(weight: float, monkeypatch: pyte
     found = []
     for factor in (1.0, weight):
         batches = [batch(10 * k, mask * factor) for k, mask in enumerate(random_masks())]
-        model = randomise(build_model(SPEC, mtp_loss_scaling_factor=0.3, calculate_per_token_loss=True), 7).train()
+        model = randomise(
+            build_model(SPEC, mtp_loss_scaling_factor=0.3, calculate_per_token_loss=True, initialize_weights=False), 7
+        ).train()
         model.config.finalize_model_grads_func = finalize
         forward_backward([model], batches)
         found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
@@ -180,7 +182,7 @@ def test_the_mtp_loss_is_the_mean_over_tokens() -> None:
         mask[row, :learned] = 1
     found = []
     for micro in (1, 2, 4):
-        model = randomise(build_model(SPEC, mtp_loss_scaling_factor=0.3), 7).train()
+        model = randomise(build_model(SPEC, mtp_loss_scaling_factor=0.3, initialize_weights=False), 7).train()
         parts = [slice(k, k + micro) for k in range(0, 4, micro)]
         forward_backward([model], [Batch(ids[p], labels[p], mask[p]) for p in parts])
         found.append(collect(model)["mtp_loss"])
@@ -194,7 +196,7 @@ def test_balance_is_by_each_rows_own_length() -> None:
     padding = torch.arange(30) >= torch.tensor(lengths)[:, None]
 
     def balance(rows: torch.Tensor, pad: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        model = randomise(build_model(SPEC, **options), 7).train()
+        model = randomise(build_model(SPEC, initialize_weights=False, **options), 7).train()
         seen: dict[str, torch.Tensor] = {}
         with watching(lambda site, block, value: value):
             model(rows, padding_mask=pad)

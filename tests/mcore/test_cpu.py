@@ -7,6 +7,7 @@ import pytest
 import torch
 from reference import small_spec
 from transformers import AutoConfig, DeepseekV4ForCausalLM
+from warm import Warm
 
 from dsv4_bridge.mcore import initialize
 from dsv4_bridge.store.hf_config import released_config
@@ -42,3 +43,18 @@ def test_what_one_rank_gathers_from_elsewhere_is_copied() -> None:
         elsewhere = torch.zeros(8)
         collective(elsewhere, values, group=group)
         assert torch.equal(elsewhere, values)
+
+
+UNCOMPILED = """
+import torch
+from dsv4_bridge import mcore
+from megatron.core import jit
+def plain(x): return x
+assert jit.jit_fuser(plain) is plain and jit.jit_fuser()(plain) is plain
+assert torch.compile.__module__ == "torch" and torch.compile.__name__ == "compile"
+"""
+
+
+def test_megatron_keeps_no_compiler_and_others_do(tmp_path: Path) -> None:
+    """To load it takes longer than all else of a start; nothing that runs here is compiled."""
+    assert Warm("-c", UNCOMPILED, out=tmp_path / "said").wait(60) == 0, (tmp_path / "said").read_text()

@@ -111,7 +111,7 @@ def test_what_a_kernel_leaves_for_empty_groups_is_not_a_gradient(monkeypatch: py
 @pytest.fixture(scope="module")
 def both() -> tuple[GroupedExperts, Experts]:
     """The experts of a layer, grouped and sequential, with the same random values."""
-    one = randomise(build_model(SPEC), 2).decoder.layers[1].mlp.experts
+    one = randomise(build_model(SPEC, initialize_weights=False), 2).decoder.layers[1].mlp.experts
     together = build_model(SPEC, expert_layout="grouped").decoder.layers[1].mlp.experts
     with torch.no_grad():
         for j, expert in enumerate(one.local_experts):
@@ -235,7 +235,7 @@ def test_sequential_experts_load_what_grouped_ones_saved(tmp_path: Path) -> None
 def test_training_resumed_with_the_other_kind_is_training_continued(tmp_path: Path) -> None:
     """Optimizer state too, the step count among it: the second step is the same."""
     told = RUN | {"batch": 2}
-    model = randomise(build_model(SPEC, expert_layout="grouped"), 4)
+    model = randomise(build_model(SPEC, expert_layout="grouped", initialize_weights=False), 4)
     wrapped, optimizer = wrap([model], {})
     train(told, [model], wrapped, optimizer)
     save_checkpoint(model, tmp_path, 1, optimizer)

@@ -134,7 +134,9 @@ def test_an_indexer_that_agrees_loses_nothing() -> None:
 
 
 def trained_by(coefficient: float, spec: Any = SPEC, **settings: Any) -> DeepSeekV4Model:
-    return randomise(build_model(spec, dsa_indexer_loss_coeff=coefficient, **settings), 3).train()
+    return randomise(
+        build_model(spec, dsa_indexer_loss_coeff=coefficient, initialize_weights=False, **settings), 3
+    ).train()
 
 
 def gradients(model: DeepSeekV4Model, ids: torch.Tensor, **more: Any) -> dict[str, torch.Tensor]:
@@ -232,7 +234,7 @@ def test_every_parameter_of_the_indexer_has_the_formulas_gradient(sparse: bool) 
 
 
 def test_off_by_default_and_in_evaluation() -> None:
-    model = randomise(build_model(SPEC), 3).train()
+    model = randomise(build_model(SPEC, initialize_weights=False), 3).train()
     ids = some_ids(SPEC, 1, 40)
     assert not any(".indexer." in n for n in gradients(model, ids))
     assert "indexer_loss" not in collect(model)
@@ -295,14 +297,16 @@ def test_the_warm_up_trains_the_indexer_alone_under_dense_attention() -> None:
     spec = draft_spec(swiglu_limit=5.0, index_topk=5)
     ids = some_ids(spec, 1, 70)
     for recompute in ({}, RECOMPUTING["full"]):
-        model = randomise(build_model(spec, **indexer_settings("warmup"), **recompute), 3).train()
+        model = randomise(
+            build_model(spec, initialize_weights=False, **indexer_settings("warmup"), **recompute), 3
+        ).train()
         set_trained(model, "warmup")
         found = gradients(model, ids)
         assert set(found) == {n for n, _ in model.named_parameters() if ".indexer." in n}
         assert all(g.any() for g in found.values())
     # Dense: as with enough choices for all.
-    plain = randomise(build_model(draft_spec(swiglu_limit=5.0, index_topk=64)), 3).eval()
-    chosen = randomise(build_model(spec), 3).eval()
+    plain = randomise(build_model(draft_spec(swiglu_limit=5.0, index_topk=64), initialize_weights=False), 3).eval()
+    chosen = randomise(build_model(spec, initialize_weights=False), 3).eval()
     with torch.no_grad():
         assert torch.allclose(model.eval()(ids), plain(ids), atol=1e-5)
         assert not torch.allclose(chosen(ids), plain(ids), atol=1e-3)
@@ -325,7 +329,7 @@ def test_phases_choose_what_trains() -> None:
 def test_training_makes_the_indexer_agree() -> None:
     """A few steps on one row: the loss falls, and what is chosen holds more of the attention."""
     torch.manual_seed(0)
-    model = randomise(build_model(SPEC, **indexer_settings("warmup")), 3).train()
+    model = randomise(build_model(SPEC, initialize_weights=False, **indexer_settings("warmup")), 3).train()
     set_trained(model, "warmup")
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=5e-3)
     ids = some_ids(SPEC, 1, 80)

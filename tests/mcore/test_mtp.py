@@ -28,7 +28,7 @@ def test_values_and_gradients_are_the_formula(depth: int, length: int) -> None:
 def test_the_loss_adds_every_depth_behind_its_factor(depth: int) -> None:
     """Depth k is trained on the token k + 2 ahead, and not beyond the end or the mask."""
     spec, factor = SPECS[depth], 0.3
-    model = randomise(build_model(spec, mtp_loss_scaling_factor=factor), 12).train()
+    model = randomise(build_model(spec, mtp_loss_scaling_factor=factor, initialize_weights=False), 12).train()
     ids = some_ids(spec, 2, 40)
     labels = some_ids(spec, 2, 40, seed=8)  # unlike the ids: a roll of the wrong one shows
     mask = (torch.rand((2, 40), generator=torch.Generator().manual_seed(9)) < 0.7).float()
@@ -54,7 +54,7 @@ def test_the_loss_adds_every_depth_behind_its_factor(depth: int) -> None:
 
 def test_a_model_without_mtp_has_none_of_it_and_the_same_logits() -> None:
     spec = SPECS[1]
-    model = randomise(build_model(spec), 13).eval()
+    model = randomise(build_model(spec, initialize_weights=False), 13).eval()
     plain = build_model(spec.without_draft()).eval()
     assert plain.config.mtp_num_layers is None
     rest = {n: t for n, t in model.state_dict().items() if not n.startswith("mtp.")}

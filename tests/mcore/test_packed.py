@@ -111,7 +111,7 @@ def one_by_one(trained: DeepSeekV4Model, lengths: tuple[int, ...], ids: torch.Te
 
 
 def assert_packed_is_one_by_one(lengths: tuple[int, ...], depth: int = 1) -> None:
-    trained = randomise(build_model(SPECS[depth], mtp_loss_scaling_factor=FACTOR), 3).train()
+    trained = randomise(build_model(SPECS[depth], mtp_loss_scaling_factor=FACTOR, initialize_weights=False), 3).train()
     ids, ends = some_ids(trained.spec, 1, sum(lengths)), boundaries(lengths)
     logits, losses, theirs, chosen = one_by_one(trained, lengths, ids)
     body = [entry for entry in chosen if not entry[1].startswith("mtp.")]
@@ -187,7 +187,7 @@ def test_recomputation_knows_each_micro_batch_boundaries(what: str) -> None:
     packed = [(5, 30, 9), (29, 1, 14)]
     found = []
     for settings in ({}, RECOMPUTING[what]):
-        trained = randomise(build_model(SPECS[1], **settings), 3).train()
+        trained = randomise(build_model(SPECS[1], initialize_weights=False, **settings), 3).train()
         ids = [some_ids(trained.spec, 1, 44, seed) for seed in (5, 6)]
         both = zip(ids, packed, strict=True)
         losses = [trained(x, labels=x.roll(-1, 1), cu_seqlens=boundaries(lengths)) for x, lengths in both]
@@ -201,7 +201,7 @@ def test_recomputation_knows_each_micro_batch_boundaries(what: str) -> None:
 
 
 def test_the_schedule_hands_boundaries_and_padding_on() -> None:
-    trained = randomise(build_model(SPECS[1].without_draft()), 3).train()
+    trained = randomise(build_model(SPECS[1].without_draft(), initialize_weights=False), 3).train()
     lengths = (5, 60, 7)
     ids = some_ids(trained.spec, 1, 72)
     labels, mask = targets(lengths, trained.spec.vocab_size)
@@ -239,7 +239,7 @@ def test_boundaries_that_are_none_are_refused() -> None:
 
 
 def test_repeated_boundaries_are_padding() -> None:
-    trained = randomise(build_model(SPECS[1].without_draft()), 3).eval()
+    trained = randomise(build_model(SPECS[1].without_draft(), initialize_weights=False), 3).eval()
     ids = some_ids(trained.spec, 1, 12)
     with torch.no_grad():
         plain = trained(ids, cu_seqlens=torch.tensor([0, 5, 12]))

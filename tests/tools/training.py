@@ -51,7 +51,6 @@ def small_variant(name: str, layers: int = 3) -> ModelSpec:
         num_hidden_layers=layers,
         compress_ratios=(*ratios, *([0] * spec.draft_blocks)),
         num_hash_layers=1,
-        hc_sinkhorn_iters=4,
         hidden_size=128,
         moe_intermediate_size=64,
         n_routed_experts=4,

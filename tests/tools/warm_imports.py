@@ -7,6 +7,7 @@ import numpy as np
 from dsv4_bridge.codec import fp8, mxfp4
 
 for name in (
+    "dsv4_bridge.mcore",  # before megatron
     "dsv4_bridge.cli.show.plan",
     "dsv4_bridge.cli.show.progress",
     "dsv4_bridge.cli.show.tables",
