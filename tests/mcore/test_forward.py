@@ -31,6 +31,10 @@ def test_logits_of_a_model_in_the_manner_of_pro_equal_transformers(length: int) 
     assert_equal_to_reference(PRO, 2, length)
 
 
+def test_as_many_sinkhorn_iterations_as_the_releases_have() -> None:
+    assert_equal_to_reference(small_spec(hc_sinkhorn_iters=20), 2, 127)
+
+
 def test_more_choices_than_blocks_means_all_of_them() -> None:
     assert_equal_to_reference(small_spec(index_topk=64), 2, 127)
 
