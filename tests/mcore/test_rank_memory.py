@@ -65,6 +65,7 @@ def planned(toy: Path, name: str, rows: int = SHAPES[0][0], length: int = SHAPES
         recompute="recompute_method" in settings,
         grad_dtype=told.get("grad_dtype", "float32"),
         distributed_optimizer=told.get("distributed_optimizer", True),
+        fused=False,
     )
     return plan_memory(spec, topology, dp, run)
 

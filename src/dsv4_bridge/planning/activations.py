@@ -2,7 +2,7 @@
 
 Derived from what the modules of `mcore` and megatron-core 0.19's experts, router and loss save for
 their backward, each storage counted once; held within 1 % of what autograd saves by
-tests/planning/test_memory_plan.py.
+tests/mcore/test_rank_memory.py and, of fused kernels, tests/mcore/test_kernel_memory.py.
 
 Symbols: T tokens of a micro-batch, T1 = T / tp of them under sequence parallelism; H hidden_size;
 n hyper-connection streams; h heads and g output groups of a rank; d head_dim; e bytes of the model's type.
@@ -32,6 +32,7 @@ class Shape:
         etp: expert-tensor-parallel ranks.
         recompute: full recompute: a layer keeps its input only.
         lora: adapters on frozen weights; None: all weights are trained.
+        fused: by the fused kernels of a GPU, with experts of the grouped layout; else by the torch definitions.
     """
 
     batch: int = 1
@@ -41,6 +42,7 @@ class Shape:
     etp: int = 1
     recompute: bool = False
     lora: Lora | None = None
+    fused: bool = False
 
     @property
     def e(self) -> int:
@@ -67,7 +69,12 @@ class Shape:
 
 
 def _norm(width: int, shape: Shape) -> int:
-    """RMSNorm in float32, a token: its input, the root, and the normed input that the weight's gradient needs."""
+    """RMSNorm in float32, a token: its input, the root, and the normed input that the weight's gradient needs.
+
+    The fused one computes the last anew, and has no float32 copies.
+    """
+    if shape.fused:
+        return width * shape.e + 4
     return (8 if shape.lora is None else 4) * width + 4
 
 
@@ -75,7 +82,8 @@ def _mixing(spec: ModelSpec, shape: Shape) -> int:
     """A hyper-connection around one sub-layer, a token: streams, weights and their steps, the sub-layer's output."""
     n, e = spec.hc_mult, shape.e
     project = n * spec.hidden_size * e + 4 * (1 + n * (n + 2))
-    steps = 4 * (3 * n + 2 * n * n)  # sigmoids, softmax, collapse's weights, sinkhorn's start
+    # Sigmoids, softmax, collapse's weights, sinkhorn's start; of the fused one, collapse's weights.
+    steps = 4 * (n if shape.fused else 3 * n + 2 * n * n)
     return project + steps + (spec.hidden_size + n + n * n) * e
 
 
@@ -85,7 +93,10 @@ def _attention(spec: ModelSpec, ratio: int, shape: Shape) -> int:
     heads, groups = spec.num_attention_heads // shape.tp, spec.o_groups // shape.tp
     token = spec.hidden_size * e  # what the projections read
     token += _norm(spec.q_lora_rank, shape) + spec.q_lora_rank * e * shape.reads("attn.wq_b")
-    token += heads * (d * e + 4 + e * low)  # q in front of its norm, and the inverse root
+    if shape.fused:  # q in front of its norm and rotation; the output, and a sum for every head
+        token += heads * (d * e + d * e + 4)
+    else:
+        token += heads * (d * e + 4 + e * low)  # q in front of its norm, and the inverse root
     token += _norm(d, shape)
     token += (heads * d + d) * e  # rotated q, and keys that are values
     # In front of both output projections.
@@ -100,12 +111,13 @@ def _compressed(spec: ModelSpec, ratio: int, shape: Shape) -> int:
     blocks = shape.length // ratio if ratio else 0
     if not blocks:
         return 0
-    slots = batch * blocks * ratio * (2 if ratio == 4 else 1)
+    wide = 2 if ratio == 4 else 1
+    slots = batch * blocks * ratio * wide
     copy = e if shape.dtype != "float32" else 0  # the gate in the model's type
     # Blocks of ratio 128 are views of the projection, of ratio 4 copies of it: they overlap.
     kept = slots * d * e if ratio == 4 else shape.tokens * d * e
     entries = blocks * (batch * (_norm(d, shape) + d * e) + spec.qk_rope_head_dim * 4)
-    found = slots * d * (4 + copy) + kept + entries
+    found = entries + (2 * shape.tokens * wide * d * e if shape.fused else slots * d * (4 + copy) + kept)
     if ratio == 4:
         everything = blocks <= spec.index_topk  # one table for all rows
         found += 8 * shape.length * (blocks if everything else batch * spec.index_topk)
@@ -121,7 +133,8 @@ def _experts(spec: ModelSpec, shape: Shape) -> int:
     dispatch = shape.etp * (5 * experts + 8 * k)
     width = spec.moe_intermediate_size // shape.etp
     # Gate and up, both clamped, silu, product; the weighted product where fc2 is trained, the input where fc1 is.
-    row = hidden * e * first + (6 + second) * width * e + 4
+    # The fused activation keeps gate and up alone.
+    row = hidden * e * first + ((2 if shape.fused else 6) + second) * width * e + 4
     row += shape.between("ffn.experts.w1", "ffn.experts.w2")  # gate and up share theirs
     shared = (5 + shape.reads("ffn.shared_experts.w2")) * spec.shared_intermediate_size // shape.tp * e
     shared += shape.between(*(f"ffn.shared_experts.{w}" for w in ("w1", "w2", "w3")))
@@ -161,6 +174,8 @@ def _draft_input(spec: ModelSpec, shape: Shape) -> int:
     """What one MTP layer makes its body's input of: embeddings and the streams before, normed and projected."""
     n, hidden, trained = spec.hc_mult, spec.hidden_size, shape.lora is None
     token = trained * (_norm(hidden, shape) + hidden * shape.e)  # embedding
+    if shape.fused:
+        return shape.own * (token + n * (4 + trained * hidden * shape.e)) + shape.tokens * 8 * trained
     # The streams in front of their norm are the head's, and kept by it; in bf16 the norm has a copy.
     token += n * (trained * 4 * hidden + 4 + trained * hidden * shape.e)
     token += n * hidden * 4 * (shape.dtype != "float32")

@@ -38,6 +38,7 @@ class Run:
         optimizer: adamw, or muon for linear maps and AdamW for the rest.
         moments_dtype: type of AdamW's moments.
         lora: the adapters of mode lora.
+        fused: by the fused kernels of a GPU, with grouped experts; else by the torch definitions.
     """
 
     mode: str = "training"
@@ -51,6 +52,7 @@ class Run:
     lora: Lora = _LORA
     optimizer: str = "adamw"
     moments_dtype: str = "float32"
+    fused: bool = True
 
     @property
     def adapters(self) -> Lora | None:
@@ -67,6 +69,7 @@ class Run:
             topology.etp,
             self.recompute,
             self.adapters,
+            self.fused,
         )
 
 

@@ -185,7 +185,9 @@ def _check_interleaved(recipe: Recipe, chunks: int, each: int) -> None:
 def _check_memory(recipe: Recipe, spec: ModelSpec, dp: int) -> None:
     """Refuse what this rank has no room for, before it begins to fill the memory."""
     topology, _ = make_run_topology(spec, recipe.parallel.sizes, recipe.parallel.layout or None, dp)
-    run = replace(run_of(recipe, dp), moments_dtype="bf16" if _precise(recipe) else "float32")
+    run = run_of(recipe, dp)
+    fused = run.fused and torch.cuda.is_available()
+    run = replace(run, moments_dtype="bf16" if _precise(recipe) else "float32", fused=fused)
     stage = plan_memory(spec, topology, dp, run).stages[parallel_state.get_pipeline_model_parallel_rank()]
     free, where = free_memory()
     if stage.total > free:

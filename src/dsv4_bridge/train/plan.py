@@ -36,6 +36,8 @@ def run_of(recipe: Recipe, dp: int) -> Run:
         lora=lora_of(recipe),
         optimizer=recipe.optimizer.name,
         moments_dtype=recipe.optimizer.moments_dtype if recipe.model.dtype == "bf16" else "float32",
+        # Other layouts of experts keep what the definitions keep, and more than the fused activation.
+        fused=recipe.model.kernels != "torch" and recipe.model.experts == "grouped",
     )
 
 
