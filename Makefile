@@ -3,6 +3,8 @@ PY := $(VENV)/bin/python
 
 # Tests start many processes, and each would compile what it imports.
 unexport PYTHONDONTWRITEBYTECODE
+# In the order of tests/conftest.py: long files first.
+SHARED := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-all test-oldest check bench gpu format clean
 
@@ -17,11 +19,11 @@ demo: $(VENV)/.ready
 	$(VENV)/bin/dsv4 demo
 
 test: $(VENV)/.ready
-	$(PY) -m pytest -n 2 --dist loadfile
+	$(PY) -m pytest $(SHARED)
 
 # Those of many processes or many steps too.
 test-all: $(VENV)/.ready
-	$(PY) -m pytest -n 2 --dist loadfile -m ""
+	$(PY) -m pytest $(SHARED) -m ""
 
 # The oldest versions that pyproject.toml allows, and what of the tests meets other libraries most.
 OLDEST := .venv-oldest
@@ -37,7 +39,7 @@ $(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
 	touch $@
 
 test-oldest: $(OLDEST)/.ready
-	$(OLDEST)/bin/python -m pytest -n 2 --dist loadfile $(OLDEST_TESTS)
+	$(OLDEST)/bin/python -m pytest $(SHARED) $(OLDEST_TESTS)
 
 check: $(VENV)/.ready
 	$(VENV)/bin/ruff format --check src tests benchmarks docs/generate.py

@@ -19,8 +19,37 @@ if not shutil.which("nvidia-smi"):  # Triton's kernels run in its interpreter; i
 DATA = Path(__file__).parent / "files"
 
 
+# Files of many seconds. Shared out among processes, they come first: one that came last would have the others wait.
+LONG = (
+    "train/test_training_ranks.py",
+    "train/test_training.py",
+    "convert/test_roundtrip.py",
+    "convert/test_transformers.py",
+    "test_surroundings.py",
+    "train/test_train_command.py",
+    "parity/test_parity_whole.py",
+    "parity/test_parity.py",
+    "mcore/test_experts.py",
+    "mcore/test_generate.py",
+    "train/test_stopping.py",
+    "mcore/test_model_traps.py",
+    "test_docs.py",
+    "generate/test_generate_command.py",
+    "convert/test_served.py",
+    "mcore/test_packed.py",
+    "mcore/test_weights.py",
+    "store/test_hub.py",
+    "convert/test_ranks.py",
+    "train/test_after_training.py",
+    "data/test_data_kinds.py",
+)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the tests that need a CUDA device out where there is none."""
+    """Long files first among processes; tests that need a CUDA device left out where there is none."""
+    if hasattr(config, "workerinput"):
+        places = {Path(__file__).parent / name: place for place, name in enumerate(LONG)}
+        items.sort(key=lambda item: places.get(item.path, len(LONG)))
     if not any(item.get_closest_marker("gpu") for item in items):
         return
     import torch

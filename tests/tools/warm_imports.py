@@ -14,10 +14,13 @@ for name in (
     "dsv4_bridge.convert.jobs",
     "dsv4_bridge.generate.generate",
     "dsv4_bridge.train.loop",
+    "megatron.core.datasets.blended_megatron_dataset_builder",
     "megatron.core.datasets.gpt_dataset",
+    "megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader",
     "megatron.core.dist_checkpointing.strategies.filesystem_async",
     "megatron.core.models.mimo",
     "megatron.core.optimizer",
+    "torch._dynamo",  # which optimizers import when they are made
     "torch.distributed.checkpoint",
     "typer._adapters",
 ):

@@ -1,5 +1,6 @@
 """`dsv4 recipes` and `dsv4 train`: what they print, chats end to end, every recipe in the smallest."""
 
+import gc
 import json
 import math
 from pathlib import Path
@@ -129,6 +130,7 @@ LIKE_OTHERS = ("pro-pretrain", "pro-pretrain-muon", "flash-pretrain-full")
 def test_every_recipe_makes_two_steps_in_the_smallest(name: str, text: Path, tmp_path: Path) -> None:
     args = ["train", name, "--tiny", f"data.train={text}", "data.kind=text", f"out={tmp_path / 'run'}", "--json"]
     more = ["data.seq_length=40", "log.tensorboard=false"]
+    gc.freeze()  # see training.run
     done = CliRunner().invoke(app, [*args, *more], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["step"] == 2

@@ -1,5 +1,6 @@
 """One rank of a test that trains over several processes: many runs in one process group, one after another."""
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ def main(path: str) -> None:
     ranks, found = Ranks.from_environment(), []
     for name, words in told["runs"]:
         chosen = recipe(name, *words)
+        gc.freeze()  # see training.run
         outcome = train(chosen, recipe_spec(chosen), ranks.world, lambda _: None)
         found.append(outcome.losses)
         dist.barrier()

@@ -156,6 +156,8 @@ def build_pretraining_datasets(
     weights = blend.weights or (tuple(float(h.tokens) for h in held) if len(held) > 1 else None)
     place = cache or Path(blend.prefixes[0]).parent / "dataset_cache"
     _check_cache(place)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # the first rank writes there next, and a half written index is none
     config = GPTDatasetConfig(
         random_seed=seed,
         sequence_length=seq_length,
