@@ -140,6 +140,7 @@ class TorchDistReader:
         self.tensors = {k: TensorEntry(t.dtype, t.global_shape, t.chunks) for k, t in index.tensors.items()}
         self.objects = frozenset(index.objects)
         self._objects = index.objects
+        self._within = f"{self.path / '_'}"[:-1]  # for messages, which are made ready at every read
         self._starts: dict[str, tuple[list[int], int]] = {}
         self._layouts: dict[ChunkRecord, tuple[str, int, tuple[int, ...] | None]] = {}
 
@@ -176,7 +177,7 @@ class TorchDistReader:
         Raises:
             BridgeError: unknown key or dtype, a box outside the tensor, an unusable ``out``, a damaged item.
         """
-        entry, what = self._entry(key), f"reading {show(key)} of {self.path}"
+        entry = self._entry(key)
         shape = entry.shape
         offsets = (0,) * len(shape) if offsets is None else tuple(offsets)
         if sizes is None:
@@ -184,13 +185,15 @@ class TorchDistReader:
         sizes = tuple(sizes)
         same = len(offsets) == len(sizes) == len(shape)
         if not same or any(o < 0 or s < 0 or o + s > n for o, s, n in zip(offsets, sizes, shape)):
-            raise BridgeError(f"{what}: a box of {show(sizes)} at {show(offsets)}; expected one inside {show(shape)}")
+            raise BridgeError(
+                f"{self._what(key)}: a box of {show(sizes)} at {show(offsets)}; expected one inside {show(shape)}"
+            )
         dtype = np.dtype(DTYPES[entry.dtype].numpy)
         if out is None:
             out = np.empty(sizes, dtype)
         elif out.shape != sizes or out.dtype != dtype or not out.flags.writeable:
             raise BridgeError(
-                f"{what}: out is {out.dtype} {show(out.shape)}; expected a writable {dtype} {show(sizes)}"
+                f"{self._what(key)}: out is {out.dtype} {show(out.shape)}; expected a writable {dtype} {show(sizes)}"
             )
         if out.size:
             for chunk in self._touched(key, entry, offsets, sizes):
@@ -240,6 +243,9 @@ class TorchDistReader:
             )
         return entry
 
+    def _what(self, key: str) -> str:
+        return f"reading {show(key)} of {self.path}"
+
     def _touched(
         self, key: str, entry: TensorEntry, offsets: tuple[int, ...], sizes: tuple[int, ...]
     ) -> tuple[ChunkRecord, ...]:
@@ -255,7 +261,7 @@ class TorchDistReader:
 
     def _read_chunk(self, key: str, dtype: str, chunk: ChunkRecord, first: tuple[int, ...], target: np.ndarray) -> None:
         """Fill ``target`` from the box of its shape at ``first`` of one chunk."""
-        where = f"reading {show(key)} of {self.path / chunk.file} at byte {chunk.offset}"
+        where = f"reading {show(key)} of {self._within}{chunk.file} at byte {chunk.offset}"
         with self._files.borrow(chunk.file) as fd:
             layout = self._layouts.get(chunk)
             if layout is None or layout[0] != dtype:
