@@ -1,6 +1,5 @@
 """What fused kernels keep for their backward is what the plan of a GPU's memory counts."""
 
-
 import pytest
 import torch
 from rank_memory import Kept
