@@ -157,6 +157,11 @@ def test_a_tensor_that_is_there_twice(toys: dict[str, Path], tmp_path: Path) -> 
     assert f"the same bytes as {EXPERT}.weight" in finding.what
 
 
+def test_scales_of_zeros_are_one_and_no_codes(toys: dict[str, Path], tmp_path: Path) -> None:
+    changes: dict[str, Spoil] = {f"{EXPERT}.weight": np.zeros_like, f"{EXPERT}.scale": np.ones_like}
+    assert found(examine(spoilt(toys["Base"], tmp_path / "toy", changes))) == {"zeros": {f"{EXPERT}.weight"}}
+
+
 def test_dropped_signs_of_zeros(toys: dict[str, Path], tmp_path: Path) -> None:
     def positive(codes: np.ndarray) -> np.ndarray:
         codes = np.where(codes & 0x0F == 0x08, codes & 0xF0, codes)

@@ -57,16 +57,16 @@ def row_by_row(x: torch.Tensor, counts: tuple[int, ...], weights: list[torch.Ten
     return torch.stack(rows) if rows else x @ weights[0].t()
 
 
-@pytest.mark.parametrize("there", [False, True], ids=["numbers", "tensor"])
+@pytest.mark.parametrize("given", [tuple, torch.tensor], ids=["numbers", "tensor"])
 @pytest.mark.parametrize("kernel", [False, True], ids=["loop", "kernel"])
 @pytest.mark.parametrize("name", COUNTS)
-def test_grouped_products_equal_the_definition(name: str, kernel: bool, there: bool) -> None:
+def test_grouped_products_equal_the_definition(name: str, kernel: bool, given: Any) -> None:
     counts = COUNTS[name]
     random = torch.Generator().manual_seed(len(name))
     x = torch.randn(24, sum(counts), generator=random).t().requires_grad_()  # neither rows nor gradient lie in order
     weights = [torch.randn(16, 24, generator=random).requires_grad_() for _ in counts]
     grad = torch.randn(16, sum(counts), generator=random).t()
-    ours = grouped_linear(x, torch.tensor(counts) if there else counts, weights, kernel)
+    ours = grouped_linear(x, given(counts), weights, kernel)
     theirs = row_by_row(x, counts, weights)
     assert ours.shape == theirs.shape
     assert torch.allclose(ours, theirs, rtol=1e-6, atol=1e-5)
@@ -88,8 +88,8 @@ def test_frozen_matrices_get_no_gradient_and_pass_it_on(kernel: bool) -> None:
     assert torch.allclose(x.grad, wanted, rtol=1e-6, atol=1e-5)
 
 
-@pytest.mark.parametrize("there", [False, True], ids=["numbers", "tensor"])
-def test_what_a_kernel_leaves_for_empty_groups_is_not_a_gradient(monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
+@pytest.mark.parametrize("given", [tuple, torch.tensor], ids=["numbers", "tensor"])
+def test_what_a_kernel_leaves_for_empty_groups_is_not_a_gradient(monkeypatch: pytest.MonkeyPatch, given: Any) -> None:
     """Some write nothing there: their result is whatever the memory held (pytorch/pytorch#172439)."""
     product = torch.nn.functional.grouped_mm
 
@@ -102,8 +102,7 @@ def test_what_a_kernel_leaves_for_empty_groups_is_not_a_gradient(monkeypatch: py
     monkeypatch.setattr(torch.nn.functional, "grouped_mm", careless)
     x = torch.randn(29, 24)
     weights = [torch.randn(16, 24).requires_grad_() for _ in range(4)]
-    counts = COUNTS["some empty"]
-    grouped_linear(x, torch.tensor(counts) if there else counts, weights, True).sum().backward()
+    grouped_linear(x, given(COUNTS["some empty"]), weights, True).sum().backward()
     assert [float(w.grad.abs().sum()) > 0 for w in weights] == [False, True, False, True]
     assert not any(w.grad.isnan().any() for w in weights)
 
@@ -393,9 +392,8 @@ def test_training_goes_on_from_cut_experts_at_another_layout(ran: dict[str, list
 
 
 def test_trap_32_exports_of_every_kind_and_layout_are_the_folder(ran: dict[str, list[Any]], folder: Path) -> None:
-    stored = {}
-    for file in (folder / "toy").glob("*.safetensors"):
-        stored |= {n: (str(t.dtype), tuple(t.shape), digest(t)) for n, t in load_file(file).items()}
+    files = (folder / "toy").glob("*.safetensors")
+    stored = {n: (str(t.dtype), tuple(t.shape), digest(t)) for f in files for n, t in load_file(f).items()}
     exports = [streamed for name, ranks in ran.items() if name.startswith("stream ") for streamed in ranks]
     assert len(exports) == 2 * len(STREAMED)
     assert all(streamed == stored for streamed in exports)

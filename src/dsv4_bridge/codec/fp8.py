@@ -19,6 +19,9 @@ from .report import CodecError, EncodeStats, Problem, first_bad_value
 
 BLOCK = 128
 MIN_SCALE, MAX_SCALE = 3, 246
+_FIELD, _MANTISSA = np.divmod(np.arange(127), 8)
+# Of the codes 0..126; 127 is NaN, and the other half the same negated (OCP 8-bit Floating Point 1.0, 5.1).
+MAGNITUDES = np.ldexp(_MANTISSA / 8 + (_FIELD > 0), np.maximum(_FIELD, 1) - 7)
 
 u8, u16, u32, u64, i32, f32 = np.uint8, np.uint16, np.uint32, np.uint64, np.int32, np.float32
 # Sums that only feed a report may be reordered, so that they vectorise.

@@ -18,6 +18,8 @@ from .report import CodecError, EncodeStats, Problem, first_bad_value
 
 GROUP = 32
 MAX_SCALE = 252
+# Of the codes 0..7; 8..15 are the same negated (OCP Microscaling Formats 1.0, 5.3.3).
+MAGNITUDES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 
 u8, u16, u32, u64, f32 = np.uint8, np.uint16, np.uint32, np.uint64, np.float32
 # Sums that only feed a report may be reordered, so that they vectorise.
@@ -33,10 +35,9 @@ def _tables() -> tuple[np.ndarray, np.ndarray]:
     that counts how many borders it reaches. A border is the midpoint of two neighbours, plus one
     bit where the tie belongs to the lower (even) code. All of them are exact in bf16.
     """
-    codes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
     exponent = np.arange(MAX_SCALE + 1)[:, None] - 127
-    values = np.ldexp(codes, exponent).astype(f32).view(u32) >> 16
-    borders = np.ldexp((codes[1:] + codes[:-1]) / 2, exponent).astype(f32).view(u32) >> 16
+    values = np.ldexp(MAGNITUDES, exponent).astype(f32).view(u32) >> 16
+    borders = np.ldexp((MAGNITUDES[1:] + MAGNITUDES[:-1]) / 2, exponent).astype(f32).view(u32) >> 16
     return values.astype(u16), (borders + (np.arange(7) % 2 == 0)).astype(u16)
 
 

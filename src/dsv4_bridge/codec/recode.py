@@ -37,7 +37,7 @@ def _tables() -> tuple[np.ndarray, ...]:
         magnitudes: float64 [8], values of the E2M1 codes.
         bits: mxfp4.VALUES.
     """
-    magnitudes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    magnitudes, e4m3 = mxfp4.MAGNITUDES, fp8.MAGNITUDES
     byte = np.arange(256)
     low, high = byte & 7, (byte >> 4) & 7
     squares = (4 * magnitudes**2).astype(u32)
@@ -46,8 +46,6 @@ def _tables() -> tuple[np.ndarray, ...]:
     divisor = np.array([99, -1, 0, -1, 1, 0, 2, 1])  # 0.5 = 2^-1, 1 = 2^0, 1.5 = 3 * 2^-1, ...
     unit = np.array([min(divisor[c] for c in range(8) if b >> c & 1 or c == 0) for b in byte])
 
-    field, mantissa = np.divmod(np.arange(127), 8)
-    e4m3 = np.ldexp(mantissa / 8 + (field > 0), np.maximum(field, 1) - 7)
     wanted = np.ldexp(magnitudes, np.arange(_MIN_SHIFT, _MAX_SHIFT + 1)[:, None])
     borders = (e4m3[1:] + e4m3[:-1]) / 2
     below, above = np.searchsorted(borders, wanted), np.searchsorted(borders, wanted, side="right")

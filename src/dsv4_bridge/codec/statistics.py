@@ -5,10 +5,9 @@ Shapes: counts are int64, one a code; blocks lie as `spec.encodings` has them.
 
 import numpy as np
 
+from . import fp8, mxfp4
 from ._kernels import kernel
 
-# Magnitude of E2M1 codes 0..7; the eighth bit of a nibble is the sign (OCP Microscaling Formats 1.0, 5.3.3).
-_E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 # The largest code of a byte, whose order is that of the magnitudes: of two nibbles, or of an E4M3 code.
 LARGEST = {
     "mxfp4": np.array([max(b & 7, b >> 4 & 7) for b in range(256)], np.uint8),
@@ -27,15 +26,12 @@ def nibbles(counts: np.ndarray) -> np.ndarray:
 
 def e2m1_values() -> np.ndarray:
     """Values of the 16 codes, float64."""
-    return np.concatenate([_E2M1, -_E2M1])
+    return np.concatenate([mxfp4.MAGNITUDES, -mxfp4.MAGNITUDES])
 
 
 def e4m3_values() -> np.ndarray:
-    """Values of the 256 codes, float64; NaN at 0x7F and 0xFF (OCP 8-bit Floating Point 1.0, 5.1)."""
-    code = np.arange(128)
-    exponent, mantissa = code >> 3, code & 7
-    values = np.where(exponent > 0, (8 + mantissa) * 2.0 ** (exponent - 10.0), mantissa * 2.0**-9)
-    values[127] = np.nan
+    """Values of the 256 codes, float64; NaN at 0x7F and 0xFF."""
+    values = np.append(fp8.MAGNITUDES, np.nan)
     return np.concatenate([values, -values])
 
 

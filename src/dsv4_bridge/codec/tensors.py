@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .mxfp4 import BORDERS, VALUES
+from . import fp8, mxfp4
 from .report import EncodeStats
 
 _TILE, _GROUP = 128, 32
@@ -30,9 +30,9 @@ _LARGEST = 448.0  # of E4M3
 _OVERFLOW = float.fromhex("0x1.ffp127")  # rounds to infinity in bf16
 _NOT_FINITE = 0x7F80  # bf16 magnitudes from here on
 # The two values of every packed byte at scale 1, as the 32 bits of two bf16; and the borders of `mxfp4` at scale 1.
-_CODES = np.concatenate([VALUES[127], VALUES[127] | 0x8000]).astype(np.uint32)
+_CODES = np.concatenate([mxfp4.VALUES[127], mxfp4.VALUES[127] | 0x8000]).astype(np.uint32)
 _PAIRS = (_CODES[np.arange(256) & 15] | _CODES[np.arange(256) >> 4] << 16).view(np.int32)
-_BORDERS = (BORDERS[127].astype(np.uint32) << 16).view(np.float32)
+_BORDERS = (mxfp4.BORDERS[127].astype(np.uint32) << 16).view(np.float32)
 
 
 def illegal(encoding: str, codes: Tensor, scale: Tensor) -> Tensor:
@@ -44,11 +44,11 @@ def illegal(encoding: str, codes: Tensor, scale: Tensor) -> Tensor:
         scale: uint8 or float32.
     """
     if encoding == "mxfp4":
-        return (scale > 252).any()
+        return (scale > mxfp4.MAX_SCALE).any()
     if scale.dtype == torch.float32:
         legal = (scale * 2.0**-9 >= 2.0**-126) & (scale * _LARGEST < _OVERFLOW)
     else:
-        legal = (scale >= 3) & (scale <= 246)
+        legal = (scale >= fp8.MIN_SCALE) & (scale <= fp8.MAX_SCALE)
     return ~legal.all() | ((codes & 0x7F) == 0x7F).any()
 
 
@@ -125,7 +125,10 @@ def differing(encoding: str, values: Tensor, codes: Tensor, scale: Tensor) -> Te
 def fresh_scale(encoding: str, values: Tensor) -> tuple[Tensor, Tensor]:
     """The scale of every block by the released rule, and whether all values are finite (0-d bool)."""
     top = per_block(encoding, values.view(torch.int16) & 0x7FFF).to(torch.int32)
-    least, most, carry, shift = (0, 252, 0x3F, 2) if encoding == "mxfp4" else (3, 246, 0x1F, 8)
+    if encoding == "mxfp4":
+        least, most, carry, shift = 0, mxfp4.MAX_SCALE, 0x3F, 2
+    else:
+        least, most, carry, shift = fp8.MIN_SCALE, fp8.MAX_SCALE, 0x1F, 8
     byte = (((top + carry) >> 7) - shift).clamp_(least, most).masked_fill_(top == 0, 127).to(torch.uint8)
     return as_float32(byte) if encoding == "fp8_f32" else byte, (top < _NOT_FINITE).all()
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ..codec import fp8, mxfp4
 from ..codec.statistics import (
     LARGEST,
     LEAST,
@@ -36,6 +37,8 @@ from ..store.checksum import Checksum
 from ..store.hf import Bound
 from ..store.values import HFValues, Scratch, cuts, stripe_rows
 from .content_rules import ContentFinding, Ids, Scales, TensorFacts, findings
+
+_LEAST_CODE = 32  # 2^-95: no weight has so small a scale, and none so large a one as 32
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ def measure(checkpoint: Checkpoint, item: Item, scratch: Scratch) -> TensorFacts
     if isinstance(source, HFValues):
         bound = source.checkpoint.bound[item.name]
         if item.row.encoding == "int":
-            return _ids(item, bound.encoding, _raw_ids(source, bound, scratch))
+            return _ids(item, bound.encoding, source.raw(bound, 0, item.shape[0], scratch))
         if bound.scale is not None:
             return _quantised(item, bound, source, scratch)
     elif item.row.encoding == "int":
@@ -228,22 +231,20 @@ def _quantised(item: Item, bound: Bound, source: HFValues, scratch: Scratch) -> 
 def _scales(scale: np.ndarray, codes: str) -> Scales:
     """What is known of a tensor's scales: E8M0 bytes or float32."""
     if scale.dtype == np.uint8:
-        low, high = (0, 252) if codes == "mxfp4" else (3, 246)  # for which bf16 holds every value (codec/)
+        # For which bf16 holds every value.
+        low, high = (0, mxfp4.MAX_SCALE) if codes == "mxfp4" else (fp8.MIN_SCALE, fp8.MAX_SCALE)
         nonfinite, outside = int(np.count_nonzero(scale == 255)), int(np.count_nonzero((scale < low) | (scale > high)))
         return Scales(nonfinite, outside - nonfinite, float(scale.mean()) - 127.0 if scale.size else 0.0, True, False)
     values = scale.view(np.float32)
     good = np.isfinite(values) & (values > 0)
     level = float(np.log2(values[good].astype(np.float64)).mean()) if good.any() else 0.0
-    bytes_ = bool(values.size and good.all() and (values == np.round(values)).all() and values.max() <= 254)
+    # 1 alone is what a block of zeros may have.
+    whole = bool(values.size and good.all() and (values == np.round(values)).all())
+    bytes_ = whole and bool(values.min() >= _LEAST_CODE and values.max() <= 254)
     powers = bool(good.all() and (np.frexp(values)[0] == 0.5).all())
     return Scales(
         int(np.count_nonzero(~np.isfinite(values))), int(np.count_nonzero(values <= 0)), level, powers, bytes_
     )
-
-
-def _raw_ids(source: HFValues, bound: Bound, scratch: Scratch) -> np.ndarray:
-    rows = bound.item.shape[0]
-    return source.raw(bound, 0, rows, scratch).copy()
 
 
 def _ids(item: Item, encoding: str, ids: np.ndarray) -> TensorFacts:
