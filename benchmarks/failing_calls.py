@@ -2,6 +2,7 @@
 
     python benchmarks/failing_calls.py                    # every verb, every call
     python benchmarks/failing_calls.py import --every 7   # of one verb, every seventh
+    python benchmarks/failing_calls.py import --every 7 --first 3   # the same from the third on
 
 A verb runs in a forked child, and its N-th call on a path of the trial (open, rename, mkdir, unlink, listing, mapping,
 read, write, sync, truncation; named by Python's audit events, or wrapped) raises an OSError: no space, input/output
@@ -150,15 +151,15 @@ def _left(code: int) -> NoReturn:
     raise SystemExit(code)
 
 
-def examine(faults: Faults, verb: Verb, folder: Path, every: int) -> Iterator[tuple[str, str]]:
+def examine(faults: Faults, verb: Verb, folder: Path, calls: slice) -> Iterator[tuple[str, str]]:
     """Outcomes of one verb: what it was, and the story where it is a bad one."""
     expected = folder / "expected" / "out"
     expected.parent.mkdir(parents=True)
     whole = run(faults, verb.words(expected))
     if whole.code:
         raise RuntimeError(f"{verb.name}: {whole.said}")
-    for at in range(1, whole.calls + 1, every):
-        number = ERRORS[(at // every) % len(ERRORS)]
+    for at in range(whole.calls + 1)[calls]:
+        number = ERRORS[(at // calls.step) % len(ERRORS)]
         trial = folder / f"{at}"
         trial.mkdir()
         out = trial / "out"
@@ -207,7 +208,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verbs", nargs="*", help="which verbs; by default all")
     parser.add_argument("--every", type=int, default=1)
+    parser.add_argument("--first", type=int, default=1)
     args = parser.parse_args()
+    calls = slice(args.first, None, args.every)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     bad = 0
     with tempfile.TemporaryDirectory(prefix="dsv4-calls-") as name:
@@ -222,7 +225,7 @@ def main() -> int:
                 continue
             tally: Counter[str] = Counter()
             stories: list[str] = []
-            for what, story in examine(faults, verb, Path(name) / verb.name.replace(" ", "-"), args.every):
+            for what, story in examine(faults, verb, Path(name) / verb.name.replace(" ", "-"), calls):
                 tally[what] += 1
                 stories += [f"{what}: {story}"] if story else []
             outcomes = "; ".join(f"{k} {n}" for k, n in sorted(tally.items()))
