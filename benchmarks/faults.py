@@ -29,7 +29,7 @@ import numpy as np
 from dsv4_bridge import BridgeError, make_toy
 from dsv4_bridge.codec.bf16 import to_bf16
 from dsv4_bridge.convert.verify import LEVELS, verify
-from dsv4_bridge.parity import compare, parity
+from dsv4_bridge.parity import parity
 from dsv4_bridge.spec.dtypes import DTYPES
 from dsv4_bridge.spec.spec import replace_spec
 from dsv4_bridge.spec.variants import VARIANTS, tiny
@@ -312,25 +312,6 @@ def by_parity(good: Path, bad: Path, dtype: str) -> str:
     return f"SEEN ({place}{verdict.site or 'logits'})"
 
 
-@contextmanager
-def reference_once() -> Iterator[None]:
-    """Keep what the reference showed: it is the same for every fault of a toy."""
-    real, known = compare._record, {}
-
-    def record(path: Path, ids: Any, dtype: Any, device: Any, topk: int | None) -> Any:
-        key = (path, dtype, topk)
-        if key not in known:
-            known.clear()  # one toy at a time: a record of the large vocabulary takes a gigabyte
-            known[key] = real(path, ids, dtype, device, topk)
-        return known[key]
-
-    compare._record = record
-    try:
-        yield
-    finally:
-        compare._record = real
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="a pattern of names")
@@ -342,7 +323,7 @@ def main() -> None:
     chosen = [pair for pair in chosen if re.search(told.only, pair[0].name)]
     seen: dict[tuple[str, str], list[str]] = {}
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="dsv4-faults-") as folder, reference_once():
+    with tempfile.TemporaryDirectory(prefix="dsv4-faults-") as folder:
         make_toys(Path(folder), "".join(sorted({toy for _, toy in chosen})))
         ways: list[Callable[[Path, Path], str]] = [partial(by_verify, level=level) for level in LEVELS]
         for stage in (ways, *([partial(by_parity, dtype=dtype)] for dtype in dtypes)):

@@ -312,7 +312,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *args: Any) -> int:
 
 SCHEMA = {
     "": "against bytes checkpoint device drafts dtype free inputs layers left_out narrow passed reference replayed "
-    "seconds tables tolerance verdict versions",
+    "seconds steps tables tolerance verdict versions",
     "verdict": "layer passed site tensors text",
     "tolerance": "far last_cosine least_cosine logits site tie top1",
     "logits": "cosine_mean cosine_min error kl_max kl_mean kl_p95 last_cosine not_finite positions relative top1",
@@ -344,7 +344,7 @@ def test_exit_codes_and_tables(
     assert run(monkeypatch, plain, *few) == 1
     brief = capsys.readouterr().out
     assert "1 x 5, prompt ids" in brief and "layer 1, attention output" in " ".join(brief.split())
-    assert run(monkeypatch, plain, *few, "--layers", "--report", tmp_path / "page") == 1
+    assert run(monkeypatch, plain, *few, "--sites", "--report", tmp_path / "page") == 1
     assert len(capsys.readouterr().out.splitlines()) > len(brief.splitlines()) + 20
     assert (tmp_path / "page" / "index.html").is_file()
 

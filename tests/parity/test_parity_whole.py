@@ -1,7 +1,6 @@
 """By default parity looks at what it judges: whole tables, a choice of the indexers, MTP blocks."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,12 +27,6 @@ UNSEEN = sorted(set(range(SPEC.vocab_size)) - set(token_ids(Inputs(), SPEC, ())[
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_toy(tmp_path_factory.mktemp("whole") / "good", "Flash", 5, spec=SPEC)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def reference_once() -> Iterator[None]:
-    with faults.reference_once():
-        yield
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bf16"])

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..errors import printable
+from ..errors import BridgeError, printable
 from .app import Dtype, Json, Revision, app, finish, put
 
 
@@ -26,7 +26,16 @@ def parity(
     reference: Annotated[
         str | None, typer.Option("--reference", help="Checkpoint that the reference loads, by default CKPT.")
     ] = None,
-    layers: Annotated[bool, typer.Option("--layers", help="Show every sub-layer.")] = False,
+    sites: Annotated[bool, typer.Option("--sites", help="Show every sub-layer.")] = False,
+    layers: Annotated[
+        str | None, typer.Option("--layers", help="A part, as 0-7; from layer 1 on with embeddings as input.")
+    ] = None,
+    stream: Annotated[
+        bool, typer.Option("--stream/--whole", help="A layer at a time in memory, or a whole model.")
+    ] = True,
+    work: Annotated[
+        Path | None, typer.Option("--work", help="Folder to keep the state in; a stopped comparison goes on from it.")
+    ] = None,
     replay: Annotated[
         bool | None,
         typer.Option(
@@ -64,12 +73,25 @@ def parity(
         inputs=inputs,
         dtype=dtype.value,
         replay=replay,
+        stream=stream,
+        layers=_span(layers),
+        work=work,
         say=lambda line: print(printable(line), file=sys.stderr),
     )
     if report:
         print(f"written {write_report(found, report)}", file=sys.stderr)
-    put(found.to_json() if as_json else {}, as_json, "" if as_json else parity_table(found, layers))
+    put(found.to_json() if as_json else {}, as_json, "" if as_json else parity_table(found, sites))
     finish(found.passed)
+
+
+def _span(text: str | None) -> tuple[int, int] | None:
+    """First and last layer of `3-7` or `3`."""
+    if text is None:
+        return None
+    first, _, last = text.partition("-")
+    if not first.isdecimal() or not (last or first).isdecimal():
+        raise BridgeError(f"reading --layers {text!r}: expected a layer or a span of them, as 5 or 0-7")
+    return int(first), int(last or first)
 
 
 @app.command()

@@ -22,6 +22,7 @@ from .kernels.choice import KERNELS, Choice
 # Of the checkpoint's numbers under dev's names, what only dev's model reads.
 _OF_DEV_ALONE = ("experimental_attention_variant", "enable_hyper_connections", "pipeline_model_parallel_layout")
 EXPERT_LAYOUTS = ("sequential", "grouped", "transformer_engine")
+ON_DEMAND = "on_demand"  # made by weights.on_demand alone: a checkpoint lies behind it
 
 
 @dataclass
@@ -162,7 +163,7 @@ def refuse_unsound(config: DeepSeekV4Config) -> None:
         (config.attention_dropout != 0, "attention_dropout", "the attention has no dropout"),
         (config.context_parallel_size > 1, "context_parallel_size", "sequences are not cut over ranks yet"),
         (
-            config.expert_layout not in EXPERT_LAYOUTS,
+            config.expert_layout not in (*EXPERT_LAYOUTS, ON_DEMAND),
             "expert_layout",
             f"expected one of {', '.join(EXPERT_LAYOUTS)}",
         ),

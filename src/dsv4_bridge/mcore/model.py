@@ -151,7 +151,7 @@ class DeepSeekV4Model(GPTModel):
             _check_ids(labels, self.config.actual_vocab_size, "labels")
         if self.pre_process and decoder_input is None:
             decoder_input = self.embedding(input_ids=input_ids, position_ids=position_ids)
-        rotary = make_rotary(self.config, cache.lengths) if stepping and cache else self._rotary(input_ids, cu_seqlens)
+        rotary = make_rotary(self.config, cache.lengths) if stepping and cache else self.rotary(input_ids, cu_seqlens)
         hidden, streams = self.decoder(decoder_input, rotary, input_ids, cache, padding_mask)
         if not self.post_process:
             return streams
@@ -177,7 +177,7 @@ class DeepSeekV4Model(GPTModel):
         groups = self.pg_collection
         return Coordinate(groups.tp.rank(), groups.pp.rank(), groups.ep.rank(), groups.expt_tp.rank())
 
-    def _rotary(self, input_ids: Tensor, cu_seqlens: Tensor | None) -> Rotary:
+    def rotary(self, input_ids: Tensor, cu_seqlens: Tensor | None) -> Rotary:
         """Turns of whole rows, or of the documents of one."""
         if cu_seqlens is None:
             return make_rotary(self.config, torch.arange(input_ids.shape[1], device=input_ids.device))
@@ -216,7 +216,7 @@ class DeepSeekV4Model(GPTModel):
             streams: [s, b, n*h] behind the last decoder layer; None: they are computed.
         """
         _check_ids(input_ids, self.config.actual_vocab_size)
-        rotary = self._rotary(input_ids, cu_seqlens)
+        rotary = self.rotary(input_ids, cu_seqlens)
         given = streams
         if given is None:
             _, given = self.decoder(self.embedding(input_ids=input_ids, position_ids=None), rotary, input_ids)

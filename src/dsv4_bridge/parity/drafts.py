@@ -40,7 +40,7 @@ def left_out(ours: ModelSpec, theirs: ModelSpec) -> str | None:
 
 
 def compare_drafts(
-    model: Any, reference: Path, ids: Tensor, streams: Tensor, tolerance: Tolerance
+    model: Any, reference: Path, ids: Tensor, streams: Tensor, tolerance: Tolerance, device: torch.device
 ) -> tuple[Draft, ...]:
     """Every MTP block of our model against the formula with the values of a checkpoint.
 
@@ -50,11 +50,11 @@ def compare_drafts(
         ids: [b, s] int64, on the CPU.
         streams: [b, s, n*h] behind the reference's last layer.
         tolerance: for near-ties.
+        device: where our model runs.
     """
     ids, streams = ids[:, :MOST], streams[:, :MOST]
     with opened_whole(reference) as (spec, values), torch.no_grad():
         record, exact = _formula(spec, values, ids, streams)
-    device = next(model.parameters()).device
     watcher = Watcher(record, (ids.shape[0], ids.shape[1]), True, tolerance, 0)
     with torch.no_grad(), watching(watcher):
         given = streams.transpose(0, 1).contiguous().to(device)

@@ -4,7 +4,7 @@ Everything is computed in float64, a piece of rows at a time.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,7 +98,9 @@ def compare_values(ours: Tensor, theirs: Tensor) -> Difference:
     Raises:
         ValueError: shapes differ.
     """
-    cosines, parts = _cosines(ours, theirs)
+    sums = _Sums()
+    sums.add(ours, theirs)
+    cosines, parts = sums.found()
     return Difference(len(cosines), *_over(cosines), *parts)
 
 
@@ -147,58 +149,78 @@ def compare_choices(ours: Tensor, theirs: Tensor, scores: Tensor | None, tie: fl
 
 def compare_logits(ours: Tensor, theirs: Tensor) -> LogitsDifference:
     """[b, s, vocabulary] against the same shape."""
-    batch, length = theirs.shape[:2]
-    cosines, (_, error, relative, bad) = _cosines(ours, theirs)
-    same, kl = 0, []
-    mine, other = ours.flatten(0, 1), theirs.flatten(0, 1)
-    for rows in _pieces(len(other), other.shape[-1]):
-        same += int((mine[rows].argmax(-1) == other[rows].argmax(-1)).sum())
-        a, b = mine[rows].double(), other[rows].double()
-        p, q = b.log_softmax(-1), a.log_softmax(-1)
-        # Rounding can leave a sum of nearly equal terms just below zero.
-        kl.append((p.exp() * (p - q)).sum(-1).clamp(min=0))
+    return compare_rows_of_logits([(ours.flatten(0, 1), theirs.flatten(0, 1))], (theirs.shape[0], theirs.shape[1]))
+
+
+def compare_rows_of_logits(parts: Iterable[tuple[Tensor, Tensor]], shape: tuple[int, int]) -> LogitsDifference:
+    """The same of logits that are never together in memory.
+
+    Args:
+        parts: ours and theirs of some positions, [positions, vocabulary] each, batch first; every part but the last
+            a multiple of `rows_at_once(vocabulary)` positions.
+        shape: batch and tokens a row.
+    """
+    sums, same, kl = _Sums(), 0, []
+    for ours, theirs in parts:
+        sums.add(ours, theirs)
+        for rows in _pieces(len(theirs), theirs.shape[-1]):
+            same += int((ours[rows].argmax(-1) == theirs[rows].argmax(-1)).sum())
+            a, b = ours[rows].double(), theirs[rows].double()
+            p, q = b.log_softmax(-1), a.log_softmax(-1)
+            # Rounding can leave a sum of nearly equal terms just below zero.
+            kl.append((p.exp() * (p - q)).sum(-1).clamp(min=0))
+    cosines, (_, error, relative, bad) = sums.found()
     found = torch.cat(kl).numpy()
     finite = found if np.isfinite(found).all() else np.where(np.isfinite(found), found, np.inf)
     return LogitsDifference(
-        len(other),
+        len(finite),
         error,
         relative,
         *_over(cosines),
-        float(cosines.reshape(batch, length)[:, -1].min()),
-        same / len(other),
+        float(cosines.reshape(shape)[:, -1].min()),
+        same / len(finite),
         float(finite.mean()),
         float(np.quantile(finite, 0.95, method="higher")),
         float(finite.max()),
         bad,
-        finite.reshape(batch, length),
+        finite.reshape(shape),
     )
 
 
-def _cosines(ours: Tensor, theirs: Tensor) -> tuple[Tensor, tuple[float, float, float, int]]:
-    """Cosine of every vector; largest difference, error, relative error, values that are not finite."""
-    if ours.shape != theirs.shape:
-        raise ValueError(f"comparing {list(ours.shape)} with {list(theirs.shape)}")
-    a, b = ours.reshape(-1, ours.shape[-1]), theirs.reshape(-1, ours.shape[-1])
-    cosines: list[Tensor] = []
-    apart = most = 0.0
-    squares, norm, bad = 0.0, 0.0, 0
-    for rows in _pieces(len(a), a.shape[-1]):
-        x, y = a[rows].double(), b[rows].double()
-        delta = x - y
-        xy, xx, yy = _dots(x, y), _dots(x, x), _dots(y, y)
-        if not bool((xx + yy).isfinite().all()):
-            bad += int((~(x.isfinite() & y.isfinite())).sum())
-        # sqrt(xx * xx) is xx: equal vectors give exactly 1; two zero vectors are equal.
-        cosine = torch.where((xx == 0) & (yy == 0), 1.0, xy / (xx * yy).sqrt().clamp(min=1e-300))
-        cosines.append(cosine.nan_to_num(-1.0).clamp(-1, 1))
-        apart = max(apart, float(torch.linalg.vector_norm(delta, math.inf)))
-        most = max(most, float(torch.linalg.vector_norm(y, math.inf)))
-        squares += float(_dots(delta, delta).sum())
-        norm += float(yy.sum())
-    if bad:
-        return torch.cat(cosines), (math.inf, math.inf, math.inf, bad)
-    found = torch.cat(cosines) if cosines else torch.ones(0, dtype=torch.float64)
-    return found, (apart, _ratio(apart, most), _ratio(math.sqrt(squares), math.sqrt(norm)), 0)
+class _Sums:
+    """Of two tensors, a part at a time: cosine of every vector; largest difference, errors, what is not finite."""
+
+    def __init__(self) -> None:
+        self.cosines: list[Tensor] = []
+        self.apart = self.most = self.squares = self.norm = 0.0
+        self.bad = 0
+
+    def add(self, ours: Tensor, theirs: Tensor) -> None:
+        """[…, width] twice."""
+        if ours.shape != theirs.shape:
+            raise ValueError(f"comparing {list(ours.shape)} with {list(theirs.shape)}")
+        a, b = ours.reshape(-1, ours.shape[-1]), theirs.reshape(-1, ours.shape[-1])
+        for rows in _pieces(len(a), a.shape[-1]):
+            x, y = a[rows].double(), b[rows].double()
+            delta = x - y
+            xy, xx, yy = _dots(x, y), _dots(x, x), _dots(y, y)
+            if not bool((xx + yy).isfinite().all()):
+                self.bad += int((~(x.isfinite() & y.isfinite())).sum())
+            # sqrt(xx * xx) is xx: equal vectors give exactly 1; two zero vectors are equal.
+            cosine = torch.where((xx == 0) & (yy == 0), 1.0, xy / (xx * yy).sqrt().clamp(min=1e-300))
+            self.cosines.append(cosine.nan_to_num(-1.0).clamp(-1, 1))
+            self.apart = max(self.apart, float(torch.linalg.vector_norm(delta, math.inf)))
+            self.most = max(self.most, float(torch.linalg.vector_norm(y, math.inf)))
+            self.squares += float(_dots(delta, delta).sum())
+            self.norm += float(yy.sum())
+
+    def found(self) -> tuple[Tensor, tuple[float, float, float, int]]:
+        """Cosines; largest difference, the same over the largest, norm of differences over the norm, not finite."""
+        cosines = torch.cat(self.cosines) if self.cosines else torch.ones(0, dtype=torch.float64)
+        if self.bad:
+            return cosines, (math.inf, math.inf, math.inf, self.bad)
+        relative = _ratio(math.sqrt(self.squares), math.sqrt(self.norm))
+        return cosines, (self.apart, _ratio(self.apart, self.most), relative, 0)
 
 
 def _dots(x: Tensor, y: Tensor) -> Tensor:
@@ -214,8 +236,13 @@ def _ratio(a: float, b: float) -> float:
     return a / b if b else (0.0 if a == 0 else math.inf)
 
 
+def rows_at_once(width: int) -> int:
+    """Vectors of so many values that are computed with together."""
+    return max(1, _PIECE // max(1, width))
+
+
 def _pieces(rows: int, width: int) -> Iterator[slice]:
-    step = max(1, _PIECE // max(1, width))
+    step = rows_at_once(width)
     for start in range(0, rows, step):
         yield slice(start, start + step)
 

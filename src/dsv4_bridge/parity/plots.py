@@ -51,6 +51,8 @@ def draw(report: ParityReport, folder: Path) -> dict[str, str]:
             "Light: near-ties, which rounding decides. Under replay: what our model would have chosen by itself.",
         ),
     }
+    if report.free.logits is None:
+        del found["kl.png"]
     with mpl.rc_context(dict[Any, Any](_STYLE)):
         for name, (plot, _) in found.items():
             figure = Figure(layout="constrained")
@@ -84,7 +86,7 @@ def _errors(figure: Any, report: ParityReport, runs: dict[str, Run]) -> None:
 def _kl(figure: Any, report: ParityReport, runs: dict[str, Run]) -> None:
     figure.set_size_inches(10.5, 4.2)
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
-    drawn = {title: np.maximum(run.logits.kl, _FLOOR) for title, run in runs.items()}
+    drawn = {title: np.maximum(run.logits.kl, _FLOOR) for title, run in runs.items() if run.logits is not None}
     everything = np.concatenate([kl[np.isfinite(kl)] for kl in drawn.values()] or [np.array([_FLOOR])])
     low, high = np.log10(everything.min()) - 0.4, np.log10(everything.max()) + 0.4
     bins = np.logspace(low, high, 40)

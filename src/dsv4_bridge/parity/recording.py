@@ -41,9 +41,15 @@ class Watcher:
             )
             table = site == "ffn.router" and layer is not None and layer < self.hashed
             self.found.append(SiteResult(layer, site, found, table))
-            return self._back(site, theirs).to(value.device) if self.replay else None
+            return self._back(site, _where_differing(ours, theirs)).to(value.device) if self.replay else None
         self.found.append(SiteResult(layer, site, compare_values(ours, theirs.reshape(ours.shape))))
         return None
+
+    def check_all_seen(self) -> None:
+        """BridgeError where the record has a site that never came by."""
+        seen = {(block, s.site) for block, s in zip(self.blocks, self.found, strict=True)}
+        if missed := set(self.record.values) - seen:
+            raise BridgeError(f"comparing: our model never came by {sorted(missed)[0]}, a mistake in this package")
 
     def _turned(self, site: str, value: Tensor) -> Tensor:
         """Ours in transformers' layout."""
@@ -61,6 +67,14 @@ class Watcher:
         return value
 
 
+def _where_differing(ours: Tensor, theirs: Tensor) -> Tensor:
+    """Theirs; sets that are the same stay in our order, so that replay changes nothing before a choice differs."""
+    if ours.shape != theirs.shape:
+        return theirs
+    same = (ours.sort(-1).values == theirs.sort(-1).values).all(-1, keepdim=True)
+    return torch.where(same, ours, theirs)
+
+
 def compare_run(model: Any, ids: Tensor, record: Record, replay: bool, tolerance: Tolerance) -> Run:
     """Run our model on ids [b, s] and compare with the record.
 
@@ -75,7 +89,5 @@ def compare_run(model: Any, ids: Tensor, record: Record, replay: bool, tolerance
     watcher = Watcher(record, (batch, length), replay, tolerance, model.spec.num_hash_layers)
     with torch.no_grad(), watching(watcher):
         logits = model(ids).cpu()
-    seen = {(block, s.site) for block, s in zip(watcher.blocks, watcher.found, strict=True)}
-    if missed := set(record.values) - seen:
-        raise BridgeError(f"comparing: our model never came by {sorted(missed)[0]}, a mistake in this package")
+    watcher.check_all_seen()
     return Run(tuple(watcher.found), compare_logits(logits, record.logits))

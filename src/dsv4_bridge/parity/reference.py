@@ -5,7 +5,7 @@ serve, on any machine; transformers only computes. Nothing in it is changed: the
 forward hooks, in transformers' layouts, [b, s, …].
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from ..errors import BridgeError
-from ..spec.plan import expand
+from ..spec.plan import Item, expand
 from ..spec.spec import ModelSpec
 from ..store.hf import disk_name
 from ..store.hf_config import released_config
 from ..store.values import Scratch, Values
+from .eager import register
 
 
 @dataclass
@@ -51,6 +52,20 @@ def reference_model(spec: ModelSpec, values: Values, dtype: torch.dtype, device:
     Raises:
         BridgeError: transformers is not installed, or its model has other tensors than the table says.
     """
+    model = empty_reference(spec, dtype)
+    awaited = set(model.state_dict())
+    fill_reference(model, expand(spec).items, spec, values.stripes, awaited)
+    if awaited:
+        raise BridgeError(f"filling transformers' model: no tensor of a checkpoint is its {', '.join(sorted(awaited))}")
+    return model.to(device)
+
+
+def empty_reference(spec: ModelSpec, dtype: torch.dtype) -> Any:
+    """Transformers' model without values.
+
+    Raises:
+        BridgeError: transformers is not installed.
+    """
     try:
         from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
         from transformers.initialization import no_init_weights
@@ -59,7 +74,7 @@ def reference_model(spec: ModelSpec, values: Values, dtype: torch.dtype, device:
             "comparing with transformers: it is not installed; pip install 'dsv4-bridge[megatron,hf]'"
         ) from None
     config = DeepseekV4Config.from_dict(released_config(spec, None, False))
-    config._attn_implementation = "eager"
+    config._attn_implementation = register()
     config._experts_implementation = "eager"
     with no_init_weights():
         model: Any = DeepseekV4ForCausalLM(config).eval()
@@ -69,8 +84,7 @@ def reference_model(spec: ModelSpec, values: Values, dtype: torch.dtype, device:
             parameter.data = torch.empty_like(parameter, dtype=dtype)
     for norm in (m for m in model.modules() if isinstance(m, type(model.model.norm))):
         norm.register_forward_hook(_as_it_came)
-    _fill(model, spec, values)
-    return model.to(device)
+    return model
 
 
 def _as_it_came(module: Any, args: Any, output: Tensor) -> Tensor:
@@ -78,11 +92,25 @@ def _as_it_came(module: Any, args: Any, output: Tensor) -> Tensor:
     return output.to(args[0].dtype)
 
 
-def _fill(model: Any, spec: ModelSpec, values: Values) -> None:
+Stripes = Callable[[Item, int, int, Scratch], Iterable[np.ndarray]]
+
+
+def fill_reference(model: Any, items: Iterable[Item], spec: ModelSpec, stripes: Stripes, awaited: set[str]) -> None:
+    """Put values of items where transformers' model has them.
+
+    Args:
+        model: the model, or a part of it under the names of the whole.
+        items: what to fill.
+        spec: the model's numbers.
+        stripes: gives the values, as `Values.stripes`.
+        awaited: names that are to be filled; those that were are taken out.
+
+    Raises:
+        BridgeError: it has no such tensor.
+    """
     live = dict(model.named_parameters()) | dict(model.named_buffers())
-    awaited = set(model.state_dict())
     scratch = Scratch()
-    for item in expand(spec).items:
+    for item in items:
         name, stack = disk_name(item, "modules", spec)
         if name not in live:
             raise BridgeError(f"filling transformers' model: it has no {name}, for {item.name}")
@@ -90,13 +118,16 @@ def _fill(model: Any, spec: ModelSpec, values: Values) -> None:
         if stack and item.expert is not None:  # experts stacked, gate and up stacked by rows
             first = item.row.part[0] * item.shape[0]
             target = target[item.expert, first : first + item.shape[0]]
-        at = 0
-        for stripe in values.stripes(item, 0, item.shape[0], scratch):
-            target[at : at + len(stripe)].copy_(as_tensor(stripe))
-            at += len(stripe)
+        copy_stripes(target, stripes(item, 0, item.shape[0], scratch))
         awaited.discard(name)
-    if awaited:
-        raise BridgeError(f"filling transformers' model: no tensor of a checkpoint is its {', '.join(sorted(awaited))}")
+
+
+def copy_stripes(target: Tensor, stripes: Iterable[np.ndarray]) -> None:
+    """Rows of values into a tensor, from its first row on."""
+    at = 0
+    for stripe in stripes:
+        target[at : at + len(stripe)].copy_(as_tensor(stripe))
+        at += len(stripe)
 
 
 def as_tensor(stripe: np.ndarray) -> Tensor:
@@ -115,14 +146,18 @@ def set_index_topk(model: Any, topk: int) -> None:
 def record_reference(model: Any, ids: Tensor) -> Record:
     """Run the reference on ids [b, s] and keep what every site shows."""
     record = Record()
-    with torch.no_grad(), _hooked(model, record):
+    with torch.no_grad(), hooked(reference_hooks(model, record)):
         record.logits = model(ids, use_cache=False).logits.cpu()
     return record
 
 
+Hooks = Iterable[tuple[Any, Callable[..., None]]]
+
+
 @contextmanager
-def _hooked(model: Any, record: Record) -> Iterator[None]:
-    handles = [m.register_forward_hook(hook) for m, hook in _hooks(model, record)]
+def hooked(hooks: Hooks) -> Iterator[None]:
+    """Modules call what they are given with their output, in the body."""
+    handles = [module.register_forward_hook(hook) for module, hook in hooks]
     try:
         yield
     finally:
@@ -130,8 +165,24 @@ def _hooked(model: Any, record: Record) -> Iterator[None]:
             handle.remove()
 
 
-def _hooks(model: Any, record: Record) -> Iterator[tuple[Any, Callable[..., None]]]:
-    """Modules, and what to do with their output."""
+def reference_hooks(model: Any, record: Record) -> Hooks:
+    """What records every site of the model."""
+    for index, layer in enumerate(model.model.layers):
+        yield from layer_hooks(layer, index, record)
+    yield from head_hooks(model, record)
+
+
+def head_hooks(model: Any, record: Record) -> Hooks:
+    """What records the site behind the last layer."""
+
+    def keep(module: Any, args: Any, output: Tensor) -> None:
+        record.values["model", "head"] = output.detach().cpu()
+
+    yield model.model.norm, keep
+
+
+def layer_hooks(layer: Any, index: int, record: Record) -> Hooks:
+    """What records every site of a layer."""
 
     def keep(block: str, site: str, take: Callable[[Any], Tensor]) -> Callable[..., None]:
         def hook(module: Any, args: Any, output: Any) -> None:
@@ -154,21 +205,19 @@ def _hooks(model: Any, record: Record) -> Iterator[tuple[Any, Callable[..., None
 
         return hook
 
-    for index, layer in enumerate(model.model.layers):
-        block, attention, experts = f"layers.{index}", layer.self_attn, layer.mlp
-        yield layer.attn_hc, keep(block, "attn.mix", lambda out: out[2])
-        if attention.compressor is not None:
-            yield attention.compressor, keep(block, "attn.compressor", lambda out: out[0].squeeze(1))
-            indexer = getattr(attention.compressor, "indexer", None)
-            if indexer is not None:
-                yield indexer, keep(block, "attn.index", lambda out: out)
-                yield indexer.scorer, block_scores(block, indexer.compress_rate)
-        yield attention, keep(block, "attn", lambda out: out[0])
-        yield layer.ffn_hc, keep(block, "ffn.mix", lambda out: out[2])
-        yield experts.gate, keep(block, "ffn.router", lambda out: out[2])
-        if not experts.is_hash:
-            yield experts.gate, expert_scores(block)
-        yield experts.experts, keep(block, "ffn.experts", lambda out: out)  # [b*s, h]
-        yield experts, keep(block, "ffn", lambda out: out)
-        yield layer, keep(block, "streams", lambda out: out.flatten(2))
-    yield model.model.norm, keep("model", "head", lambda out: out)
+    block, attention, experts = f"layers.{index}", layer.self_attn, layer.mlp
+    yield layer.attn_hc, keep(block, "attn.mix", lambda out: out[2])
+    if attention.compressor is not None:
+        yield attention.compressor, keep(block, "attn.compressor", lambda out: out[0].squeeze(1))
+        indexer = getattr(attention.compressor, "indexer", None)
+        if indexer is not None:
+            yield indexer, keep(block, "attn.index", lambda out: out)
+            yield indexer.scorer, block_scores(block, indexer.compress_rate)
+    yield attention, keep(block, "attn", lambda out: out[0])
+    yield layer.ffn_hc, keep(block, "ffn.mix", lambda out: out[2])
+    yield experts.gate, keep(block, "ffn.router", lambda out: out[2])
+    if not experts.is_hash:
+        yield experts.gate, expert_scores(block)
+    yield experts.experts, keep(block, "ffn.experts", lambda out: out)  # [b*s, h]
+    yield experts, keep(block, "ffn", lambda out: out)
+    yield layer, keep(block, "streams", lambda out: out.flatten(2))

@@ -197,10 +197,12 @@ def _tables(report: ParityReport) -> str:
 
 def logits_of(report: ParityReport) -> list[tuple[str, LogitsDifference]]:
     """Everything that has logits, by what it is called."""
-    found = [(title, run.logits) for title, run in runs_of(report)]
+    found = [(title, run.logits) for title, run in runs_of(report) if run.logits is not None]
     if report.narrow is not None:
         runs = [("", report.narrow.free)]
         if report.narrow.replayed is not None:
             runs.append((", replayed", report.narrow.replayed))
-        found += [(f"index_topk {report.narrow.index_topk}{how}", run.logits) for how, run in runs]
+        found += [
+            (f"index_topk {report.narrow.index_topk}{how}", run.logits) for how, run in runs if run.logits is not None
+        ]
     return found + [(f"MTP block {draft.depth}", draft.logits) for draft in report.drafts]

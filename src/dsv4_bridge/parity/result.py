@@ -89,11 +89,11 @@ class Run:
 
     Attributes:
         sites: in the order of the computation.
-        logits: of all positions.
+        logits: of all positions; None where a part of the layers was compared that the last is not of.
     """
 
     sites: tuple[SiteResult, ...]
-    logits: LogitsDifference
+    logits: LogitsDifference | None
 
     def within(self, tolerance: Tolerance, *, everywhere: bool = True) -> bool:
         """Whether logits agree and no choice differs by more than a near-tie.
@@ -102,14 +102,16 @@ class Run:
             tolerance: what counts as the same.
             everywhere: whether every position is judged by `least_cosine`, not the last alone by `last_cosine`.
         """
-        found = self.logits
+        found, chosen = self.logits, not any(s.flipped(tolerance) for s in self.sites)
+        if found is None:
+            return chosen and all(s.error <= tolerance.site for s in self.sites)
         return (
             found.not_finite == 0
             and (tolerance.logits is None or found.error <= tolerance.logits)
             and (tolerance.top1 is None or found.top1 >= tolerance.top1)
             and (tolerance.last_cosine is None or found.last_cosine >= tolerance.last_cosine)
             and (not everywhere or tolerance.least_cosine is None or found.cosine_min >= tolerance.least_cosine)
-            and not any(s.flipped(tolerance) for s in self.sites)
+            and chosen
         )
 
     def of_layer(self, layer: int | None) -> tuple[SiteResult, ...]:
@@ -118,8 +120,8 @@ class Run:
 
     def to_json(self) -> dict[str, Any]:
         """Plain types, without the KL of single positions."""
-        logits = {k: v for k, v in vars(self.logits).items() if k != "kl"}
-        return {"logits": _plain(logits), "sites": [s.to_json() for s in self.sites]}
+        logits = {k: v for k, v in vars(self.logits).items() if k != "kl"} if self.logits else None
+        return {"logits": logits and _plain(logits), "sites": [s.to_json() for s in self.sites]}
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,23 @@ class Draft:
 
 
 @dataclass(frozen=True)
+class Step:
+    """A layer that was compared by itself, its weights read for it.
+
+    Attributes:
+        layer: its number.
+        seconds: both models' time, with reading.
+        nbytes: of the checkpoints that were read, by both.
+        experts: how often an expert was read for our model.
+    """
+
+    layer: int
+    seconds: float
+    nbytes: int
+    experts: int
+
+
+@dataclass(frozen=True)
 class Verdict:
     """The outcome.
 
@@ -213,6 +232,7 @@ class ParityReport:
         verdict: the outcome.
         bytes: memory stated before the start.
         seconds: wall time.
+        steps: the layers, where they were compared one at a time with weights read for each; else empty.
     """
 
     checkpoint: str
@@ -233,6 +253,7 @@ class ParityReport:
     verdict: Verdict
     bytes: int
     seconds: float
+    steps: tuple[Step, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -256,6 +277,7 @@ class ParityReport:
             "narrow": self.narrow.to_json() if self.narrow else None,
             "drafts": [draft.to_json() for draft in self.drafts],
             "left_out": self.left_out,
+            "steps": [asdict(step) for step in self.steps],
         }
 
 

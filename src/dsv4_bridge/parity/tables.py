@@ -6,7 +6,7 @@ bytes, and all of the others.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,21 +45,31 @@ def reference_tables(model: Any, spec: ModelSpec) -> Iterator[tuple[str, Tensor]
     """Released names and tensors in transformers' model."""
     yield "embed.weight", model.model.embed_tokens.weight
     for index, layer in enumerate(model.model.layers):
-        hashed = index < spec.num_hash_layers
-        tensor = layer.mlp.gate.tid2eid if hashed else layer.mlp.gate.e_score_correction_bias
-        yield f"layers.{index}.ffn.gate.{'tid2eid' if hashed else 'bias'}", tensor
+        yield reference_table(layer, index, spec)
+
+
+def reference_table(layer: Any, index: int, spec: ModelSpec) -> tuple[str, Tensor]:
+    """Released name and tensor of what a layer's router looks up."""
+    hashed = index < spec.num_hash_layers
+    tensor = layer.mlp.gate.tid2eid if hashed else layer.mlp.gate.e_score_correction_bias
+    return f"layers.{index}.ffn.gate.{'tid2eid' if hashed else 'bias'}", tensor
 
 
 def our_tables(model: Any, spec: ModelSpec) -> Iterator[tuple[str, Tensor]]:
     """The same in ours; it may hold a longer vocabulary than the checkpoint."""
     yield "embed.weight", model.embedding.word_embeddings.weight[: spec.vocab_size]
     for index, layer in enumerate(model.decoder.layers):
-        hashed = index < spec.num_hash_layers
-        tensor = layer.mlp.router.tid2eid if hashed else layer.mlp.router.expert_bias
-        yield f"layers.{index}.ffn.gate.{'tid2eid' if hashed else 'bias'}", tensor[: spec.vocab_size]
+        yield our_table(layer, index, spec)
 
 
-def kept(tables: Iterator[tuple[str, Tensor]]) -> dict[str, np.ndarray]:
+def our_table(layer: Any, index: int, spec: ModelSpec) -> tuple[str, Tensor]:
+    """The same of a layer of ours."""
+    hashed = index < spec.num_hash_layers
+    tensor = layer.mlp.router.tid2eid if hashed else layer.mlp.router.expert_bias
+    return f"layers.{index}.ffn.gate.{'tid2eid' if hashed else 'bias'}", tensor[: spec.vocab_size]
+
+
+def kept(tables: Iterable[tuple[str, Tensor]]) -> dict[str, np.ndarray]:
     """What is remembered of tables: [rows] digests of values, [rows, k] sorted expert ids, [experts] float64 biases."""
     return {name: _kept(tensor.detach()) for name, tensor in tables}
 

@@ -143,6 +143,9 @@ def _ties(run: Run, tolerance: Tolerance) -> str:
 
 def _logits(run: Run, tolerance: Tolerance) -> str:
     found = run.logits
+    if found is None:
+        worst = max(site.error for site in run.sites)
+        return f"every value of the layers compared within {worst:.2g} of its largest (tolerance {tolerance.site:g})"
     if found.not_finite:
         return f"{found.not_finite:,} logits are infinite or NaN"
     if tolerance.logits is not None:
@@ -161,11 +164,12 @@ def _blame(run: Run, replayed: bool, tolerance: Tolerance, plan: Plan) -> Verdic
     head = f"the models differ, {how}: {_logits(run, tolerance)}. "
     index = _first(run, replayed, tolerance)
     if index is None:
-        if run.logits.not_finite or run.logits.error > _JUMP * max(tolerance.site, *(s.error for s in run.sites)):
+        jump, found = _JUMP * max(tolerance.site, *(s.error for s in run.sites)), run.logits
+        if found is not None and (found.not_finite or found.error > jump):
             names = suspects(plan, None, "logits")
             text = f"Every sub-layer is within tolerance, the logits are not. {_look(names)}"
             return Verdict(False, head + text, None, "logits", names)
-        return Verdict(False, head + "No sub-layer stands out: the error grows little by little (see --layers)")
+        return Verdict(False, head + "No sub-layer stands out: the error grows little by little (see --sites)")
     site = run.sites[index]
     names = suspects(plan, site.layer, site.site)
     where = "the model's head" if site.layer is None else f"layer {site.layer}"

@@ -34,6 +34,8 @@ def layers_table(report: ParityReport) -> Table:
         _columns(table, run, len(runs_of(report)), "worst", ">error", ">1-cosine", ">experts", ">blocks")
     for layer, kind in [*enumerate(report.layers), (None, "")]:
         cells: list[Any] = []
+        if not report.free.of_layer(layer):  # a part of the layers was compared
+            continue
         for _, run in runs_of(report):
             sites = run.of_layer(layer)
             worst = max((s for s in sites if isinstance(s.found, Difference)), key=lambda s: s.error)
@@ -48,7 +50,7 @@ def sites_table(report: ParityReport) -> Table:
     table = _table("layer", "sub-layer")
     for run in runs_of(report):
         _columns(table, run, len(runs_of(report)), ">error", ">1-cosine", ">relative", ">flips")
-    last: int | None = 0
+    last: int | None = report.free.sites[0].layer
     for index, first in enumerate(report.free.sites):
         if first.layer != last:
             table.add_section()

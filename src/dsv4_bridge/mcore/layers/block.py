@@ -168,9 +168,13 @@ class HyperConnectedBlock(KeepsFloat32, TransformerBlock):
                 streams = layer(streams, rotary, input_ids, cache, padding_mask)
         if self.final_layernorm is None:
             return None, streams
+        return make_viewless_tensor(inp=self.head(streams), requires_grad=True, keep_graph=True), streams
+
+    def head(self, streams: Tensor) -> Tensor:
+        """Streams behind the last layer, [s, b, n*h] -> normed hidden states [s, b, h]; on the last stage."""
+        assert self.final_layernorm is not None
         one = collapse_by_head(streams, self.hc_head_fn, self.hc_head_base, self.hc_head_scale, self.config)
-        normed = observe("head", "model", self.final_layernorm(one))
-        return make_viewless_tensor(inp=normed, requires_grad=True, keep_graph=True), streams
+        return observe("head", "model", self.final_layernorm(one))
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

@@ -6,6 +6,7 @@ SwiGLU is clamped in routed and shared experts, and the weight multiplies the ac
 the second matrix.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -30,7 +31,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from ...errors import BridgeError
-from ..config import DeepSeekV4Config
+from ..config import ON_DEMAND, DeepSeekV4Config
 from ..metrics import Tally
 from .experts import GroupedExperts
 from .floats import KeepsFloat32
@@ -262,6 +263,30 @@ class Experts(SequentialMLP):
         return torch.cat([expert(tokens, weights)[0] for expert, tokens, weights in parts if len(tokens)]), None
 
 
+class ExpertsOnDemand(Experts):
+    """The same with the memory of one expert, which is filled for each that got tokens; without gradients.
+
+    Attributes:
+        fetch: fills the weights of the expert of a number; set by `weights.on_demand`.
+    """
+
+    fetch: Callable[[int, torch.nn.Module], None]
+
+    def __init__(self, num_local_experts: int, config: Any, submodules: MLPSubmodules, **kwargs: Any):
+        super().__init__(1, config, submodules, **kwargs)
+
+    def forward(
+        self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor
+    ) -> tuple[Tensor, None]:
+        hidden, probs = permuted_local_hidden_states, permuted_probs
+        counts, one, found = tokens_per_expert.tolist(), self.local_experts[0], [hidden[:0]]
+        for number, (tokens, weights) in enumerate(zip(hidden.split(counts), probs.split(counts), strict=True)):
+            if len(tokens):
+                self.fetch(number, one)
+                found.append(one(tokens, weights)[0])
+        return torch.cat(found), None
+
+
 def routed_experts(num_local_experts: int, config: Any, **kwargs: Any) -> Any:
     """The experts of a rank, as `config.expert_layout` asks for them."""
     if config.expert_layout == "grouped":
@@ -271,7 +296,8 @@ def routed_experts(num_local_experts: int, config: Any, **kwargs: Any) -> Any:
         from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
         return TESpecProvider().grouped_mlp_modules(True)(num_local_experts, config, **kwargs)
-    return Experts(num_local_experts, config, _LINEARS, **kwargs)
+    kind = ExpertsOnDemand if config.expert_layout == ON_DEMAND else Experts
+    return kind(num_local_experts, config, _LINEARS, **kwargs)
 
 
 def moe_builder(hashed: bool, block: str) -> Any:

@@ -56,10 +56,15 @@ def _fill(model: DeepSeekV4Model, source: Values, there: set[str], path: Path, a
     scratch = scratch_for(next(model.parameters()).device)
     with kept_in_cache():  # other ranks of this machine read the same
         for item in plan.items:
-            _fill_item(item, found.get(item.name, ()), source, scratch, allow_lossy)
+            fill_item(item, found.get(item.name, ()), source, scratch, allow_lossy)
 
 
-def _fill_item(item: Item, here: Sequence[Place], source: Values, scratch: Scratch, allow_lossy: bool) -> None:
+def fill_item(item: Item, here: Sequence[Place], source: Values, scratch: Scratch, allow_lossy: bool) -> None:
+    """Read the rows of an item that have a place, and put them there.
+
+    Raises:
+        BridgeError: unreadable, or values would be rounded and `allow_lossy` does not say that they may.
+    """
     for start, stop in _spans([(p.start, p.stop) for p in here]):
         at = start // TILE * TILE  # stripes of quantised tensors begin at whole tiles
         for values in _stripes(item, at, stop, source, scratch, here[0].tensor.device):

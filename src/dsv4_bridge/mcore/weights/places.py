@@ -1,5 +1,6 @@
 """Where the items of the plan live in a model on this rank."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -53,14 +54,19 @@ def places(model: DeepSeekV4Model) -> tuple[Plan, dict[str, tuple[Place, ...]]]:
     for item in plan.items:
         here = pieces(item, model.spec, model.topology, model.coordinate, model.chunk, grouped)
         if here:
-            found[item.name] = tuple(_place(item, piece, live) for piece in here)
+            found[item.name] = tuple(place_of(item, piece, live) for piece in here)
             claimed |= {p.name for p in here}
     if stray := sorted(set(live) - claimed - transient):
         raise BridgeError(f"binding the model: no row of the table claims {', '.join(stray[:4])}")
     return plan, found
 
 
-def _place(item: Item, piece: Piece, live: dict[str, Tensor]) -> Place:
+def place_of(item: Item, piece: Piece, live: Mapping[str, Tensor]) -> Place:
+    """A piece of an item in a model with these tensors.
+
+    Raises:
+        BridgeError: it has no such tensor, or one of another shape; a mistake in this package.
+    """
     tensor = live.get(piece.name)
     shape = None if tensor is None else tuple(tensor.shape)
     if tensor is None or shape != piece.shape:
