@@ -30,7 +30,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ._kernels import kernel
-from .mxfp4 import MAGNITUDES
+from .mxfp4 import MAGNITUDES, MAX_SCALE
 
 LANES = 16
 BLOCK = 128
@@ -82,6 +82,15 @@ def _pick(b: Any, table: Any, index: Any) -> Any:
     return b.call(cgutils.get_or_insert_function(b.module, kind, "llvm.x86.avx512.permvar.sf.512"), [table, index])
 
 
+def _values_at_scale(b: Any) -> Any:
+    """Where the sixteen values of MXFP4 lie for every E8M0 byte, float32 [256, 16]; zeros for illegal ones."""
+    scale = np.ldexp(1.0, np.arange(256) - 127)[:, None] * (np.arange(256) <= MAX_SCALE)[:, None]
+    values = (np.array(_CODES) * scale).astype(f32).reshape(-1).tolist()
+    table = cgutils.global_constant(b, "mxfp4_values", ir.Constant(ir.ArrayType(ir.FloatType(), len(values)), values))
+    table.align = 64
+    return b.bitcast(table, _BYTE.as_pointer())
+
+
 def _from_half(b: Any, words: Any) -> Any:
     """Bits of 16 half-precision numbers below 4 in magnitude, widened."""
     if llvm.get_process_triple().startswith("x86") and "+f16c" not in _features():
@@ -93,14 +102,14 @@ def _from_half(b: Any, words: Any) -> Any:
     return b.fpext(b.bitcast(words, ir.VectorType(ir.HalfType(), LANES)), _FLOATS)
 
 
-def _mxfp4(b: Any, pointer: Any, scale: Any) -> list[Any]:
+def _mxfp4(b: Any, pointer: Any, values: Any) -> list[Any]:
     codes = _load(b, pointer, ir.VectorType(_BYTE, LANES), 1)
     if "+avx512f" in _features():
-        table = b.fmul(ir.Constant(_FLOATS, _CODES), scale)
         wide = b.zext(codes, _INTS)
-        return [_pick(b, table, wide), _pick(b, table, b.lshr(wide, _all(_INTS, 4)))]
+        return [_pick(b, values, wide), _pick(b, values, b.lshr(wide, _all(_INTS, 4)))]
     words = ir.VectorType(_WORD, LANES)
     wide = b.zext(codes, words)
+    scale = _spread(b, b.extract_element(values, ir.Constant(_INT, 2)))  # the code of 1
 
     def placed(magnitude: int, sign: int) -> Any:
         bits = b.and_(b.shl(wide, _all(words, magnitude)), _all(words, 0x0E00))
@@ -143,7 +152,8 @@ class Way:
 
     Attributes:
         step_bytes: that 32 columns take.
-        decode: emits two vectors of 16 weights, from builder, pointer and the scale in all lanes.
+        decode: emits two vectors of 16 weights, from builder, pointer and the scale in all lanes; or, where a row has
+            its own scales, all sixteen values at the scale.
         scales: in a block of 128 columns.
         own_scales: a row has its own; otherwise 128 rows share them.
         checked: whether the largest magnitude code is looked for.
@@ -168,22 +178,23 @@ WAYS = {
 
 
 @intrinsic(prefer_literal=True)
-def _dot(typing, kind, rows, tokens, codes, row, blocks, x, step, scales, scale, sums, seen):
+def _dot(typing, kind, rows, tokens, codes, ends, end, row, blocks, x, step, scales, scale, sums, seen):
     """Add to `sums` [R * T, 16] what R rows of `codes` from `row` on give with the vectors of x, over some blocks.
 
-    Rows beyond the last are the last again. x and scales begin at elements `step` * T * 16 and `scale`. `seen` [64]
-    gets the largest magnitudes of checked codes.
+    Rows beyond the last are the last again. If `end` is 1 rather than 0, `ends` [R, bytes of a block] is taken for
+    codes. x and scales begin at elements `step` * T * 16 and `scale`. `seen` [64] gets the largest magnitudes of
+    checked codes.
     """
     way, R, T = WAYS[kind.literal_value], rows.literal_value, tokens.literal_value
-    signature = types.void(kind, rows, tokens, codes, row, blocks, x, step, scales, scale, sums, seen)
+    signature = types.void(kind, rows, tokens, codes, ends, end, row, blocks, x, step, scales, scale, sums, seen)
 
     def emit(context, b, signature, arguments):
-        _, _, _, _, row, blocks, _, step, _, scale, _, _ = arguments
+        end, row, blocks, step, scale = (arguments[number] for number in (5, 6, 7, 9, 11))
 
         def array(number: int) -> Any:
             return context.make_array(signature.args[number])(context, b, arguments[number])
 
-        codes, x, scales, sums, seen = (array(number) for number in (3, 6, 8, 10, 11))
+        codes, ends, x, scales, sums, seen = (array(number) for number in (3, 4, 8, 10, 12, 13))
 
         def start(held: Any) -> Any:
             return b.bitcast(held.data, _BYTE.as_pointer())
@@ -196,18 +207,25 @@ def _dot(typing, kind, rows, tokens, codes, row, blocks, x, step, scales, scale,
                 pointer = b.gep(pointer, [offset])
             return pointer
 
-        height, stride = cgutils.unpack_tuple(b, codes.shape, 2)
+        at_end = b.icmp_unsigned("==", end, long(1))
+        height, stride = (
+            b.select(at_end, one, other)
+            for one, other in zip(
+                cgutils.unpack_tuple(b, ends.shape, 2), cgutils.unpack_tuple(b, codes.shape, 2), strict=True
+            )
+        )
+        first_code = b.select(at_end, start(ends), start(codes))
 
         def row_start(number: int) -> Any:
             wanted, last = b.add(row, long(number)), b.sub(height, long(1))
-            return behind(start(codes), b.mul(b.select(b.icmp_unsigned("<", wanted, last), wanted, last), stride))
+            return behind(first_code, b.mul(b.select(b.icmp_unsigned("<", wanted, last), wanted, last), stride))
 
         starts = [row_start(r) for r in range(R)]
         coming = [row_start(R + r) for r in range(R)]
         x_start = behind(start(x), b.mul(step, long(4 * LANES * T)))
         wide = cgutils.unpack_tuple(b, scales.shape, 2)[1]
         scale_starts = [
-            behind(start(scales), b.mul(b.add(scale, b.mul(wide, long(r))), long(4)))
+            behind(start(scales), b.mul(b.add(scale, b.mul(wide, long(r))), long(1 if way.own_scales else 4)))
             for r in range(R if way.own_scales else 1)
         ]
         sum_starts = [[behind(start(sums), long(4 * LANES * (r * T + t))) for t in range(T)] for r in range(R)]
@@ -219,6 +237,7 @@ def _dot(typing, kind, rows, tokens, codes, row, blocks, x, step, scales, scale,
         prefetch = cgutils.get_or_insert_function(
             b.module, ir.FunctionType(ir.VoidType(), [_BYTE.as_pointer(), _INT, _INT, _INT]), "llvm.prefetch.p0"
         )
+        values_at_scale = _values_at_scale(b) if way.own_scales else None
         read, keep, data = (ir.Constant(_INT, value) for value in (0, 3, 1))
 
         with cgutils.for_range(b, blocks) as loop:
@@ -238,8 +257,13 @@ def _dot(typing, kind, rows, tokens, codes, row, blocks, x, step, scales, scale,
                     factor = None
                     if way.scales:
                         number = b.add(b.mul(loop.index, long(way.scales)), long(s * way.scales // _STEPS))
-                        pointer = behind(scale_starts[r if way.own_scales else 0], b.mul(number, long(4)))
-                        factor = _spread(b, _load(b, pointer, ir.FloatType(), 4))
+                        if way.own_scales:
+                            byte = b.zext(b.load(behind(scale_starts[r], number)), _LONG)
+                            factor = _load(b, behind(values_at_scale, b.mul(byte, long(4 * LANES))), _FLOATS, 64)
+                        else:
+                            factor = _spread(
+                                b, _load(b, behind(scale_starts[0], b.mul(number, long(4))), ir.FloatType(), 4)
+                            )
                     weights.append(way.decode(b, behind(starts[r], at, long(s * way.step_bytes)), factor))
                 for half in range(2):
                     for t in range(T):
@@ -258,14 +282,13 @@ def _dot(typing, kind, rows, tokens, codes, row, blocks, x, step, scales, scale,
 
 
 @kernel()
-def _powers(scale, row, out):
-    """Powers of two that a row of E8M0 bytes stands for; returns the largest byte."""
+def _copy(scale, row, out):
+    """A row of E8M0 bytes into `out`; returns the largest."""
     largest = u8(0)
     for g in range(u64(scale.shape[1])):
         byte = u8(scale[row, g])
         largest = max(largest, byte)
-        bits = np.uint32(max(u32(u32(byte) << u32(23)), u32(0x400000)))
-        out[g] = bits.view(f32)
+        out[g] = byte
     return largest
 
 
@@ -303,31 +326,33 @@ def stripe(kind: str, tokens: int) -> Callable[..., int]:
     way = WAYS[kind]
     rows, block = side_by_side()[tokens], _STEPS * way.step_bytes
     own, shared, per = way.own_scales, way.scales > 0 and not way.own_scales, way.scales
+    held = u8 if own else f32
 
     @kernel()
     def rows_of(codes, scale, x, out, token, count, first, last):
         width = u64(codes.shape[1])
         whole = width // u64(block)
         rest = width - whole * u64(block)
-        scales = np.zeros((rows, max(u64(1), (whole + u64(1)) * u64(per))), f32)
+        scales = np.zeros((rows, (whole + u64(1)) * u64(per)), held)
         sums, seen = np.empty((rows * tokens, 16), f32), np.zeros(64, u8)
         ends = np.zeros((rows, block), u8)
         worst = u8(0)
         for row in range(u64(first), u64(last), u64(rows)):
             if own:
                 for r in range(u64(rows)):
-                    worst = max(worst, _powers(scale, min(row + r, u64(last) - u64(1)), scales[r]))
+                    worst = max(worst, _copy(scale, min(row + r, u64(last) - u64(1)), scales[r]))
             if shared:
                 for b in range(u64(scale.shape[1])):
                     scales[0, b] = scale[row >> u64(7), b]
             sums[:] = f32(0)
-            _dot(kind, rows, tokens, codes, row, whole, x, u64(0), scales, u64(0), sums, seen)  # type: ignore[call-arg]
-            if rest:
-                for r in range(u64(rows)):
-                    for j in range(rest):
-                        ends[r, j] = codes[min(row + r, u64(last) - u64(1)), whole * u64(block) + j]
-                at, scale_at = whole * u64(8), whole * u64(per)
-                _dot(kind, rows, tokens, ends, u64(0), u64(1), x, at, scales, scale_at, sums, seen)  # type: ignore[call-arg]
+            for r in range(u64(rows)):
+                for j in range(rest):
+                    ends[r, j] = codes[min(row + r, u64(last) - u64(1)), whole * u64(block) + j]
+            for end in range(u64(2) if rest else u64(1)):  # written once, for it takes long to compile
+                at, blocks = end * whole, u64(1) if end else whole
+                scale_at, step = at * u64(per), at * u64(8)
+                start = u64(0) if end else row
+                _dot(kind, rows, tokens, codes, ends, end, start, blocks, x, step, scales, scale_at, sums, seen)  # type: ignore[call-arg]
             for r in range(min(u64(rows), u64(last) - row)):
                 for t in range(u64(count)):
                     out[u64(token) + t, row + r] = _total(sums[r * u64(tokens) + t])
