@@ -42,7 +42,7 @@ def first_problem(codes: np.ndarray, scale: np.ndarray) -> Problem | None:
     448 * s, a finite one.
     """
     rows, columns = rows_columns("codes", codes)
-    problem = _scale_problem(_given_scale(scale, rows, columns))
+    problem = scale_problem(_given_scale(scale, rows, columns))
     if problem is not None:
         return problem
     bad = np.flatnonzero((codes & 0x7F) == 0x7F)
@@ -68,8 +68,8 @@ def decode(codes: np.ndarray, scale: np.ndarray, out: np.ndarray) -> None:
     codes = given("codes", codes, u8, (rows, columns))
     scale = _given_scale(scale, rows, columns)
     output("out", out, u16, (rows, columns))
-    problem = _scale_problem(scale)
-    if problem is None and _decode(codes, _as_f32(scale), out) == 0x7F:
+    problem = scale_problem(scale)
+    if problem is None and _decode(codes, as_float32(scale), out) == 0x7F:
         problem = first_problem(codes, scale)
     if problem is not None:
         raise CodecError(problem)
@@ -98,9 +98,9 @@ def encode(values: np.ndarray, like_scale: np.ndarray | None, out: np.ndarray, o
     chosen = np.zeros(out_scale.shape, f32)
     if like_scale is not None:
         like_scale = given("like_scale", like_scale, out_scale.dtype.type, out_scale.shape)
-        if (problem := _scale_problem(_given_scale(like_scale, rows, columns))) is not None:
+        if (problem := scale_problem(_given_scale(like_scale, rows, columns))) is not None:
             raise CodecError(problem)
-        np.copyto(chosen, _as_f32(like_scale))
+        np.copyto(chosen, as_float32(like_scale))
     totals = np.zeros(6)
     if not _encode(values, like_scale is not None, out, chosen, totals):
         problem = first_bad_value(values)
@@ -125,12 +125,13 @@ def _given_scale(scale: np.ndarray, rows: int, columns: int) -> np.ndarray:
     return given("scale", scale, dtype, scale_shape(rows, columns))
 
 
-def _as_f32(scale: np.ndarray) -> np.ndarray:
+def as_float32(scale: np.ndarray) -> np.ndarray:
     """Legal scales as float32: an E8M0 byte is a float32 exponent field."""
     return scale if scale.dtype == f32 else (scale.astype(u32) << 23).view(f32)
 
 
-def _scale_problem(scale: np.ndarray) -> Problem | None:
+def scale_problem(scale: np.ndarray) -> Problem | None:
+    """The first illegal scale, if any; see `first_problem`."""
     if scale.dtype == f32:
         with np.errstate(all="ignore"):
             # 0x7F7F8000 is where rounding to bf16 reaches infinity; NaN compares false throughout.
