@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     set_tensor_model_parallel_attributes,
@@ -28,7 +26,7 @@ from ..config import DeepSeekV4Config
 from ..kernels.attention import Reach, attend, attend_one
 from ..kernels.rotary import norm_rotate, rotate
 from ..metrics import Tally
-from .basics import Linear, RMSNorm, new_parameter
+from .basics import ColumnLinear, Linear, RMSNorm, RowLinear, new_parameter
 from .cache import Cache, LayerCache, Positions, slot_positions
 from .compressor import Compressor
 from .documents import Documents
@@ -201,7 +199,7 @@ class HybridAttention(MegatronModule):
         self.linear_q_down_proj = Linear(hidden, low, config)
         self.q_layernorm = RMSNorm(config, low, config.layernorm_epsilon, whole=True)
         heads = config.num_attention_heads * self.width
-        self.linear_q_up_proj = ColumnParallelLinear(low, heads, gather_output=False, **parallel)
+        self.linear_q_up_proj = ColumnLinear(low, heads, gather_output=False, **parallel)
         # Its input is whole already: nothing to gather, and its gradient is summed as without sequence parallelism.
         self.linear_q_up_proj.sequence_parallel = False
         self.linear_q_up_proj.allreduce_dgrad = ranks > 1
@@ -216,7 +214,7 @@ class HybridAttention(MegatronModule):
             config.init_method(self.linear_o_group_proj)
         # Adapters: output and input of the groups -> output; no module of its own runs this product.
         self.adapt_groups: Callable[[Tensor, Tensor], Tensor] | None = None
-        self.linear_proj = RowParallelLinear(grouped, hidden, input_is_parallel=True, **parallel)
+        self.linear_proj = RowLinear(grouped, hidden, input_is_parallel=True, **parallel)
         self.tally = ("indexer_loss", Tally())
 
     def forward(
