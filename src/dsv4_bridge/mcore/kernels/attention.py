@@ -280,7 +280,5 @@ def attend_one(q: Tensor, keys: Tensor, visible: Tensor, sink: Tensor) -> Tensor
     """
     scores = torch.matmul(q, keys.mT).float() * keys.shape[-1] ** -0.5
     scores = scores.masked_fill(~visible.unsqueeze(1), -math.inf)
-    top = torch.maximum(scores.amax(-1), sink).unsqueeze(-1)
-    weights = (scores - top).exp()
-    weights = weights / (weights.sum(-1, keepdim=True) + (sink.unsqueeze(-1) - top).exp())
+    weights = torch.softmax(torch.cat([scores, sink.expand(len(q), -1).unsqueeze(-1)], -1), -1)[..., :-1]
     return torch.matmul(weights.to(q.dtype), keys)

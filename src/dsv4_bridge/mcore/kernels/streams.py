@@ -209,6 +209,10 @@ def mix(
         from .mix_triton import mix as fused
 
         return fused(streams, weight, bias, alphas, n, *rule)
+    if by.few(streams, weight, bias, *alphas):
+        from .mix_few import mix as compiled
+
+        return compiled(streams, weight, bias, alphas, n, rule)
     mapped = project(streams, weight, rule.norm_eps, by)
     pre, post, mixing = mapped.split([n, n, n * n], dim=-1)
     bias_pre, bias_post, bias_mix = bias.split([n, n, n * n])

@@ -27,7 +27,7 @@ from ..kernels.attention import Reach, attend, attend_one
 from ..kernels.rotary import norm_rotate, rotate
 from ..metrics import Tally
 from .basics import ColumnLinear, Linear, RMSNorm, RowLinear, new_parameter
-from .cache import Cache, LayerCache, Positions, slot_positions
+from .cache import Cache, LayerCache, Positions
 from .compressor import Compressor
 from .documents import Documents
 from .floats import KeepsFloat32
@@ -114,8 +114,7 @@ class CoreAttention(KeepsFloat32, MegatronModule):
         self, q: Tensor, kv: Tensor, x: Tensor, qr: Tensor, turn: Tensor, cache: LayerCache, positions: Positions
     ) -> Tensor:
         """Attention of one token a row: q [b, heads, d], kv [b, d], x [b, hidden], qr, turn [b, …]."""
-        keys = cache.window.put(kv, positions.here)
-        seen = slot_positions(positions.here + 1, cache.window.slots) >= 0
+        keys, seen = cache.window.put(kv, positions), positions.seen(cache.window.slots)
         if self.compressor is not None and cache.compressor is not None:
             entries = self.compressor.step(x, cache.compressor, positions)
             sparse = not self.config.csa_dense_attention
@@ -241,7 +240,8 @@ class HybridAttention(MegatronModule):
         by = self.config.kernel_choice
         q = norm_rotate(q, across.unsqueeze(2), self.config.layernorm_epsilon, by)
         kv = rotate(self.kv_layernorm(self.linear_kv_proj(x)), across, by=by)  # [s, b, d]
-        kv = copy_to_tensor_model_parallel_region(kv, self.tp_group)
+        if self.tp_group.size() > 1:
+            kv = copy_to_tensor_model_parallel_region(kv, self.tp_group)
         layer = None if cache is None else cache.layers[self.layer_number - 1]
         if stepping and cache is not None and layer is not None:
             out = self.core_attention.step(q[0], kv[0], x[0], qr[0], turn, layer, cache.positions).unsqueeze(0)
