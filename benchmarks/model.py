@@ -2,8 +2,8 @@
 
     python benchmarks/model.py [--specs tiny,medium] [--lengths 512,2048,4096,8192] [--limit GIB] [--only WHAT] [--json]
 
-Forward, forward with backward, and cached decoding, batch 1, float32. The two sides take turns on one
-thread, and what counts is CPU time: on a shared machine it is what the wall clock would show on an idle
+Forward, and forward with backward, batch 1, float32; `decoding.py` has cached decoding. The two sides take turns
+on one thread, and what counts is CPU time: on a shared machine it is what the wall clock would show on an idle
 one. A side that needs more than `--limit` GiB is reported as such. Last, where our time goes.
 """
 
@@ -111,30 +111,6 @@ def train(model: Any, ids: torch.Tensor) -> None:
     logits.square().mean().backward()
 
 
-def decode(reference: Any, model: Any, length: int, steps: int) -> dict[str, float | None]:
-    """Tokens a second of cached greedy steps behind a prompt; the prompt is not counted."""
-    from dsv4_bridge.mcore.layers.cache import new_cache
-
-    ids = torch.randint(0, model.spec.vocab_size, (1, length))
-    with torch.no_grad():
-        out = reference(ids, use_cache=True)
-        cache = new_cache(model.config, torch.tensor([length]), length + 3 * steps)
-        tokens = [out.logits[:, -1:].argmax(-1), model(ids, cache=cache, last_only=True).argmax(-1)]
-        past = out.past_key_values
-        del out
-
-        def theirs() -> None:
-            for _ in range(steps):
-                tokens[0] = reference(tokens[0], past_key_values=past, use_cache=True).logits.argmax(-1)
-
-        def ours() -> None:
-            for _ in range(steps):
-                tokens[1] = model(tokens[1], cache=cache).argmax(-1)
-
-        found = compare({"transformers": theirs, "ours": ours}, 2)
-    return {name: steps / value if name != "times" and value else value for name, value in found.items()}
-
-
 def shares(model: Any, ids: torch.Tensor) -> dict[str, float]:
     """Where the time of forward and backward goes, in shares."""
     from torch.profiler import ProfilerActivity, profile
@@ -168,7 +144,7 @@ def _part_of(event: Any) -> str:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    found: dict[str, Any] = {"speed": {}, "decode": {}, "shares": {}}
+    found: dict[str, Any] = {"speed": {}, "shares": {}}
     for name in args.specs.split(","):
         torch.manual_seed(0)
         reference, model = both_models(SPECS[name])
@@ -184,10 +160,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             reference.zero_grad()
             if args.only in ("", "shares"):
                 found["shares"][f"{name}, S = {length}"] = shares(model, ids)
-        if args.only in ("", "decode"):
-            # transformers' prompt of 8192 tokens does not fit the limit with the medium numbers.
-            for length in (1024, 8192) if name == "tiny" else (1024,):
-                found["decode"][f"{name}, behind {length}"] = decode(reference, model, length, 20)
     return found
 
 
@@ -197,15 +169,11 @@ def report(found: dict[str, Any]) -> None:
     def cell(value: float | None, digits: int) -> str:
         return "-" if value is None else f"{value:.{digits}f}"
 
-    for title, key, digits in (("CPU seconds, one thread", "speed", 2), ("tokens a CPU second", "decode", 1)):
-        if found[key]:
-            table = Table("what", "transformers", "ours", "times", title=title)
-            for name, took in found[key].items():
-                # Seconds: theirs over ours. Rates are ratios of seconds too, already that way round.
-                table.add_row(
-                    name, cell(took["transformers"], digits), cell(took["ours"], digits), cell(took["times"], 1)
-                )
-            console.print(table)
+    if found["speed"]:
+        table = Table("what", "transformers", "ours", "times", title="CPU seconds, one thread")
+        for name, took in found["speed"].items():
+            table.add_row(name, cell(took["transformers"], 2), cell(took["ours"], 2), cell(took["times"], 1))
+        console.print(table)
     if found["shares"]:
         names = sorted({name for each in found["shares"].values() for name in each})
         table = Table("forward, backward", *names, title="where our time goes, %")
@@ -219,7 +187,7 @@ def main() -> None:
     parser.add_argument("--specs", default="tiny,medium")
     parser.add_argument("--lengths", default="512,2048,4096,8192")
     parser.add_argument("--limit", type=float, default=13, help="GiB of memory that a side may take")
-    parser.add_argument("--only", default="", choices=("", "speed", "decode", "shares"))
+    parser.add_argument("--only", default="", choices=("", "speed", "shares"))
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")

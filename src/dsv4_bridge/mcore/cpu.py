@@ -117,6 +117,8 @@ def _kept_on_cpu(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tenso
 def _moved_nowhere(to: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     @wraps(to)
     def wrapped(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if len(args) == 1 and args[0] is self.dtype and not kwargs:
+            return self  # as torch would, sooner
         if args and _is_cuda(args[0]):
             args = (_CPU, *args[1:])
         if _is_cuda(kwargs.get("device")):

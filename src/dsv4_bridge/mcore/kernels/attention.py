@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .choice import AUTO, Choice
+from .direct import applied
 
 # Scores held at a time, in elements; a chunk shrinks to stay below it. Half a megabyte stays in a core's
 # cache: measured on one, with 8 heads of 64, 16 of 128 and 64 of 512 channels, chunks of 64 to 128, 32 to 64
@@ -75,9 +76,7 @@ def attend(
         from .attention_triton import attend_fused
 
         return attend_fused(q, kv, blocks, chosen, sink, reach, by.deterministic)
-    result = _Attend.apply(q, kv, blocks, chosen, sink, reach)
-    assert isinstance(result, Tensor)
-    return result
+    return applied(_Attend, q, kv, blocks, chosen, sink, reach)
 
 
 class _Attend(torch.autograd.Function):
@@ -281,7 +280,5 @@ def attend_one(q: Tensor, keys: Tensor, visible: Tensor, sink: Tensor) -> Tensor
     """
     scores = torch.matmul(q, keys.mT).float() * keys.shape[-1] ** -0.5
     scores = scores.masked_fill(~visible.unsqueeze(1), -math.inf)
-    top = torch.maximum(scores.amax(-1), sink).unsqueeze(-1)
-    weights = (scores - top).exp()
-    weights = weights / (weights.sum(-1, keepdim=True) + (sink.unsqueeze(-1) - top).exp())
+    weights = torch.softmax(torch.cat([scores, sink.expand(len(q), -1).unsqueeze(-1)], -1), -1)[..., :-1]
     return torch.matmul(weights.to(q.dtype), keys)

@@ -34,6 +34,7 @@ from .attention_tiles import (
     rows_of,
     tiles,
 )
+from .direct import applied
 from .tiles import dot
 
 _KEYS = 64
@@ -49,9 +50,7 @@ def attend_fused(
     deterministic: bool,
 ) -> Tensor:
     """`attend` by Triton; arguments as there."""
-    result = _Attend.apply(q, kv, blocks, chosen, sink, reach, deterministic)
-    assert isinstance(result, Tensor)
-    return result
+    return applied(_Attend, q, kv, blocks, chosen, sink, reach, deterministic)
 
 
 class _Attend(torch.autograd.Function):

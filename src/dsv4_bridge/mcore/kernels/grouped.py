@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .choice import AUTO, Choice
+from .direct import applied
 
 _KERNEL_BYTES = 16  # rows of the grouped kernel begin at multiples of this
 
@@ -36,9 +37,7 @@ def grouped_linear(x: Tensor, counts: Counts, weights: Sequence[Tensor], kernel:
         counts = list(counts)
     elif not together:
         counts = counts.tolist()
-    result = _GroupedLinear.apply(x, counts, together, *weights)
-    assert isinstance(result, Tensor)
-    return result
+    return applied(_GroupedLinear, x, counts, together, *weights)
 
 
 def _kernel_fits(x: Tensor, weights: Sequence[Tensor]) -> bool:

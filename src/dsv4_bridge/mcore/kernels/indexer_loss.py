@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from .attention import OnBlocks, Reach, weights_on_blocks
 from .choice import AUTO, Choice
+from .direct import applied
 from .index import IndexTerms
 
 
@@ -47,9 +48,7 @@ def indexer_loss(
         over_ranks: sums a tensor over the ranks that the heads are cut over; None: all heads are here.
         by: torch or Triton.
     """
-    result = _IndexerLoss.apply(*terms, q, kv, blocks, chosen, sink, reach, counted, over_ranks, by)
-    assert isinstance(result, Tensor)
-    return result
+    return applied(_IndexerLoss, *terms, q, kv, blocks, chosen, sink, reach, counted, over_ranks, by)
 
 
 class _IndexerLoss(torch.autograd.Function):

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .direct import applied
 from .project_triton import Pull, into_streams, mapped_streams, tokens_of_numbers
 from .streams_triton import dots, summed
 
@@ -311,9 +312,7 @@ class _Mix(torch.autograd.Function):
 
 def sinkhorn(start: Tensor, iterations: int, eps: float) -> Tensor:
     """See streams.py."""
-    result = _Sinkhorn.apply(start, iterations, eps)
-    assert isinstance(result, Tensor)
-    return result
+    return applied(_Sinkhorn, start, iterations, eps)
 
 
 def mix(

@@ -6,6 +6,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .choice import AUTO, Choice
+from .direct import applied
 
 
 class _InverseRMS(torch.autograd.Function):
@@ -32,9 +33,7 @@ def inverse_rms(x: Tensor, eps: float, by: Choice = AUTO) -> Tensor:
         from .norm_triton import inverse_rms as fused
 
         return fused(x, eps)
-    result = _InverseRMS.apply(x, eps)
-    assert isinstance(result, Tensor)
-    return result
+    return applied(_InverseRMS, x, eps)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, by: Choice = AUTO) -> Tensor:

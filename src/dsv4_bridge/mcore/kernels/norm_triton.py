@@ -6,6 +6,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .direct import applied
+
 ELEMENTS = 4096  # of a program at a time
 PARTS = 256  # at most, of a sum over rows: more cost memory, fewer leave a GPU idle
 
@@ -151,13 +153,9 @@ class _RMSNorm(torch.autograd.Function):
 
 def inverse_rms(x: Tensor, eps: float) -> Tensor:
     """See norm.py."""
-    result = _InverseRMS.apply(x, eps)
-    assert isinstance(result, Tensor)
-    return result
+    return applied(_InverseRMS, x, eps)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See norm.py."""
-    result = _RMSNorm.apply(x, weight, eps)
-    assert isinstance(result, Tensor)
-    return result
+    return applied(_RMSNorm, x, weight, eps)

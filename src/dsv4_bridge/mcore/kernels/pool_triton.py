@@ -12,6 +12,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .direct import applied
+
 ELEMENTS = 4096  # of a tile of tokens x channels
 PROGRAMS = 256  # that share the sum for ape, at most
 
@@ -255,6 +257,4 @@ class _Pool(torch.autograd.Function):
 
 def pool(kv: Tensor, gate: Tensor, ape: Tensor, ratio: int, overlaps: bool) -> Tensor:
     """See pool.py."""
-    result = _Pool.apply(kv, gate, ape, ratio, overlaps)
-    assert isinstance(result, Tensor)
-    return result
+    return applied(_Pool, kv, gate, ape, ratio, overlaps)

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .direct import applied
 from .tiles import dot
 
 COLUMNS = 64
@@ -277,6 +278,4 @@ class _Project(torch.autograd.Function):
 
 def project(streams: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See streams.py."""
-    result = _Project.apply(streams, weight, eps)
-    assert isinstance(result, Tensor)
-    return result
+    return applied(_Project, streams, weight, eps)

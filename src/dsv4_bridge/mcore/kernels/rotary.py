@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .choice import AUTO, Choice
+from .direct import applied
 from .norm import inverse_rms
 
 
@@ -50,9 +51,7 @@ def rotate(x: Tensor, turn: Tensor, inverse: bool = False, by: Choice = AUTO) ->
         from .rotary_triton import rotate as fused
 
         return fused(x, turn, inverse)
-    result = _Rotate.apply(x, turn.conj() if inverse else turn)
-    assert isinstance(result, Tensor)
-    return result
+    return applied(_Rotate, x, turn.conj() if inverse else turn)
 
 
 def norm_rotate(x: Tensor, turn: Tensor, eps: float, by: Choice = AUTO) -> Tensor:

@@ -8,6 +8,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .direct import applied
+
 ELEMENTS = 4096  # of a program
 
 
@@ -238,13 +240,9 @@ class _NormRotate(torch.autograd.Function):
 
 def rotate(x: Tensor, turn: Tensor, inverse: bool) -> Tensor:
     """See rotary.py."""
-    result = _Rotate.apply(x, turn, inverse)
-    assert isinstance(result, Tensor)
-    return result
+    return applied(_Rotate, x, turn, inverse)
 
 
 def norm_rotate(x: Tensor, turn: Tensor, eps: float) -> Tensor:
     """See rotary.py."""
-    result = _NormRotate.apply(x, turn, eps)
-    assert isinstance(result, Tensor)
-    return result
+    return applied(_NormRotate, x, turn, eps)

@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .choice import AUTO, Choice
+from .direct import applied
 from .norm import inverse_rms
 
 
@@ -71,9 +72,7 @@ def sinkhorn(start: Tensor, iterations: int, eps: float, by: Choice = AUTO) -> T
         from .mix_triton import sinkhorn as fused
 
         return fused(start, iterations, eps)
-    result = _Sinkhorn.apply(start, iterations, eps)
-    assert isinstance(result, Tensor)
-    return result
+    return applied(_Sinkhorn, start, iterations, eps)
 
 
 class _Project(torch.autograd.Function):
@@ -102,9 +101,7 @@ def project(streams: Tensor, weight: Tensor, eps: float, by: Choice = AUTO) -> T
         from .project_triton import project as fused
 
         return fused(streams, weight, eps)
-    result = _Project.apply(streams, weight, eps)
-    assert isinstance(result, Tensor)
-    return result
+    return applied(_Project, streams, weight, eps)
 
 
 class _Collapse(torch.autograd.Function):
@@ -153,9 +150,7 @@ def collapse(streams: Tensor, weights: Tensor, by: Choice = AUTO) -> Tensor:
         from .streams_triton import collapse as fused
 
         return fused(streams, weights)
-    result = _Collapse.apply(streams.unflatten(-1, (weights.shape[-1], -1)), weights)
-    assert isinstance(result, Tensor)
-    return result
+    return applied(_Collapse, streams.unflatten(-1, (weights.shape[-1], -1)), weights)
 
 
 def expand(output: Tensor, streams: Tensor, post: Tensor, mix: Tensor, by: Choice = AUTO) -> Tensor:
@@ -167,9 +162,7 @@ def expand(output: Tensor, streams: Tensor, post: Tensor, mix: Tensor, by: Choic
         from .streams_triton import expand as fused
 
         return fused(output, streams, post, mix)
-    result = _Expand.apply(output, streams, post, mix)
-    assert isinstance(result, Tensor)
-    return result
+    return applied(_Expand, output, streams, post, mix)
 
 
 class MixRule(NamedTuple):
@@ -216,6 +209,10 @@ def mix(
         from .mix_triton import mix as fused
 
         return fused(streams, weight, bias, alphas, n, *rule)
+    if by.few(streams, weight, bias, *alphas):
+        from .mix_few import mix as compiled
+
+        return compiled(streams, weight, bias, alphas, n, rule)
     mapped = project(streams, weight, rule.norm_eps, by)
     pre, post, mixing = mapped.split([n, n, n * n], dim=-1)
     bias_pre, bias_post, bias_mix = bias.split([n, n, n * n])

@@ -11,6 +11,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .direct import applied
+
 PIECE = 1024  # channels of a program: four warps with 16 bytes of bfloat16 a thread
 
 
@@ -220,13 +222,9 @@ class _Expand(torch.autograd.Function):
 
 def collapse(streams: Tensor, weights: Tensor) -> Tensor:
     """See streams.py."""
-    result = _Collapse.apply(streams, weights)
-    assert isinstance(result, Tensor)
-    return result
+    return applied(_Collapse, streams, weights)
 
 
 def expand(output: Tensor, streams: Tensor, post: Tensor, mix: Tensor) -> Tensor:
     """See streams.py."""
-    result = _Expand.apply(output, streams, post, mix)
-    assert isinstance(result, Tensor)
-    return result
+    return applied(_Expand, output, streams, post, mix)

@@ -9,6 +9,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .direct import applied
+
 COLUMNS = 1024
 
 
@@ -105,6 +107,4 @@ class _Swiglu(torch.autograd.Function):
 
 def clamped_swiglu(x: Tensor, weights: Tensor, limit: float | None) -> Tensor:
     """See grouped.py."""
-    result = _Swiglu.apply(x, weights, limit)
-    assert isinstance(result, Tensor)
-    return result
+    return applied(_Swiglu, x, weights, limit)

@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     set_tensor_model_parallel_attributes,
@@ -28,8 +26,8 @@ from ..config import DeepSeekV4Config
 from ..kernels.attention import Reach, attend, attend_one
 from ..kernels.rotary import norm_rotate, rotate
 from ..metrics import Tally
-from .basics import Linear, RMSNorm, new_parameter
-from .cache import Cache, LayerCache, Positions, slot_positions
+from .basics import ColumnLinear, Linear, RMSNorm, RowLinear, new_parameter
+from .cache import Cache, LayerCache, Positions
 from .compressor import Compressor
 from .documents import Documents
 from .floats import KeepsFloat32
@@ -116,8 +114,7 @@ class CoreAttention(KeepsFloat32, MegatronModule):
         self, q: Tensor, kv: Tensor, x: Tensor, qr: Tensor, turn: Tensor, cache: LayerCache, positions: Positions
     ) -> Tensor:
         """Attention of one token a row: q [b, heads, d], kv [b, d], x [b, hidden], qr, turn [b, …]."""
-        keys = cache.window.put(kv, positions.here)
-        seen = slot_positions(positions.here + 1, cache.window.slots) >= 0
+        keys, seen = cache.window.put(kv, positions), positions.seen(cache.window.slots)
         if self.compressor is not None and cache.compressor is not None:
             entries = self.compressor.step(x, cache.compressor, positions)
             sparse = not self.config.csa_dense_attention
@@ -201,7 +198,7 @@ class HybridAttention(MegatronModule):
         self.linear_q_down_proj = Linear(hidden, low, config)
         self.q_layernorm = RMSNorm(config, low, config.layernorm_epsilon, whole=True)
         heads = config.num_attention_heads * self.width
-        self.linear_q_up_proj = ColumnParallelLinear(low, heads, gather_output=False, **parallel)
+        self.linear_q_up_proj = ColumnLinear(low, heads, gather_output=False, **parallel)
         # Its input is whole already: nothing to gather, and its gradient is summed as without sequence parallelism.
         self.linear_q_up_proj.sequence_parallel = False
         self.linear_q_up_proj.allreduce_dgrad = ranks > 1
@@ -216,7 +213,7 @@ class HybridAttention(MegatronModule):
             config.init_method(self.linear_o_group_proj)
         # Adapters: output and input of the groups -> output; no module of its own runs this product.
         self.adapt_groups: Callable[[Tensor, Tensor], Tensor] | None = None
-        self.linear_proj = RowParallelLinear(grouped, hidden, input_is_parallel=True, **parallel)
+        self.linear_proj = RowLinear(grouped, hidden, input_is_parallel=True, **parallel)
         self.tally = ("indexer_loss", Tally())
 
     def forward(
@@ -243,7 +240,8 @@ class HybridAttention(MegatronModule):
         by = self.config.kernel_choice
         q = norm_rotate(q, across.unsqueeze(2), self.config.layernorm_epsilon, by)
         kv = rotate(self.kv_layernorm(self.linear_kv_proj(x)), across, by=by)  # [s, b, d]
-        kv = copy_to_tensor_model_parallel_region(kv, self.tp_group)
+        if self.tp_group.size() > 1:
+            kv = copy_to_tensor_model_parallel_region(kv, self.tp_group)
         layer = None if cache is None else cache.layers[self.layer_number - 1]
         if stepping and cache is not None and layer is not None:
             out = self.core_attention.step(q[0], kv[0], x[0], qr[0], turn, layer, cache.positions).unsqueeze(0)

@@ -1,11 +1,12 @@
-"""The plain layers: a replicated linear map and RMSNorm.
+"""The plain layers: linear maps and RMSNorm.
 
-Both carry an empty `_extra_state`, as megatron-core's own linears do: loaders ask for that object.
+Ours carry an empty `_extra_state`, as megatron-core's own linears do: loaders ask for that object.
 """
 
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional as F
@@ -32,6 +33,33 @@ class Linear(torch.nn.Module):
 
     def set_extra_state(self, state: Any) -> None:
         pass
+
+
+class ColumnLinear(ColumnParallelLinear):
+    """megatron's, cut by rows of W. Without gradients, on one rank, it is the product alone."""
+
+    def forward(
+        self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """[…, in] -> […, out], and no bias."""
+        if weight is None and _product_alone(self):
+            return F.linear(input_, self.weight), None
+        return super().forward(input_, weight, runtime_gather_output)
+
+
+class RowLinear(RowParallelLinear):
+    """megatron's, cut by columns of W. Without gradients, on one rank, it is the product alone."""
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[…, in] -> […, out], and no bias."""
+        if _product_alone(self):
+            return F.linear(input_, self.weight), None
+        return super().forward(input_)
+
+
+def _product_alone(linear: ColumnParallelLinear | RowParallelLinear) -> bool:
+    """Nothing is gathered, summed or remembered: in decoding that would take longer than the product."""
+    return not torch.is_grad_enabled() and linear.bias is None and linear.tp_group.size() == 1
 
 
 class RMSNorm(torch.nn.Module):

@@ -5,7 +5,6 @@ so a row's position alone says what every slot holds.
 """
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,16 +12,31 @@ from torch import Tensor
 from ..config import DeepSeekV4Config
 
 
-class Positions(NamedTuple):
-    """The position of every row's token in a step, twice: what the host decides by it waits for no device.
+class Positions:
+    """The position of every row's token in a step, and what every layer asks about it, found once.
 
-    Attributes:
+    Args:
         here: [b] int64, on the device.
-        known: the same numbers.
+        known: the same numbers: what the host decides by them waits for no device.
     """
 
-    here: Tensor
-    known: tuple[int, ...]
+    def __init__(self, here: Tensor, known: tuple[int, ...]):
+        self.here, self.known = here, known
+        self.rows = torch.arange(len(here), device=here.device)
+        self._slots: dict[int, Tensor] = {}
+        self._seen: dict[int, Tensor] = {}
+
+    def slot(self, slots: int) -> Tensor:
+        """Where the tokens lie in a ring of so many slots: [b] int64."""
+        if slots not in self._slots:
+            self._slots[slots] = self.here % slots
+        return self._slots[slots]
+
+    def seen(self, slots: int) -> Tensor:
+        """Which slots of a ring hold a token, these among them: [b, slots] bool."""
+        if slots not in self._seen:
+            self._seen[slots] = slot_positions(self.here + 1, slots) >= 0
+        return self._seen[slots]
 
 
 def slot_positions(lengths: Tensor, slots: int) -> Tensor:
@@ -52,11 +66,10 @@ class Ring:
         at = slot_positions(lengths, self.slots).clamp(min=0)
         self.values = values.detach().gather(1, at.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
 
-    def put(self, values: Tensor, positions: Tensor) -> Tensor:
+    def put(self, values: Tensor, positions: Positions) -> Tensor:
         """Store one token a row, [b, width]; returns all slots."""
         assert self.values is not None
-        rows = torch.arange(len(positions), device=positions.device)
-        self.values[rows, positions % self.slots] = values.detach()
+        self.values[positions.rows, positions.slot(self.slots)] = values.detach()
         return self.values
 
     def keep(self, rows: Tensor) -> None:
@@ -135,14 +148,17 @@ class Cache:
     capacity: int
     filled: bool = False
     known: tuple[int, ...] = field(init=False)
+    _positions: Positions | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.known = tuple(self.lengths.tolist())
 
     @property
     def positions(self) -> Positions:
-        """Where the next tokens go."""
-        return Positions(self.lengths, self.known)
+        """Where the next tokens go: the same object for all layers of a step."""
+        if self._positions is None or self._positions.here is not self.lengths:
+            self._positions = Positions(self.lengths, self.known)
+        return self._positions
 
     def advance(self) -> None:
         """One token a row was taken."""

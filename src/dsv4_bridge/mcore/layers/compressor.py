@@ -73,8 +73,8 @@ class Compressor(KeepsFloat32, MegatronModule):
         Returns:
             All entries of the memory, [b, capacity, width]; those a row does not have yet are unused.
         """
-        kv = cache.kv.put(self.linear_wkv(x), positions.here)
-        gate = cache.gate.put(self.linear_wgate(x), positions.here)
+        kv = cache.kv.put(self.linear_wkv(x), positions)
+        gate = cache.gate.put(self.linear_wgate(x), positions)
         closed = [row for row, position in enumerate(positions.known) if (position + 1) % self.ratio == 0]
         if closed:
             block = positions.here // self.ratio

@@ -70,13 +70,16 @@ class Indexer(MegatronModule):
 
     @torch.no_grad()
     def step(self, x: Tensor, qr: Tensor, turn: Tensor, cache: CompressorCache, positions: Positions) -> Tensor:
-        """Blocks of one query a row: [b, hidden], [b, q_lora_rank], [b, pairs] -> [b, k]."""
+        """Blocks of one query a row: [b, hidden], [b, q_lora_rank], [b, pairs] -> [b, k], -1 where it sees fewer."""
         keys = self.compressor.step(x, cache, positions)
         visible = (positions.here + 1) // 4
         used = keys[:, : max(1, (max(positions.known) + 1) // 4)]
+        if used.shape[1] <= self.topk:
+            block = torch.arange(used.shape[1], device=x.device)
+            return torch.where(block < visible[:, None], block, -1)
         queries = self._queries(qr, turn[:, None]).unsqueeze(1)
         scores = index_scores(queries, used, self._weights(x).unsqueeze(1))
-        return best_blocks(scores, visible[:, None], min(self.topk, used.shape[1])).squeeze(1)
+        return best_blocks(scores, visible[:, None], self.topk).squeeze(1)
 
     def _queries(self, qr: Tensor, turn: Tensor) -> Tensor:
         queries = self.linear_wq_b(qr).unflatten(-1, (self.heads, self.width))

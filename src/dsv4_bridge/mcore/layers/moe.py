@@ -8,15 +8,11 @@ the second matrix.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core import tensor_parallel
-from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    reduce_from_tensor_model_parallel_region,
-)
+from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
@@ -32,12 +28,14 @@ from torch import Tensor
 
 from ...errors import BridgeError
 from ..config import ON_DEMAND, DeepSeekV4Config
+from ..kernels.grouped import clamped_swiglu
 from ..metrics import Tally
+from .basics import ColumnLinear, RowLinear
 from .experts import GroupedExperts
 from .floats import KeepsFloat32
 from .observe import observe
 
-_LINEARS = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+_LINEARS = MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear)
 
 
 class BiasRouter(KeepsFloat32, TopKRouter):
@@ -73,20 +71,34 @@ class BiasRouter(KeepsFloat32, TopKRouter):
         flat = logits.flatten(0, 1)  # [s*b, experts]
         padding = None if padding_mask is None else padding_mask.reshape(-1)
         flat = self.apply_z_loss(flat, padding_mask=padding)
-        chosen = observe("ffn.router", self.block, self.choose(flat, input_ids))
-        weights, routing_map = topk_routing_with_score_function(
-            flat,
-            self.topk,
-            score_function=self.score_function,
-            scaling_factor=self.config.moe_router_topk_scaling_factor,
-            precomputed_indices=chosen,
-        )
-        if self.topk == 1:
-            weights = self._over_its_sum(weights)
+        weights, routing_map = self._weighed(flat, input_ids)
         if self.training and torch.is_grad_enabled() and self.is_aux_loss_enabled():
             weights = self._balanced(weights, flat, length, batch, padding)
         self._apply_expert_bias(routing_map, padding_mask=None if padding is None else padding.unsqueeze(-1))
         return weights, routing_map
+
+    def picked(self, input: Tensor, input_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Route tokens where there are no gradients: weights and numbers of the chosen, [s*b, top-k] both.
+
+        Args:
+            input: [s, b, hidden].
+            input_ids: [b, s]; a hash router reads them.
+        """
+        self._maintain_float32_expert_bias()
+        logits = self.gating(self.apply_input_jitter(input))
+        return self._weighed(logits.flatten(0, 1), input_ids, dense_output=True)
+
+    def _weighed(self, logits: Tensor, input_ids: Tensor | None, **how: bool) -> tuple[Tensor, Tensor]:
+        chosen = observe("ffn.router", self.block, self.choose(logits, input_ids))
+        weights, routed = topk_routing_with_score_function(
+            logits,
+            self.topk,
+            score_function=self.score_function,
+            scaling_factor=self.config.moe_router_topk_scaling_factor,
+            precomputed_indices=chosen,
+            **how,
+        )
+        return self._over_its_sum(weights) if self.topk == 1 else weights, routed
 
     def _over_its_sum(self, weights: Tensor) -> Tensor:
         """A single score over the sum of the chosen: megatron-core 0.19 leaves that out for one expert a token."""
@@ -229,14 +241,19 @@ class HashableMoELayer(MoELayer):
             mask = mask.chunk(group.size())[group.rank()]  # as the hidden states are cut
         dispatcher = self.token_dispatcher
         assert dispatcher is not None
+        # Training keeps to megatron's dispatcher, recomputation's first pass too.
+        here = not (self.training or torch.is_grad_enabled()) and dispatcher.ep_size * dispatcher.tp_size == 1
 
         def run(hidden: Tensor) -> Tensor:
             shared = self.shared_experts_compute(hidden)
-            weights, routing_map = self.router(hidden, mask, input_ids)
-            tokens, weights = self.preprocess(hidden, weights, routing_map)
-            dispatched, weights = self.dispatch(tokens, weights)
-            output, _ = self.routed_experts_compute(dispatched, weights)
-            routed = dispatcher.combine_postprocess(self.combine(output))
+            if here:
+                routed = self._routed_here(hidden, input_ids)
+            else:
+                weights, routing_map = self.router(hidden, mask, input_ids)
+                tokens, weights = self.preprocess(hidden, weights, routing_map)
+                dispatched, weights = self.dispatch(tokens, weights)
+                output, _ = self.routed_experts_compute(dispatched, weights)
+                routed = dispatcher.combine_postprocess(self.combine(output))
             routed = observe("ffn.experts", self.block, routed)
             return routed if shared is None else routed + shared
 
@@ -244,12 +261,25 @@ class HashableMoELayer(MoELayer):
             return tensor_parallel.checkpoint(run, False, hidden_states), None
         return run(hidden_states), None
 
+    def _routed_here(self, hidden: Tensor, input_ids: Tensor | None) -> Tensor:
+        """What the dispatcher comes to, to the bit, where this rank has all tokens and experts: [s, b, hidden]."""
+        weights, chosen = self.router.picked(hidden, input_ids)
+        order = chosen.flatten().argsort(stable=True)  # by expert, then by token
+        rows, tokens = order // chosen.shape[1], hidden.flatten(0, 1)
+        assert self.num_local_experts is not None
+        counts = chosen.new_zeros(self.num_local_experts).scatter_add_(0, chosen.flatten(), torch.ones_like(order))
+        output, _ = self.experts(tokens.index_select(0, rows), counts, weights.flatten()[order])
+        summed = torch.zeros_like(tokens).scatter_add_(0, rows.unsqueeze(1).expand_as(output), output)
+        return summed.view_as(hidden)
+
 
 class Experts(SequentialMLP):
     """megatron's experts. Without gradients those that got no token are left out: in decoding, most of them.
 
     With gradients they take part, for data parallelism waits for every parameter's.
     """
+
+    config: DeepSeekV4Config
 
     def forward(
         self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor
@@ -259,18 +289,31 @@ class Experts(SequentialMLP):
         if torch.is_grad_enabled() or len(hidden) == 0:
             return super().forward(hidden, tokens_per_expert, probs)
         counts = tokens_per_expert.tolist()
-        parts = zip(self.local_experts, hidden.split(counts), probs.split(counts), strict=True)
-        return torch.cat([expert(tokens, weights)[0] for expert, tokens, weights in parts if len(tokens)]), None
+        used = [(expert, count) for expert, count in zip(self.local_experts, counts, strict=True) if count]
+        sizes = [count for _, count in used]
+        parts = hidden.split(sizes)
+        gate_up = torch.cat([expert.linear_fc1(part)[0] for (expert, _), part in zip(used, parts, strict=True)])
+        limit, by = self.config.activation_func_clamp_value, self.config.kernel_choice
+        parts = clamped_swiglu(gate_up, probs, limit, by).split(sizes)
+        return torch.cat([expert.linear_fc2(part)[0] for (expert, _), part in zip(used, parts, strict=True)]), None
+
+
+class Part(NamedTuple):
+    """What one expert gets: its number, tokens [t, hidden] and their weights [t]."""
+
+    expert: int
+    tokens: Tensor
+    weights: Tensor
 
 
 class ExpertsOnDemand(Experts):
-    """The same with the memory of one expert, which is filled for each that got tokens; without gradients.
+    """The same with the memory of one expert at most; without gradients.
 
     Attributes:
-        fetch: fills the weights of the expert of a number; set by `weights.on_demand`.
+        run: computes what experts make of their tokens, [t, hidden] each; set by who has the weights.
     """
 
-    fetch: Callable[[int, torch.nn.Module], None]
+    run: Callable[[list[Part]], list[Tensor]]
 
     def __init__(self, num_local_experts: int, config: Any, submodules: MLPSubmodules, **kwargs: Any):
         super().__init__(1, config, submodules, **kwargs)
@@ -278,13 +321,17 @@ class ExpertsOnDemand(Experts):
     def forward(
         self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor
     ) -> tuple[Tensor, None]:
-        hidden, probs = permuted_local_hidden_states, permuted_probs
-        counts, one, found = tokens_per_expert.tolist(), self.local_experts[0], [hidden[:0]]
-        for number, (tokens, weights) in enumerate(zip(hidden.split(counts), probs.split(counts), strict=True)):
-            if len(tokens):
-                self.fetch(number, one)
-                found.append(one(tokens, weights)[0])
-        return torch.cat(found), None
+        hidden, probs, counts = permuted_local_hidden_states, permuted_probs, tokens_per_expert.tolist()
+        parts = map(Part, range(len(counts)), hidden.split(counts), probs.split(counts))
+        used = [part for part in parts if len(part.tokens)]
+        return (torch.cat(self.run(used)) if used else hidden), None
+
+    def of_one(self, part: Part) -> Tensor:
+        """What the expert in memory makes of its tokens."""
+        one, by = self.local_experts[0], self.config.kernel_choice
+        gate_up = one.linear_fc1(part.tokens)[0]
+        active = clamped_swiglu(gate_up, part.weights, self.config.activation_func_clamp_value, by)
+        return one.linear_fc2(active)[0]
 
 
 def routed_experts(num_local_experts: int, config: Any, **kwargs: Any) -> Any:

@@ -7,6 +7,7 @@ YaRN here scales frequencies only: no attention factor (arXiv 2309.00071 section
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -15,11 +16,13 @@ from ..config import DeepSeekV4Config
 from .documents import Documents
 
 
+@cache
 def plain_frequencies(width: int, base: float) -> Tensor:
     """base^(-2i/width) for i < width/2: [width/2] float32, radians a position."""
     return 1.0 / (base ** (torch.arange(0, width, 2, dtype=torch.float32) / width))
 
 
+@cache
 def yarn_frequencies(
     width: int, base: float, factor: float, beta_fast: float, beta_slow: float, original_length: int
 ) -> Tensor:

@@ -4,7 +4,7 @@ What is held is said by the beginnings of live names, as `decoder.layers.3.`: ev
 experts, each of which is read when tokens go to it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from ...spec.spec import ModelSpec
 from ...store.values import Scratch, Values
 from ..config import ON_DEMAND
 from ..device import device
-from ..layers.moe import HashableMoELayer
+from ..layers.moe import ExpertsOnDemand, HashableMoELayer, Part
 from ..model import DeepSeekV4Model, build_model
 from .absent import memory_for, without_memory
 from .load import fill_item
@@ -115,8 +115,8 @@ class OnDemand:
         self.table = plan.by_name["embed.weight"]
         model.embedding = _Embedding(self.source, self.table, dtype)  # type: ignore[assignment]
         for module in model.modules():
-            if isinstance(module, HashableMoELayer):
-                module.experts.fetch = self._fetcher(module.block)  # type: ignore[union-attr]
+            if isinstance(module, HashableMoELayer) and isinstance(module.experts, ExpertsOnDemand):
+                module.experts.run = self._runner(module.block, module.experts)
 
     @contextmanager
     def held(self, *beginnings: str) -> Iterator[None]:
@@ -138,14 +138,18 @@ class OnDemand:
                         fill_item(item, here, self.source.values, self._scratch, True)
             yield
 
-    def _fetcher(self, block: str) -> Any:
-        def fetch(expert: int, module: torch.nn.Module) -> None:
+    def _runner(self, block: str, experts: ExpertsOnDemand) -> Callable[[list[Part]], list[Tensor]]:
+        """Fills the one expert in memory with each that has tokens, in turn."""
+
+        def fetched(part: Part) -> Tensor:
             self.source.experts += 1
-            live = dict(module.named_parameters())
-            for item, found in self._experts[f"{block}.", expert]:
+            one = experts.local_experts[0]
+            live = dict(one.named_parameters())
+            for item, found in self._experts[f"{block}.", part.expert]:
                 self.source.count(item)
-                named = [piece._replace(name=piece.name.split(f".local_experts.{expert}.")[1]) for piece in found]
+                named = [piece._replace(name=piece.name.split(f".local_experts.{part.expert}.")[1]) for piece in found]
                 here = [place_of(item, piece, live) for piece in named]
                 fill_item(item, here, self.source.values, self._scratch, True)
+            return experts.of_one(part)
 
-        return fetch
+        return lambda parts: [fetched(part) for part in parts]
