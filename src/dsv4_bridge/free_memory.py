@@ -21,6 +21,12 @@ def free_memory(home: Path = _HOME, proc: Path = Path("/proc/self")) -> int:
     return max(0, min([psutil.virtual_memory().available, *_groups(home, proc), *_address_space(proc)]))
 
 
+def held_memory(proc: Path = Path("/proc/self")) -> int:
+    """Bytes of main memory that this process holds now."""
+    pages = next(iter(_lines(proc / "statm")), "").split()
+    return int(pages[1]) * resource.getpagesize() if len(pages) > 1 and pages[1].isdecimal() else 0
+
+
 def _groups(home: Path, proc: Path) -> Iterator[int]:
     """What each control group around the process leaves; a group's page cache counts as free, as the machine's does."""
     for line in _lines(proc / "cgroup"):

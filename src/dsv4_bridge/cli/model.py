@@ -112,6 +112,17 @@ def generate(
         list[str] | None, typer.Option("--answer", help="Exit code 1 unless the text begins so; one for all or each.")
     ] = None,
     dtype: Annotated[Dtype, typer.Option("--dtype")] = Dtype.float32,
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--whole",
+            help="Leave the model in its checkpoint and read what is needed; by default where it does not fit.",
+        ),
+    ] = None,
+    memory: Annotated[
+        float | None,
+        typer.Option("--memory", help="GiB of the process with --stream; by default most of what is free."),
+    ] = None,
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
@@ -133,11 +144,18 @@ def generate(
     order = InOrder(len(ask.texts) + len(ids), _write)
     second = Ranks.from_environment().rank > 0  # ranks hold a share of the experts each, and say the same
     heard = _silent if as_json or second else order.heard
-    report = run(resolve(ckpt, revision), ask, how, dtype=dtype.value, heard=heard)
+    most = None if memory is None else int(memory * 2**30)
+    report = run(resolve(ckpt, revision), ask, how, dtype=dtype.value, stream=stream, memory=most, heard=heard)
     if second:
         return
     if as_json:
         put(report.to_json(), as_json, None)
+    elif (kept := report.streamed) is not None:
+        sys.stderr.write(
+            f"in memory: {kept.kept / 1e9:,.2f} of {kept.every_token / 1e9:,.2f} GB of what every token needs, and "
+            f"{kept.room:,} experts a layer; read: {kept.read / 1e9:,.2f} GB, {kept.misses:,} of "
+            f"{kept.hits + kept.misses:,} experts\n"
+        )
     for row in report.continuations:
         if row.right is False:
             sys.stderr.write(f"dsv4: {row.text!r} does not begin with {row.answer!r}\n")

@@ -109,6 +109,18 @@ class EncodedMatrix:
         found = [self._decoded(row, row + 1) for row in wanted]
         return np.concatenate(found) if found else np.empty((0, self.shape[1]), np.float32)
 
+    def cut(self, count: int) -> "tuple[EncodedMatrix, ...]":
+        """So many matrices of as many rows each, one above another; decoded where a scale belongs to two of them."""
+        rows = self.shape[0] // count
+        if self.scale is None or self.encoding == "mxfp4":
+            scales = [None if self.scale is None else self.scale[n * rows : (n + 1) * rows] for n in range(count)]
+        elif rows % fp8.BLOCK == 0 or fp8.BLOCK % rows == 0:
+            scales = [self.scale[n * rows // fp8.BLOCK : -(-(n + 1) * rows // fp8.BLOCK)] for n in range(count)]
+        else:
+            return EncodedMatrix("f32", self.decode(), None, self.name).cut(count)
+        parts = (self.codes[n * rows : (n + 1) * rows] for n in range(count))
+        return tuple(EncodedMatrix(self.encoding, *part, self.name) for part in zip(parts, scales, strict=True))
+
     def decode(self) -> np.ndarray:
         """All of W: float32 [o, i]. Errors as of `multiply`."""
         return self._decoded(0, self.shape[0])

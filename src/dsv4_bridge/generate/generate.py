@@ -4,22 +4,17 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import BridgeError, files_named
 from ..files import AnyPath
-from ..parallel.topology import make_topology
-from ..ranks import Ranks
-from ..spec.plan import expand
 from ..spec.spec import ModelSpec
 from ..store.checkpoint import open_checkpoint
 from ..text.sampling import Sampling
 from ..text.tokenizer import Tokenizer, end_tokens, open_tokenizer
 from ..text.tokens import TOKENIZER
+from .load import Streamed, loaded
 from .stream import Heard, TextStream
-
-if TYPE_CHECKING:
-    from ..mcore import DeepSeekV4Model
 
 DTYPES = ("float32", "bf16")
 
@@ -78,6 +73,7 @@ class GenerateReport:
         continuations: one a prompt, texts first.
         new_tokens: of all prompts.
         seconds: from the first token's request to the last token; loading is not in it.
+        streamed: what was kept in memory and what was read, where weights stayed in the checkpoint; else None.
     """
 
     checkpoint: str
@@ -85,6 +81,7 @@ class GenerateReport:
     continuations: tuple[Continuation, ...]
     new_tokens: int
     seconds: float
+    streamed: Streamed | None = None
 
     @property
     def right(self) -> bool:
@@ -104,17 +101,23 @@ def generate(
     sampling: Sampling | None = None,
     *,
     dtype: str = "float32",
+    stream: bool | None = None,
+    memory: int | None = None,
     heard: Heard = lambda row, piece, last: None,
 ) -> GenerateReport:
     """Continue prompts with a checkpoint of either format, in this process.
 
-    MTP blocks and drafters are not loaded.
+    MTP blocks and drafters are not loaded. A model that does not fit into memory stays in its checkpoint: weights are
+    multiplied as they are encoded, what every token needs is kept as far as memory goes, then the experts that were
+    used last, and the rest is read when it is needed.
 
     Args:
         checkpoint: a released folder, or a Megatron checkpoint.
         ask: the prompts.
         sampling: see `Sampling`; greedy by default.
-        dtype: `float32` or `bf16`; wider weights are rounded to it.
+        dtype: `float32` or `bf16`; wider weights are rounded to it. Streamed, of activations.
+        stream: leave the model in its checkpoint; None: where it does not fit, or `memory` is given.
+        memory: bytes that the process takes at most, about; by default most of what is free.
         heard: called at every new token of a prompt with its number, the text that is now certain
             (an id where there is no tokenizer), and whether it was the last.
 
@@ -128,9 +131,6 @@ def generate(
     tokenizer = open_tokenizer(beside, spec)
     rows = _rows(ask, tokenizer, beside)
     ends = end_tokens(beside, spec)
-    model = _load(path, spec, dtype)
-    from .. import mcore
-
     streams = [TextStream(tokenizer, ask.stops) for _ in rows] if tokenizer else []
     pieces: dict[int, str] = {}
 
@@ -138,27 +138,31 @@ def generate(
         pieces[row] = streams[row].push(ids[-1])
         return streams[row].stopped
 
-    began = time.perf_counter()
-    for step in mcore.generate(
-        model,
-        [row.prompt_ids for row in rows],
-        ask.max_new_tokens,
-        sampling=sampling,
-        stop_ids=ends,
-        stops=stops if streams else None,
-    ):
-        for token in step:
-            rows[token.row].ids.append(token.id)
-            rows[token.row].ended = token.ended
-            piece = pieces.pop(token.row, "") if streams else f"{token.id} "
-            if token.ended and streams:
-                piece += streams[token.row].finish()
-            heard(token.row, piece, token.ended is not None)
-    seconds = time.perf_counter() - began
-    for row, stream in zip(rows, streams, strict=False):
-        row.text = stream.text
-        row.right = None if row.answer is None else stream.text.strip().startswith(row.answer.strip())
-    return GenerateReport(str(path), dtype, tuple(rows), sum(len(r.ids) for r in rows), seconds)
+    with loaded(path, spec, dtype, stream or (True if memory is not None else stream), memory) as (model, told):
+        from ..mcore import generate as steps_of
+
+        began = time.perf_counter()
+        for step in steps_of(
+            model,
+            [row.prompt_ids for row in rows],
+            ask.max_new_tokens,
+            sampling=sampling,
+            stop_ids=ends,
+            stops=stops if streams else None,
+        ):
+            for token in step:
+                rows[token.row].ids.append(token.id)
+                rows[token.row].ended = token.ended
+                piece = pieces.pop(token.row, "") if streams else f"{token.id} "
+                if token.ended and streams:
+                    piece += streams[token.row].finish()
+                heard(token.row, piece, token.ended is not None)
+        seconds = time.perf_counter() - began
+        streamed = told and told()
+    for row, text in zip(rows, streams, strict=False):
+        row.text = text.text
+        row.right = None if row.answer is None else text.text.strip().startswith(row.answer.strip())
+    return GenerateReport(str(path), dtype, tuple(rows), sum(len(r.ids) for r in rows), seconds, streamed)
 
 
 def _look(path: Path) -> tuple[ModelSpec, Path]:
@@ -200,32 +204,3 @@ def _rows(ask: Ask, tokenizer: Tokenizer | None, folder: Path) -> list[Continuat
     for row, answer in zip(rows, answers, strict=False):
         row.answer = answer
     return rows
-
-
-def _load(path: Path, spec: ModelSpec, dtype: str) -> "DeepSeekV4Model":
-    try:
-        from .. import mcore
-    except ImportError as error:
-        raise BridgeError(f"generating: {error.name} is missing; pip install 'dsv4-bridge[megatron]'") from None
-    import torch
-
-    from ..mcore.runtime import free_memory
-
-    kind = torch.float32 if dtype == "float32" else torch.bfloat16
-    ranks = Ranks.from_environment().world
-    if ranks > 1:  # each holds a share of the experts, and all of the rest
-        make_topology(spec, mcore.Parallel(ep=ranks))
-        mcore.initialize(mcore.Parallel(ep=ranks))
-    numbers = (item.numel / (1 if item.expert is None else ranks) for item in expand(spec).items)
-    size = sum(numbers) * kind.itemsize
-    free, where = free_memory()
-    if size > free:
-        hint = "" if dtype == "bf16" else "; --dtype bf16 takes half"
-        whose = "a rank" if ranks > 1 else "the model"
-        raise BridgeError(
-            f"loading {path}: {whose} takes {size / 1e9:,.1f} GB in {dtype}, and {free / 1e9:,.1f} GB of {where} "
-            f"are free{hint}"
-        )
-    model = mcore.build_model(spec, dtype=kind, initialize_weights=False)
-    mcore.load_weights(model, path, allow_lossy=True)
-    return model.eval()

@@ -213,6 +213,8 @@ class HybridAttention(MegatronModule):
             config.init_method(self.linear_o_group_proj)
         # Adapters: output and input of the groups -> output; no module of its own runs this product.
         self.adapt_groups: Callable[[Tensor, Tensor], Tensor] | None = None
+        # Where the weight is not here: input of the groups [t, g, heads*d/g] -> [t, g, r].
+        self.multiply_groups: Callable[[Tensor], Tensor] | None = None
         self.linear_proj = RowLinear(grouped, hidden, input_is_parallel=True, **parallel)
         self.tally = ("indexer_loss", Tally())
 
@@ -282,9 +284,12 @@ class HybridAttention(MegatronModule):
 
     def _by_group(self, out: Tensor) -> Tensor:
         """[s, b, heads, d] -> [s, b, groups * o_lora_rank]: each group of heads by its own matrix."""
-        weight = self.linear_o_group_proj.unflatten(0, (self.groups, -1))  # [g, r, heads*d/g]
         tokens = out.flatten(2).unflatten(-1, (self.groups, -1)).flatten(0, 1)  # [s*b, g, heads*d/g]
-        mixed = torch.bmm(tokens.transpose(0, 1), weight.mT).transpose(0, 1)  # [s*b, g, r]
+        if self.multiply_groups is not None:
+            mixed = self.multiply_groups(tokens)
+        else:
+            weight = self.linear_o_group_proj.unflatten(0, (self.groups, -1))  # [g, r, heads*d/g]
+            mixed = torch.bmm(tokens.transpose(0, 1), weight.mT).transpose(0, 1)  # [s*b, g, r]
         if self.adapt_groups is not None:
             mixed = self.adapt_groups(mixed, tokens)
         return mixed.flatten(1).unflatten(0, out.shape[:2])

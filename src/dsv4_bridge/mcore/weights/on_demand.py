@@ -112,11 +112,25 @@ class OnDemand:
                 self._experts.setdefault((item.block.prefix, item.expert), []).append((item, found))
             elif found:
                 self._held.setdefault(found[0].name, []).append((item, found))
-        self.table = plan.by_name["embed.weight"]
-        model.embedding = _Embedding(self.source, self.table, dtype)  # type: ignore[assignment]
+        (table,) = self.take("embedding.word_embeddings.weight")
+        model.embedding = _Embedding(self.source, table, dtype)  # type: ignore[assignment]
         for module in model.modules():
             if isinstance(module, HashableMoELayer) and isinstance(module.experts, ExpertsOnDemand):
                 module.experts.run = self._runner(module.block, module.experts)
+
+    @property
+    def experts(self) -> dict[tuple[str, int], tuple[Item, ...]]:
+        """Weights of every expert, by the prefix of its block and its number."""
+        return {key: tuple(item for item, _ in parts) for key, parts in self._experts.items()}
+
+    def take(self, name: str) -> tuple[Item, ...]:
+        """The items of a live tensor, which somebody else holds from now on."""
+        return tuple(item for item, _ in self._held.pop(name, ()))
+
+    def size(self, *beginnings: str) -> int:
+        """Bytes of memory that `held` takes."""
+        named = (*self.model.named_parameters(), *self.model.named_buffers())
+        return sum(t.numel() * t.element_size() for name, t in named if t.is_meta and name.startswith(beginnings))
 
     @contextmanager
     def held(self, *beginnings: str) -> Iterator[None]:
