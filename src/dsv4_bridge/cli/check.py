@@ -18,6 +18,13 @@ class Level(StrEnum):
     bytes = "bytes"
 
 
+class Width(StrEnum):
+    """How large a toy is."""
+
+    tiny = "tiny"
+    full = "full"
+
+
 class Payload(StrEnum):
     """What a toy's weights are."""
 
@@ -45,19 +52,48 @@ def toy(
         Payload.natural
     ),
     ragged: Annotated[bool, typer.Option("--ragged", help="Widths that are no multiples of 128.")] = False,
+    width: Annotated[Width, typer.Option("--width", help="A tiny model, or the released widths and experts.")] = (
+        Width.tiny
+    ),
+    layers: Annotated[int | None, typer.Option("--layers", min=1, help="Decoder layers of a full width.")] = None,
+    workers: Annotated[int, typer.Option("--workers", min=1, max=256, help="Threads that make tensors.")] = 2,
     as_json: Json = False,
 ) -> None:
     """Make a small random checkpoint in the released format of a variant."""
+    from ..spec.plan import layer_kinds
+    from ..spec.variants import variant_named
     from ..store.inspect import inspect as look
-    from ..toy.checkpoint import make_toy
+    from ..toy.checkpoint import make_toy, toy_bytes, toy_spec
+    from .show.progress import TerminalProgress
+    from .show.tables import say, size
 
-    made = look(make_toy(dst, variant, seed, payload=payload.value, ragged=ragged))
+    spec = toy_spec(variant, width.value, layers, ragged=ragged)
+    kinds, of_release = layer_kinds(spec), layer_kinds(variant_named(variant).spec)
+    absent = [name for name, count in of_release.items() if count and not kinds[name]]
+    if width is Width.full:
+        shown = ", ".join(f"{count} {name}" for name, count in kinds.items() if count)
+        few = f"; too few layers for {', '.join(absent)}" if absent else ""
+        say(f"{dst}: {size(toy_bytes(variant, spec))} of disk, {spec.num_hidden_layers} layers ({shown}){few}")
+    make_toy(
+        dst,
+        variant,
+        seed,
+        payload=payload.value,
+        ragged=ragged,
+        width=width.value,
+        layers=layers,
+        workers=workers,
+        progress=TerminalProgress(),
+    )
+    made = look(dst)
     facts = {
         "path": made.path,
         "variant": variant,
         "seed": seed,
         "tensors": made.tensors,
         "bytes": made.bytes,
+        "layers": kinds,
+        "absent": absent,
     }
     put(facts, as_json, f"{dst}: a toy {variant}, {made.tensors} tensors, {made.bytes / 1e6:.1f} MB")
 

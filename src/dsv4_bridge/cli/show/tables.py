@@ -41,6 +41,11 @@ def show(what: Any) -> None:
     Plain(width=None if sys.stdout.isatty() else 140, highlight=False).print(what)
 
 
+def say(line: str) -> None:
+    """A line on stderr, beside what a verb answers."""
+    Plain(stderr=True).print(line, highlight=False, soft_wrap=True, markup=False)
+
+
 def size(nbytes: int | float) -> str:
     """Bytes for people, powers of ten."""
     for unit in ("B", "kB", "MB", "GB"):
