@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -138,15 +138,34 @@ def verify(
     checksums: Annotated[
         Path | None, typer.Option("--checksums", help="Those of A's files; by default A.checksums.json beside it.")
     ] = None,
+    release: Annotated[
+        str | None, typer.Option("--release", help="Is A this release, byte for byte, by what is known of it offline?")
+    ] = None,
+    hub: Annotated[
+        str | None, typer.Option("--hub", help="Is A what this repository on the Hub holds, by the Hub's own list?")
+    ] = None,
     workers: Workers = 2,
     as_json: Json = False,
 ) -> None:
-    """Are two checkpoints the same, or the files of one still as they were written? Exit code 1 if they differ."""
+    """Are two checkpoints the same, is one a release, or are its files as written? Exit code 1 if they differ."""
     from ..convert.verify import verify as compare
     from ..store.hub import resolve
     from .show.progress import TerminalProgress
-    from .show.tables import files_verdict, verify_table
+    from .show.tables import files_verdict, release_verdict, verify_table
 
+    if release or hub:
+        from ..convert.releases import verify_hub, verify_release
+
+        if b or level or checksums or (release and (hub or revision)):
+            raise BridgeError(
+                "verifying against a release: --release and --hub each stand alone with one folder; only --hub takes a "
+                "--revision"
+            )
+        told: dict[str, Any] = {"workers": workers, "progress": TerminalProgress()}
+        found = verify_release(a, release, **told) if release else verify_hub(a, str(hub), revision, **told)
+        put(found.to_json(), as_json, release_verdict(found))
+        finish(found.whole)
+        return
     if b is None:
         from ..convert.checksums import verify_files
 
