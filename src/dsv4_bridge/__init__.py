@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .convert.contents import examine
     from .convert.jobs import export_hf, import_hf, repack
     from .convert.merge import merge
+    from .convert.releases import verify_hub, verify_release
     from .convert.run import Options
     from .convert.verify import verify
     from .planning.ranks import plan_ranks
@@ -44,6 +45,8 @@ __all__ = [
     "repack",
     "verify",
     "verify_files",
+    "verify_hub",
+    "verify_release",
 ]
 
 _PLACES = {
@@ -64,6 +67,8 @@ _PLACES = {
     "repack": "convert.jobs:repack",
     "verify": "convert.verify:verify",
     "verify_files": "convert.checksums:verify_files",
+    "verify_hub": "convert.releases:verify_hub",
+    "verify_release": "convert.releases:verify_release",
 }
 
 

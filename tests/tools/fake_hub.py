@@ -135,7 +135,10 @@ def digest(kind: str, path: Path) -> str:
 
 @cache
 def _digest(kind: str, path: Path, *state: int) -> str:
-    return hashlib.new(kind, path.read_bytes()).hexdigest()
+    data = path.read_bytes()
+    if kind == "blob":  # what Git, and so the Hub, calls a file of this content
+        return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+    return hashlib.new(kind, data).hexdigest()
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -191,7 +194,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def entry(self, name: str, path: Path) -> dict[str, Any]:
         size = path.stat().st_size
-        entry = {"type": "file", "path": name, "size": size, "oid": digest("sha1", path)}
+        entry = {"type": "file", "path": name, "size": size, "oid": digest("blob", path)}
         if is_large(name):
             entry["lfs"] = {"oid": digest("sha256", path), "size": size, "pointerSize": 134}
         return entry
@@ -207,7 +210,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             data, commit = (folder / name).read_bytes(), commit_of(folder)
             if not is_large(name):
-                etag = f'"{digest("sha1", folder / name)}"'
+                etag = f'"{digest("blob", folder / name)}"'
                 self.content(data, {"ETag": etag, "X-Repo-Commit": commit})
                 return
             # Weights lie on another host: a redirect that says what will come.

@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,6 +16,13 @@ class Level(StrEnum):
     names = "names"
     values = "values"
     bytes = "bytes"
+
+
+class Width(StrEnum):
+    """How large a toy is."""
+
+    tiny = "tiny"
+    full = "full"
 
 
 class Payload(StrEnum):
@@ -45,19 +52,48 @@ def toy(
         Payload.natural
     ),
     ragged: Annotated[bool, typer.Option("--ragged", help="Widths that are no multiples of 128.")] = False,
+    width: Annotated[Width, typer.Option("--width", help="A tiny model, or the released widths and experts.")] = (
+        Width.tiny
+    ),
+    layers: Annotated[int | None, typer.Option("--layers", min=1, help="Decoder layers of a full width.")] = None,
+    workers: Annotated[int, typer.Option("--workers", min=1, max=256, help="Threads that make tensors.")] = 2,
     as_json: Json = False,
 ) -> None:
     """Make a small random checkpoint in the released format of a variant."""
+    from ..spec.plan import layer_kinds
+    from ..spec.variants import variant_named
     from ..store.inspect import inspect as look
-    from ..toy.checkpoint import make_toy
+    from ..toy.checkpoint import make_toy, toy_bytes, toy_spec
+    from .show.progress import TerminalProgress
+    from .show.tables import say, size
 
-    made = look(make_toy(dst, variant, seed, payload=payload.value, ragged=ragged))
+    spec = toy_spec(variant, width.value, layers, ragged=ragged)
+    kinds, of_release = layer_kinds(spec), layer_kinds(variant_named(variant).spec)
+    absent = [name for name, count in of_release.items() if count and not kinds[name]]
+    if width is Width.full:
+        shown = ", ".join(f"{count} {name}" for name, count in kinds.items() if count)
+        few = f"; too few layers for {', '.join(absent)}" if absent else ""
+        say(f"{dst}: {size(toy_bytes(variant, spec))} of disk, {spec.num_hidden_layers} layers ({shown}){few}")
+    make_toy(
+        dst,
+        variant,
+        seed,
+        payload=payload.value,
+        ragged=ragged,
+        width=width.value,
+        layers=layers,
+        workers=workers,
+        progress=TerminalProgress(),
+    )
+    made = look(dst)
     facts = {
         "path": made.path,
         "variant": variant,
         "seed": seed,
         "tensors": made.tensors,
         "bytes": made.bytes,
+        "layers": kinds,
+        "absent": absent,
     }
     put(facts, as_json, f"{dst}: a toy {variant}, {made.tensors} tensors, {made.bytes / 1e6:.1f} MB")
 
@@ -102,15 +138,34 @@ def verify(
     checksums: Annotated[
         Path | None, typer.Option("--checksums", help="Those of A's files; by default A.checksums.json beside it.")
     ] = None,
+    release: Annotated[
+        str | None, typer.Option("--release", help="Is A this release, byte for byte, by what is known of it offline?")
+    ] = None,
+    hub: Annotated[
+        str | None, typer.Option("--hub", help="Is A what this repository on the Hub holds, by the Hub's own list?")
+    ] = None,
     workers: Workers = 2,
     as_json: Json = False,
 ) -> None:
-    """Are two checkpoints the same, or the files of one still as they were written? Exit code 1 if they differ."""
+    """Are two checkpoints the same, is one a release, or are its files as written? Exit code 1 if they differ."""
     from ..convert.verify import verify as compare
     from ..store.hub import resolve
     from .show.progress import TerminalProgress
-    from .show.tables import files_verdict, verify_table
+    from .show.tables import files_verdict, release_verdict, verify_table
 
+    if release or hub:
+        from ..convert.releases import verify_hub, verify_release
+
+        if b or level or checksums or (release and (hub or revision)):
+            raise BridgeError(
+                "verifying against a release: --release and --hub each stand alone with one folder; only --hub takes a "
+                "--revision"
+            )
+        told: dict[str, Any] = {"workers": workers, "progress": TerminalProgress()}
+        found = verify_release(a, release, **told) if release else verify_hub(a, str(hub), revision, **told)
+        put(found.to_json(), as_json, release_verdict(found))
+        finish(found.whole)
+        return
     if b is None:
         from ..convert.checksums import verify_files
 

@@ -8,11 +8,8 @@ import numpy as np
 from . import fp8, mxfp4
 from ._kernels import kernel
 
-# The largest code of a byte, whose order is that of the magnitudes: of two nibbles, or of an E4M3 code.
-LARGEST = {
-    "mxfp4": np.array([max(b & 7, b >> 4 & 7) for b in range(256)], np.uint8),
-    "fp8": np.array([b & 0x7F for b in range(256)], np.uint8),
-}
+u8, u64 = np.uint8, np.uint64
+
 # The released scale is the smallest power of two with amax <= 6 x scale (448 x scale): a block's largest value is
 # above half of that, which rounds to a code of at least 3.0 (224).
 LEAST = {"mxfp4": 5, "fp8": 0x76}
@@ -65,31 +62,49 @@ def count_words(data: np.ndarray, counts: np.ndarray) -> None:
         counts[data[i]] += 1
 
 
-@kernel()
-def weak_blocks(codes: np.ndarray, largest: np.ndarray, least: int, high: int, wide: int) -> tuple[int, int]:
-    """Blocks of `high` x `wide` bytes of uint8 codes [R, C] that hold a value, and those whose largest code is small.
+def weak_blocks(encoding: str, codes: np.ndarray) -> tuple[int, int]:
+    """Blocks that hold a value, and those of them whose largest code is smaller than the released rule makes it.
 
     Args:
-        codes: rows of a tensor, from the first row of a block on.
-        largest: [256], the magnitude that a byte stands for.
-        least: what the largest magnitude of a block should reach.
-        high: rows of a block.
-        wide: bytes of a row of a block.
+        encoding: `mxfp4`, or `fp8` with scales of any kind.
+        codes: rows of a tensor, contiguous, from the first row of a block on: uint8 [R, K/2] of MXFP4, else [R, K].
     """
+    if encoding == "mxfp4":
+        return _weak_groups(codes.reshape(-1).view(u64), u64(8 - LEAST[encoding]))
+    return _weak_tiles(codes, LEAST[encoding])
+
+
+@kernel()
+def _weak_groups(words, lift):
+    """Of groups of 32 nibbles in two words; `lift` carries a magnitude into the sign's bit where it is large enough."""
+    held = weak = u64(0)
+    magnitudes, one, sign = u64(0x7777777777777777), u64(0x1111111111111111), u64(0x8888888888888888)
+    for group in range(u64(words.size // 2)):
+        low, high = u64(words[u64(2) * group] & magnitudes), u64(words[u64(2) * group + u64(1)] & magnitudes)
+        large = u64((u64(low + lift * one) | u64(high + lift * one)) & sign)
+        holds = u64(1) if (low | high) != u64(0) else u64(0)
+        held += holds
+        weak += holds if large == u64(0) else u64(0)
+    return np.int64(held), np.int64(weak)
+
+
+@kernel()
+def _weak_tiles(codes, least):
+    """Of tiles of 128 x 128 codes, smaller at the edges."""
     rows, columns = codes.shape
-    across = -(-columns // wide)
-    tops = np.zeros(across, np.uint8)
+    across = -(-columns // 128)
+    tops = np.zeros(across, u8)
     held = weak = 0
-    for start in range(0, rows, high):
+    for start in range(0, rows, 128):
         tops[:] = 0
-        for row in range(start, min(rows, start + high)):
-            for block in range(across):
-                top = tops[block]
-                for column in range(block * wide, min(columns, (block + 1) * wide)):
-                    top = max(top, largest[codes[row, column]])
-                tops[block] = top
-        for block in range(across):
-            if tops[block] > 0:
+        for row in range(start, min(rows, start + 128)):
+            for tile in range(across):
+                top = u8(0)
+                for column in range(u64(tile * 128), min(u64(columns), u64(tile * 128 + 128))):
+                    top = max(top, u8(codes[row, column] & u8(0x7F)))
+                tops[tile] = max(tops[tile], top)
+        for tile in range(across):
+            if tops[tile] > 0:
                 held += 1
-                weak += tops[block] < least
+                weak += tops[tile] < least
     return held, weak

@@ -14,18 +14,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from ..errors import BridgeError, files_named
 from ..files import put, sync
 from ..progress import Progress, Silent, in_background
 from ..store.checksum import Checksum
-from ..store.reading import drop_behind, open_to_read
+from ..store.digests import pieces
 from ..strict_json import parse_json
 
 _SUFFIX = ".checksums.json"
 _FORMAT = "dsv4-checksums-1"
-_PIECE = 8 << 20
 _MOST_BYTES = 64 << 20
 
 
@@ -156,15 +153,11 @@ def file_sum(path: Path, progress: Progress | None = None) -> Sum:
     Raises:
         OSError: it cannot be read.
     """
-    total, buffer, fd = Checksum(), np.empty(_PIECE, np.uint8), open_to_read(path)
-    try:
-        while count := os.preadv(fd, [buffer], total.size):
-            drop_behind(fd, total.size, count)
-            total.add(buffer[:count])
-            if progress:
-                progress.advance(count)
-    finally:
-        os.close(fd)
+    total = Checksum()
+    for piece in pieces(path):
+        total.add(piece)
+        if progress:
+            progress.advance(len(piece))
     return Sum(total.size, total.value())
 
 

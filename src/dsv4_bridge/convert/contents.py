@@ -17,8 +17,6 @@ import numpy as np
 
 from ..codec import fp8, mxfp4
 from ..codec.statistics import (
-    LARGEST,
-    LEAST,
     bf16_values,
     count_bytes,
     count_words,
@@ -206,13 +204,12 @@ def _quantised(item: Item, bound: Bound, source: HFValues, scratch: Scratch) -> 
     counts, checksum = np.zeros(256, np.int64), Checksum()
     encoding = ENCODINGS[bound.encoding]
     codes = "mxfp4" if encoding.packed > 1 else "fp8"
-    high, wide = encoding.block[0], encoding.block[1] // encoding.packed
     blocks = weak = 0
     for first, last in cuts(0, item.shape[0], stripe_rows(item.shape, 1)):
         raw = source.raw(bound, first, last, scratch).view(np.uint8)
         count_bytes(raw.reshape(-1), counts)
         checksum.add(raw)
-        held, small = weak_blocks(raw, LARGEST[codes], LEAST[codes], high, wide)
+        held, small = weak_blocks(codes, raw)
         blocks, weak = blocks + held, weak + small
     scale = source.scale(bound, 0, item.shape[0], scratch)
     checksum.add(scale)

@@ -112,12 +112,12 @@ def amount(nbytes: int) -> str:
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
 
 
-def check_space(out: Path, need: int, job: Job) -> None:
-    """Refuse to write `need` bytes where they do not fit."""
+def check_space(out: Path, need: int, label: str) -> None:
+    """Refuse to write `need` bytes where they do not fit; `label` says in messages what they are of."""
     probe = next(p for p in (out, *out.parents) if p.exists())
     free = shutil.disk_usage(probe).free
     if need + _SLACK > free:
         raise BridgeError(
-            f"writing {out}: {job.label} needs {amount(need)} more and {amount(_SLACK)} to spare, "
+            f"writing {out}: {label} needs {amount(need)} more and {amount(_SLACK)} to spare, "
             f"{amount(free)} are free on that disk"
         )

@@ -116,7 +116,7 @@ def _take_share(
     left = [f for f in job.files if f.name not in done]
     need = sum(f.nbytes for f in left)
     try:
-        check_space(out, need + copies, job)
+        check_space(out, need + copies, job.label)
     except BridgeError:
         if not options.resume:
             clear(work)

@@ -88,6 +88,18 @@ def blocks(spec: ModelSpec) -> tuple[Block, ...]:
     )
 
 
+def layer_kinds(spec: ModelSpec) -> dict[str, int]:
+    """How many decoder layers there are of each kind of attention and of routing, and how many draft blocks."""
+    layers = [b for b in blocks(spec) if b.kind == "layer"]
+    attention = {name: sum(b.ratio == ratio for b in layers) for name, ratio in _ATTENTION.items()}
+    hashed = sum(b.hashed for b in layers)
+    draft = {"MTP": spec.mtp_layers, "DSpark": spec.dspark.stages if spec.dspark else 0}
+    return attention | {"hash": hashed, "routed": len(layers) - hashed} | draft
+
+
+_ATTENTION = {"window": 0, "CSA": 4, "HCA": 128}
+
+
 def expand(spec: ModelSpec, own_mtp_head: bool = False) -> Plan:
     """Expand the table for one model.
 

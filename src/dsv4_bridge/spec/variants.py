@@ -10,7 +10,7 @@
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ..errors import BridgeError
@@ -205,6 +205,40 @@ def tiny(variant: Variant, ragged: bool = False) -> ModelSpec:
         hc_sinkhorn_iters=4,  # twenty would be an eighth of the time of a step, and no other code
         dspark=DSparkSpec(5, 511, (3, 4, 5), 16) if spec.dspark else None,
         compress_ratios=(*start, 4, 128, 4, 128, *(0,) * spec.draft_blocks),
+    )
+
+
+def shortened(variant: Variant, layers: int) -> ModelSpec:
+    """The released numbers with the first `layers` decoder layers, and the draft blocks as they are.
+
+    Kinds of attention that come later in the release take the place of its last layers here, as far as there is room:
+    Flash begins with window, window, CSA, HCA, so three layers are window, CSA, HCA. At most half of the layers route
+    by token id, so that routed ones are among them.
+
+    Args:
+        variant: the release.
+        layers: how many, from 1 to the released number.
+
+    Raises:
+        BridgeError: no such number.
+    """
+    spec = variant.spec
+    if not 1 <= layers <= spec.num_hidden_layers:
+        raise BridgeError(f"{layers} layers of {variant.name}: it has {spec.num_hidden_layers}, expected 1 to that")
+    released = spec.compress_ratios[: spec.num_hidden_layers]
+    ratios = tuple(dict.fromkeys(released))[:layers]  # where not even one of each fits
+    for kept in range(layers + 1):
+        late = tuple(r for r in dict.fromkeys(released) if r not in released[:kept])
+        if kept + len(late) == layers:
+            ratios = (*released[:kept], *late)
+    stages = spec.dspark.stages if spec.dspark else 0
+    targets = tuple(max(0, layers - stages + k) for k in range(stages))  # the last ones, as released
+    return replace_spec(
+        spec,
+        num_hidden_layers=layers,
+        num_hash_layers=min(spec.num_hash_layers, layers // 2),
+        dspark=replace(spec.dspark, target_layer_ids=targets) if spec.dspark else None,
+        compress_ratios=(*ratios, *spec.compress_ratios[spec.num_hidden_layers :]),
     )
 
 

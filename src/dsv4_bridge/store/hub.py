@@ -10,10 +10,11 @@ import re
 import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import BridgeError, files_named, short
+from ..spec.releases import Published
 from ..spec.variants import VARIANTS
 from .hf_config import read_config, refuse_other_models
 from .hub_limits import limited
@@ -92,6 +93,47 @@ def fetch_small(source: str, revision: str | None = None) -> Path:
     """
     local = _local(source, revision)
     return local or _fetch(source, _pinned(_description(source, revision), revision), [_CONFIG, *_SMALL])
+
+
+@files_named("listing")
+def listing(source: str, revision: str | None = None) -> tuple[str, dict[str, Published]]:
+    """The files of a repository with their sizes and digests, as the Hub keeps them; none of them is fetched.
+
+    Args:
+        source: `owner/name` on the Hub.
+        revision: branch, tag or commit.
+
+    Returns:
+        The commit, and relative name -> SHA-256 of a large file, Git's blob of a small one.
+
+    Raises:
+        BridgeError: no such repository, it cannot be reached, or its answer is not the Hub's.
+    """
+    if not _REPO.fullmatch(source):
+        raise BridgeError(f"listing {source}: a repository on the Hub is named owner/name")
+    try:
+        from huggingface_hub import HfApi
+        from huggingface_hub.hf_api import RepoFile
+
+        with limited(f"listing {source} on the Hub"):
+            api = HfApi()
+            commit = str(api.model_info(source, revision=revision).sha)
+            tree = api.list_repo_tree(source, recursive=True, revision=commit)
+            files = [entry for entry in tree if isinstance(entry, RepoFile)]
+            return commit, {_inside(source, f.path): _published(f) for f in files}
+    except Exception as error:
+        raise _explained(error, source, revision) from None
+
+
+def _published(file: Any) -> Published:
+    return Published(int(file.size), f"sha256:{file.lfs.sha256}" if file.lfs else f"blob:{file.blob_id}")
+
+
+def _inside(source: str, name: str) -> str:
+    parts = PurePosixPath(name).parts
+    if not parts or parts[0] == "/" or ".." in parts or "\0" in name:
+        raise BridgeError(f"listing {source} on the Hub: {short(name)} is no file inside a folder")
+    return name
 
 
 def _local(source: str, revision: str | None) -> Path | None:

@@ -29,6 +29,13 @@ def small_files(folder: Path) -> dict[str, Path]:
     return found
 
 
+def is_small(name: str) -> bool:
+    """Whether a relative name is one of those that a conversion carries over."""
+    first, *inner = name.lower().split("/")
+    named = first in FOLDERS if inner else first in NAMES or first.startswith(STARTS)
+    return named and not name.lower().endswith(WEIGHTS)
+
+
 def _check_link(folder: Path, name: str, path: Path) -> None:
     """A file is the folder's own, the Hub's cache's, or that of the same name of another checkpoint."""
     real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))

@@ -1,7 +1,9 @@
 """Tables and progress for people; nothing here decides anything."""
 
+import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from ...codec import Certificate, EncodeStats
 from ...convert.checksums import FilesReport
 from ...convert.contents import ContentsReport
 from ...convert.emitter import Report
+from ...convert.releases import ReleaseReport
 from ...convert.verify import VerifyReport
 from ...errors import printable
 from ...store.inspect import InspectReport
@@ -39,6 +42,11 @@ class Plain(Console):
 def show(what: Any) -> None:
     """Print to stdout; wide when it is no terminal, so that nothing is cut."""
     Plain(width=None if sys.stdout.isatty() else 140, highlight=False).print(what)
+
+
+def say(line: str) -> None:
+    """A line on stderr, beside what a verb answers."""
+    Plain(stderr=True).print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def size(nbytes: int | float) -> str:
@@ -102,6 +110,38 @@ def files_verdict(report: FilesReport) -> Group:
         verdict = f"as written: {report.files:,} files, {report.bytes:,} bytes, by CRC-32C ({report.made})"
         return Group(*lines, Text(verdict, "bold green"))
     return Group(*lines, Text(f"{len(report.wrong)} of {report.files} files are not as written", "bold red"))
+
+
+def release_verdict(report: ReleaseReport) -> Group:
+    """The files that are not the release's, what is proven and what is not, the verdict."""
+    wrong, unproven = _by_word(report.wrong), _by_word(report.unproven)
+    lines = [Text(f"  {_and_more(names)}: {what}") for what, names in list(wrong.items())[:20]]
+    if len(wrong) > 20:
+        lines.append(Text(f"  … and {len(wrong) - 20} more (--json lists them)"))
+    lines += [Text(f"not proven: {_and_more(names)}: {what}", "yellow") for what, names in unproven.items()]
+    for what, names in (("not in the folder, and not needed", report.absent), ("not looked at", report.others)):
+        if names:
+            lines.append(Text(f"note: {len(names)} files {what}: {', '.join(names[:3])}{' …' * (len(names) > 3)}"))
+    whose = f"{report.release} at {report.revision[:12]}"
+    if report.whole:
+        proven = f"{len(report.proven):,} files, {report.bytes:,} bytes, by their published digests"
+        return Group(*lines, Text(f"byte for byte {whose}: {proven}", "bold green"))
+    if report.same:
+        proven = f"{len(report.proven)} files proven, {len(report.unproven)} not: it cannot be said here that this is"
+        return Group(*lines, Text(f"nothing differs of what is known, but {proven} {whose}", "bold yellow"))
+    return Group(*lines, Text(f"not {whose}: {len(report.wrong)} files differ", "bold red"))
+
+
+def _by_word(told: Mapping[str, str]) -> dict[str, list[str]]:
+    """What is said -> the files that it is said of."""
+    grouped: dict[str, list[str]] = defaultdict(list)
+    for name, what in told.items():
+        grouped[re.sub(r"its [\d,]+ tensors", "its tensors", what)].append(name)
+    return grouped
+
+
+def _and_more(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def inspect_table(report: InspectReport, contents: ContentsReport | None = None) -> Group:
