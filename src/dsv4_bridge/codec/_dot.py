@@ -87,7 +87,7 @@ def _values_at_scale(b: Any) -> Any:
     scale = np.ldexp(1.0, np.arange(256) - 127)[:, None] * (np.arange(256) <= MAX_SCALE)[:, None]
     values = (np.array(_CODES) * scale).astype(f32).reshape(-1).tolist()
     table = cgutils.global_constant(b, "mxfp4_values", ir.Constant(ir.ArrayType(ir.FloatType(), len(values)), values))
-    table.align = 64
+    table.align = 64  # type: ignore[assignment]
     return b.bitcast(table, _BYTE.as_pointer())
 
 
