@@ -54,6 +54,7 @@ format: $(VENV)/.ready
 bench: $(VENV)/.ready
 	$(PY) -m pip install --quiet --no-deps megatron-bridge==0.6.2
 	$(PY) benchmarks/codecs.py
+	$(PY) benchmarks/multiply.py
 	$(PY) benchmarks/layer.py
 	$(PY) benchmarks/model.py
 	$(PY) benchmarks/model_memory.py

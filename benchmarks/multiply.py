@@ -72,7 +72,7 @@ def contenders(
     out = np.zeros((tokens, rows), np.float32)
     bits, wide = np.zeros((rows, columns), np.uint16), torch.zeros(rows, columns)
     x32, x16 = torch.from_numpy(x), torch.from_numpy(x).bfloat16()
-    pool = ThreadPoolExecutor(threads)
+    spread = map if threads == 1 else ThreadPoolExecutor(threads).map
 
     def ours() -> None:
         codes, scale = next(turn)
@@ -89,7 +89,7 @@ def contenders(
             high = 1 if encoding == "mxfp4" else 128
             CODECS[encoding].decode(codes[first:last], scale[first // high : -(-last // high)], bits[first:last])
 
-        list(pool.map(part, range(0, rows, step)))
+        list(spread(part, range(0, rows, step)))
         return torch.from_numpy(bits).view(torch.bfloat16)
 
     def in_bf16() -> None:
@@ -103,7 +103,7 @@ def contenders(
         codes, scale = next(turn)
         words = codes.reshape(-1).view(np.uint64)
         step = -(-words.size // threads)
-        list(pool.map(np.add.reduce, [words[first : first + step] for first in range(0, words.size, step)]))
+        list(spread(np.add.reduce, [words[first : first + step] for first in range(0, words.size, step)]))
         if scale is not None and scale.size % 8 == 0:
             np.add.reduce(scale.reshape(-1).view(np.uint64))
 

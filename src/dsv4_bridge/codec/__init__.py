@@ -16,6 +16,7 @@ is the scale 2^(E-127).
 - `mxfp4`, `fp8`: fast `decode` and `encode` between numpy arrays. The caller supplies the output
   buffers (reusing them matters more than the kernel) and the threads (kernels release the GIL).
 - `recode`: MXFP4 to FP8 without going through bf16, with a certificate of losslessness.
+- `multiply`: weights as they are stored, multiplied by without decoding them; for one vector or a few.
 - `reference`: the readable definition, in torch, that the fast codecs are held equal to.
 
 Every function takes a whole tensor or a stripe of its rows that starts at a multiple of 128, with

@@ -44,6 +44,7 @@ _SEEN = ir.VectorType(_BYTE, 64)
 _CODES = [*MAGNITUDES.tolist(), *(-MAGNITUDES).tolist()]
 
 
+@cache
 def _features() -> str:
     """What numba compiles for, as +avx512f,+f16c and so on."""
     if config.CPU_NAME or config.CPU_FEATURES:  # type: ignore[attr-defined]
@@ -87,7 +88,7 @@ def _values_at_scale(b: Any) -> Any:
     scale = np.ldexp(1.0, np.arange(256) - 127)[:, None] * (np.arange(256) <= MAX_SCALE)[:, None]
     values = (np.array(_CODES) * scale).astype(f32).reshape(-1).tolist()
     table = cgutils.global_constant(b, "mxfp4_values", ir.Constant(ir.ArrayType(ir.FloatType(), len(values)), values))
-    table.align = 64
+    table.align = 64  # type: ignore[assignment]
     return b.bitcast(table, _BYTE.as_pointer())
 
 
@@ -305,13 +306,16 @@ def _total(sums):
 @kernel()
 def pack(x, first, count, pairs, out):
     """`count` vectors of x [t, K] from `first` on, for `stripe`: into out [ceil(K/128) * 8, T, 16] of zeros."""
+    columns = u64(x.shape[1])
     for t in range(u64(count)):
-        for k in range(u64(x.shape[1])):
-            if pairs:
-                step, lane = (k >> u64(5)) * u64(2) + (k & u64(1)), (k & u64(31)) >> u64(1)
-            else:
-                step, lane = k >> u64(4), k & u64(15)
-            out[step, t, lane] = x[u64(first) + t, k]
+        row = x[u64(first) + t]
+        for s in range(columns >> u64(5)):
+            for j in range(u64(16)):
+                one, other = (u64(2) * j, u64(2) * j + u64(1)) if pairs else (j, j + u64(16))
+                out[u64(2) * s, t, j] = row[u64(32) * s + one]
+                out[u64(2) * s + u64(1), t, j] = row[u64(32) * s + other]
+        for k in range(columns >> u64(5) << u64(5), columns):  # pairs come in multiples of 32
+            out[k >> u64(4), t, k & u64(15)] = row[k]
 
 
 @cache

@@ -1,9 +1,9 @@
 """Multiply by encoded weights as they are: y = x @ decode(codes, scale).T, without a decoded copy.
 
 For generating text, where a weight meets one vector or a few: then the time is that of reading the weight, and FP8 is
-half of bf16, MXFP4 a quarter. No decoded weight is stored, not even a tile; see `_dot` for how. From some 16 vectors
-on arithmetic takes longer than reading, and decoding once to multiply with BLAS is quicker; the results are right for
-any number.
+half of bf16, MXFP4 a quarter. No decoded weight is stored, not even a tile; see `_dot` for how. From eight
+vectors on arithmetic takes longer than reading, and from about a hundred on decoding once to multiply with BLAS is
+quicker; the results are right for any number.
 
 Exactness: every weight is the very number that the codec's `decode` gives (products with E8M0 scales are exact in
 float32; where a float32 scale is no power of two, they are rounded to bf16 as decoding does). Sums are float32. With
