@@ -210,7 +210,9 @@ def test_too_little_memory_is_said_before_anything_is_loaded(toy_flash: Path, mo
     monkeypatch.setattr("dsv4_bridge.mcore.runtime.free_memory", lambda: (10_000_000, "memory"))
     message = r"takes 0\.0 GB in float32, and 0\.0 GB of memory are free; --dtype bf16 takes half"
     with pytest.raises(BridgeError, match=message):
-        generate(toy_flash, Ask(texts=["a"]))
+        generate(toy_flash, Ask(texts=["a"]), stream=False)
+    streamed = generate(toy_flash, Ask(texts=["a"], max_new_tokens=2)).streamed  # by itself, where it does not fit
+    assert streamed is not None and streamed.kept
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from ..layers.moe import ExpertsOnDemand, HashableMoELayer, Part
 from .on_demand import OnDemand
 from .shelf import Shelf, threads
 
-_FEW = 16  # tokens; more are multiplied by a decoded copy
+_FEW = 96  # tokens; more are multiplied by a decoded copy sooner
 
 
 def product(matrix: EncodedMatrix, x: Tensor) -> Tensor:
@@ -86,15 +86,14 @@ class EncodedModel:
             elif isinstance(module, HashableMoELayer) and isinstance(module.experts, ExpertsOnDemand):
                 module.experts.run = self._runner(module.block, module.experts)
                 module.experts.local_experts = torch.nn.ModuleList()
-        left = memory - demand.size("")
-        any_expert = next(iter(self.experts.values()))
-        if left < (least := self.shelf.least(any_expert)):
+        small, any_expert = demand.size(""), next(iter(self.experts.values()))
+        if memory < (least := small + self.shelf.least(any_expert)):
             raise BridgeError(
-                f"generating from {memory / 2**30:,.2f} GiB of weights: {(demand.size('') + least) / 2**30:,.2f} GiB "
-                "are the least (small weights, and room to read in); give more --memory"
+                f"generating with {memory:,} bytes for weights: {least:,} bytes are the least (small weights, and room "
+                f"to read in); give {(least - memory) / 2**30:,.2f} GiB more --memory"
             )
         self._held.enter_context(demand.held(""))
-        self.shelf.fill(left, any_expert, spec.num_hidden_layers)
+        self.shelf.fill(memory - small, any_expert, spec.num_hidden_layers)
 
     def __enter__(self) -> Self:
         return self
