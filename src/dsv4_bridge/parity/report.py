@@ -176,6 +176,12 @@ def about(report: ParityReport) -> list[str]:
         f"computed    in {report.dtype} on {report.device}: "
         + ", ".join(f"{name} {number}" for name, number in report.versions.items()),
     ]
+    if report.steps:
+        read, slowest = sum(step.nbytes for step in report.steps), max(report.steps, key=lambda step: step.seconds)
+        lines.append(
+            f"by layers   {len(report.steps)} one at a time, {read / 1e6:,.0f} MB read by both; the slowest was layer "
+            f"{slowest.layer}, {slowest.seconds:,.1f} s"
+        )
     if report.narrow is not None:
         lines.insert(
             3,
