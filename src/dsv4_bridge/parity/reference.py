@@ -118,16 +118,11 @@ def fill_reference(model: Any, items: Iterable[Item], spec: ModelSpec, stripes: 
         if stack and item.expert is not None:  # experts stacked, gate and up stacked by rows
             first = item.row.part[0] * item.shape[0]
             target = target[item.expert, first : first + item.shape[0]]
-        copy_stripes(target, stripes(item, 0, item.shape[0], scratch))
+        at = 0
+        for stripe in stripes(item, 0, item.shape[0], scratch):
+            target[at : at + len(stripe)].copy_(as_tensor(stripe))
+            at += len(stripe)
         awaited.discard(name)
-
-
-def copy_stripes(target: Tensor, stripes: Iterable[np.ndarray]) -> None:
-    """Rows of values into a tensor, from its first row on."""
-    at = 0
-    for stripe in stripes:
-        target[at : at + len(stripe)].copy_(as_tensor(stripe))
-        at += len(stripe)
 
 
 def as_tensor(stripe: np.ndarray) -> Tensor:

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from ..mcore.weights.absent import memory_for, without_memory
+from ..mcore.weights.experts import ExpertWeights
 from ..mcore.weights.on_demand import RowsOfTable, Source
 from ..spec.plan import Item, expand
 from ..spec.spec import ModelSpec
 from ..store.hf import disk_name
 from ..store.values import Scratch, Values
-from .reference import copy_stripes, empty_reference, fill_reference
+from .reference import empty_reference, fill_reference
 
 
 class ReferenceOnDemand:
@@ -40,23 +41,18 @@ class ReferenceOnDemand:
             self.model: Any = empty_reference(spec, dtype)
         self.model._apply(lambda t: t if t.is_meta else t.to(device))
         self._held: dict[int | None, list[Item]] = {}
-        experts: dict[int, dict[tuple[str, int], list[Item]]] = {}
+        experts: dict[tuple[str, int], list[Item]] = {}
         plan = expand(spec)
         for item in plan.items:
             layer = item.block.index if item.block.kind == "layer" else None
             if item.expert is None or layer is None:
                 self._held.setdefault(layer, []).append(item)
             else:
-                name = disk_name(item, "modules", spec)[0]
-                experts.setdefault(layer, {}).setdefault((name, item.expert), []).append(item)
+                experts.setdefault((item.block.prefix, item.expert), []).append(item)
         self.model.model.embed_tokens = RowsOfTable(self.source, plan.by_name["embed.weight"], dtype)
-        stacks: dict[tuple[int, ...], Tensor] = {}  # every layer's experts are read into the same memory
+        weights = ExpertWeights(values, experts, dtype, device)
         for index, layer in enumerate(self.model.model.layers):
-            for name, stack in list(layer.mlp.experts.named_parameters(recurse=False)):
-                del layer.mlp.experts._parameters[name]
-                whole = f"model.layers.{index}.mlp.experts.{name}"
-                into = stacks.setdefault(stack.shape[1:], torch.empty(stack.shape[1:], dtype=dtype, device=device))
-                setattr(layer.mlp.experts, name, _Stack(self.source, experts[index], whole, into))
+            _Stacks(self.source, weights, f"layers.{index}.").stand_in(layer.mlp)
 
     def given(self, ids: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """What the model's first layer gets for ids [b, s]: streams [b, s, n, h], and further arguments."""
@@ -124,16 +120,45 @@ class _Caught(torch.nn.Module):
         return streams
 
 
-class _Stack:
-    """[experts, rows, columns] of which one expert is in memory: the last that was asked for."""
+class _Stacks:
+    """Stand for the stacked experts of a layer: of each stack one is in memory, the one that was asked for.
 
-    def __init__(self, source: Source, parts: dict[tuple[str, int], list[Item]], name: str, into: Tensor):
-        self.source, self.parts, self.name, self.into = source, parts, name, into
+    The layer asks by ascending number for those that its router has chosen.
+    """
+
+    def __init__(self, source: Source, weights: ExpertWeights, prefix: str):
+        self.source, self.weights, self.prefix = source, weights, prefix
+        self._numbers: list[int] = []
+        self._coming: Iterator[tuple[Tensor, Tensor]] = iter(())
+        self._held: tuple[int, tuple[Tensor, Tensor]] | None = None
+
+    def stand_in(self, experts: Any) -> None:
+        """Take the place of both stacks of a layer's experts."""
+        experts.gate.register_forward_hook(self._chosen)
+        for place, name in enumerate(("gate_up_proj", "down_proj")):
+            del experts.experts._parameters[name]
+            setattr(experts.experts, name, _Stack(self, place))
+
+    def _chosen(self, module: Any, args: Any, output: Any) -> None:
+        self._numbers, self._held = output[2].unique().tolist(), None
+        self._coming = self.weights.each(self.prefix, list(self._numbers))
+        for number in self._numbers:
+            for item in self.weights.items[self.prefix, number]:
+                self.source.count(item)
+
+    def of(self, number: int) -> tuple[Tensor, Tensor]:
+        """Both weights of an expert."""
+        if self._held is None or self._held[0] != number:
+            assert self._numbers.pop(0) == number, "transformers asks for its experts in another order"
+            self._held = number, next(self._coming)
+        return self._held[1]
+
+
+class _Stack:
+    """One of both stacks, as [experts, rows, columns] is indexed."""
+
+    def __init__(self, stacks: _Stacks, place: int):
+        self.stacks, self.place = stacks, place
 
     def __getitem__(self, expert: Tensor | int) -> Tensor:
-        for item in self.parts[self.name, int(expert)]:
-            self.source.count(item)
-            first = item.row.part[0] * item.shape[0]
-            stripes = self.source.values.stripes(item, 0, item.shape[0], self.source.scratch)
-            copy_stripes(self.into[first : first + item.shape[0]], stripes)
-        return self.into
+        return self.stacks.of(int(expert))[self.place]

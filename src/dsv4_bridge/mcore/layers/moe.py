@@ -14,6 +14,7 @@ import torch
 from megatron.core import tensor_parallel
 from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
@@ -25,6 +26,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn import functional as F
 
 from ...errors import BridgeError
 from ..config import ON_DEMAND, DeepSeekV4Config
@@ -306,32 +308,30 @@ class Part(NamedTuple):
     weights: Tensor
 
 
-class ExpertsOnDemand(Experts):
-    """The same with the memory of one expert at most; without gradients.
+class ExpertsOnDemand(MegatronModule):
+    """Experts whose weights are elsewhere; without gradients.
 
     Attributes:
         run: computes what experts make of their tokens, [t, hidden] each; set by who has the weights.
     """
 
+    config: DeepSeekV4Config
     run: Callable[[list[Part]], list[Tensor]]
-
-    def __init__(self, num_local_experts: int, config: Any, submodules: MLPSubmodules, **kwargs: Any):
-        super().__init__(1, config, submodules, **kwargs)
 
     def forward(
         self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor
     ) -> tuple[Tensor, None]:
+        """As `Experts`."""
         hidden, probs, counts = permuted_local_hidden_states, permuted_probs, tokens_per_expert.tolist()
         parts = map(Part, range(len(counts)), hidden.split(counts), probs.split(counts))
         used = [part for part in parts if len(part.tokens)]
         return (torch.cat(self.run(used)) if used else hidden), None
 
-    def of_one(self, part: Part) -> Tensor:
-        """What the expert in memory makes of its tokens."""
-        one, by = self.local_experts[0], self.config.kernel_choice
-        gate_up = one.linear_fc1(part.tokens)[0]
-        active = clamped_swiglu(gate_up, part.weights, self.config.activation_func_clamp_value, by)
-        return one.linear_fc2(active)[0]
+    def of_one(self, part: Part, gate_up: Tensor, down: Tensor) -> Tensor:
+        """What an expert with these weights, [2f, hidden] and [hidden, f], makes of its tokens."""
+        limit, by = self.config.activation_func_clamp_value, self.config.kernel_choice
+        active = clamped_swiglu(F.linear(part.tokens, gate_up), part.weights, limit, by)
+        return F.linear(active, down)
 
 
 def routed_experts(num_local_experts: int, config: Any, **kwargs: Any) -> Any:
@@ -343,8 +343,9 @@ def routed_experts(num_local_experts: int, config: Any, **kwargs: Any) -> Any:
         from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
         return TESpecProvider().grouped_mlp_modules(True)(num_local_experts, config, **kwargs)
-    kind = ExpertsOnDemand if config.expert_layout == ON_DEMAND else Experts
-    return kind(num_local_experts, config, _LINEARS, **kwargs)
+    if config.expert_layout == ON_DEMAND:
+        return ExpertsOnDemand(config)
+    return Experts(num_local_experts, config, _LINEARS, **kwargs)
 
 
 def moe_builder(hashed: bool, block: str) -> Any:

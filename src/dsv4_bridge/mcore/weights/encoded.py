@@ -85,7 +85,6 @@ class EncodedModel:
                 del module.linear_o_group_proj
             elif isinstance(module, HashableMoELayer) and isinstance(module.experts, ExpertsOnDemand):
                 module.experts.run = self._runner(module.block, module.experts)
-                module.experts.local_experts = torch.nn.ModuleList()
         small, any_expert = demand.size(""), next(iter(self.experts.values()))
         if memory < (least := small + self.shelf.least(any_expert)):
             raise BridgeError(

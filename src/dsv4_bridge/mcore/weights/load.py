@@ -67,7 +67,7 @@ def fill_item(item: Item, here: Sequence[Place], source: Values, scratch: Scratc
     """
     for start, stop in _spans([(p.start, p.stop) for p in here]):
         at = start // TILE * TILE  # stripes of quantised tensors begin at whole tiles
-        for values in _stripes(item, at, stop, source, scratch, here[0].tensor.device):
+        for values in stripes_on(here[0].tensor.device, item, at, stop, source, scratch):
             for place in here:
                 low, high = max(at, place.start), min(at + len(values), place.stop)
                 if low < high:
@@ -78,9 +78,10 @@ def fill_item(item: Item, here: Sequence[Place], source: Values, scratch: Scratc
             at += len(values)
 
 
-def _stripes(
-    item: Item, start: int, stop: int, source: Values, scratch: Scratch, device: torch.device
+def stripes_on(
+    device: torch.device, item: Item, start: int, stop: int, source: Values, scratch: Scratch
 ) -> Iterator[Tensor]:
+    """Rows of an item, decoded, stripe by stripe: where they are used, or on the host for a CPU."""
     if computes(device):
         return device_stripes(source, item, start, stop, scratch, device)
     return map(as_tensor, source.stripes(item, start, stop, scratch))

@@ -20,6 +20,7 @@ from ..device import device
 from ..layers.moe import ExpertsOnDemand, HashableMoELayer, Part
 from ..model import DeepSeekV4Model, build_model
 from .absent import memory_for, without_memory
+from .experts import ExpertWeights
 from .load import fill_item
 from .on_device import as_tensor, scratch_for
 from .places import place_of
@@ -88,6 +89,7 @@ class OnDemand:
     Attributes:
         model: it runs where what it needs is held.
         source: what was read.
+        experts: weights of every expert, by the prefix of its block and its number.
     """
 
     def __init__(self, values: Values, spec: ModelSpec, dtype: torch.dtype, length: int, **settings: Any):
@@ -104,24 +106,20 @@ class OnDemand:
         self.model: DeepSeekV4Model = model.eval()
         self._scratch = scratch_for(self.device)
         self._held: dict[str, list[tuple[Item, tuple[Piece, ...]]]] = {}
-        self._experts: dict[tuple[str, int], list[tuple[Item, tuple[Piece, ...]]]] = {}
+        self.experts: dict[tuple[str, int], list[Item]] = {}
         plan = expand(spec)
         for item in plan.items:
             found = pieces(item, spec, model.topology, model.coordinate, model.chunk)
             if found and item.expert is not None:
-                self._experts.setdefault((item.block.prefix, item.expert), []).append((item, found))
+                self.experts.setdefault((item.block.prefix, item.expert), []).append(item)
             elif found:
                 self._held.setdefault(found[0].name, []).append((item, found))
         (table,) = self.take("embedding.word_embeddings.weight")
         model.embedding = _Embedding(self.source, table, dtype)  # type: ignore[assignment]
+        self._weights = ExpertWeights(values, self.experts, dtype, self.device)
         for module in model.modules():
             if isinstance(module, HashableMoELayer) and isinstance(module.experts, ExpertsOnDemand):
                 module.experts.run = self._runner(module.block, module.experts)
-
-    @property
-    def experts(self) -> dict[tuple[str, int], tuple[Item, ...]]:
-        """Weights of every expert, by the prefix of its block and its number."""
-        return {key: tuple(item for item, _ in parts) for key, parts in self._experts.items()}
 
     def take(self, name: str) -> tuple[Item, ...]:
         """The items of a live tensor, which somebody else holds from now on."""
@@ -153,17 +151,15 @@ class OnDemand:
             yield
 
     def _runner(self, block: str, experts: ExpertsOnDemand) -> Callable[[list[Part]], list[Tensor]]:
-        """Fills the one expert in memory with each that has tokens, in turn."""
+        """Reads each expert that has tokens, in turn."""
 
-        def fetched(part: Part) -> Tensor:
-            self.source.experts += 1
-            one = experts.local_experts[0]
-            live = dict(one.named_parameters())
-            for item, found in self._experts[f"{block}.", part.expert]:
-                self.source.count(item)
-                named = [piece._replace(name=piece.name.split(f".local_experts.{part.expert}.")[1]) for piece in found]
-                here = [place_of(item, piece, live) for piece in named]
-                fill_item(item, here, self.source.values, self._scratch, True)
-            return experts.of_one(part)
+        def run(parts: list[Part]) -> list[Tensor]:
+            prefix, numbers = f"{block}.", [part.expert for part in parts]
+            self.source.experts += len(numbers)
+            for number in numbers:
+                for item in self.experts[prefix, number]:
+                    self.source.count(item)
+            weights = self._weights.each(prefix, numbers)
+            return [experts.of_one(part, *both) for part, both in zip(parts, weights, strict=True)]
 
-        return lambda parts: [fetched(part) for part in parts]
+        return run
