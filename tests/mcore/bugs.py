@@ -83,7 +83,8 @@ def weights_from_biased_scores(patch: MonkeyPatch) -> None:
         weights, chosen = route(logits, topk, **kwargs)
         if not biases:
             return weights, chosen
-        scores = (F.softplus(logits).sqrt() + biases.pop()) * chosen
+        scores = F.softplus(logits).sqrt() + biases.pop()
+        scores = scores.gather(1, chosen) if kwargs["dense_output"] else scores * chosen
         return scores / scores.sum(-1, keepdim=True) * kwargs["scaling_factor"], chosen
 
     patch.setattr(BiasRouter, "choose", noting)

@@ -2,8 +2,18 @@
 
 import pytest
 import torch
-from reference import assert_equal_to_reference, counting_clamped, distance, pair, recorded, small_spec, some_ids
+from reference import (
+    assert_equal_to_reference,
+    counting_clamped,
+    distance,
+    pair,
+    randomise,
+    recorded,
+    small_spec,
+    some_ids,
+)
 
+from dsv4_bridge.mcore import build_model
 from dsv4_bridge.spec.spec import ModelSpec
 
 pytestmark = pytest.mark.megatron
@@ -63,3 +73,15 @@ def test_logits_without_replay() -> None:
     with torch.no_grad():
         ours = pair(spec).ours(some_ids(spec, 3, 130))
     assert distance(ours, recorded(spec, 3, 130).logits) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["sequential", "grouped"])
+@torch.no_grad()
+def test_experts_on_one_rank_come_to_what_the_dispatcher_does(layout: str, dtype: torch.dtype) -> None:
+    """To the bit: inference leaves the dispatcher out, training never does. One expert a token, several, and all."""
+    for topk, length in ((1, 40), (3, 1), (3, 150), (8, 7)):
+        spec = small_spec(num_experts_per_tok=topk)
+        model = randomise(build_model(spec, dtype=dtype, expert_layout=layout, initialize_weights=False), topk)
+        ids = some_ids(spec, 2, length, seed=topk)
+        assert torch.equal(model.eval()(ids), model.train()(ids))

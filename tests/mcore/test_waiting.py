@@ -21,8 +21,10 @@ HELD = {
     ("tolist", "dsv4_bridge/mcore/layers/experts.py:forward"),
     ("tolist", "dsv4_bridge/mcore/layers/moe.py:forward"),
 }
-# On a CPU alone; a GPU is asked to stop by itself (`torch._assert_async`).
+# On a CPU alone; a GPU is asked to stop by itself (`torch._assert_async`), and has its own kernel of the mixing.
 ON_CPU = {
+    ("numpy", "dsv4_bridge/mcore/kernels/mix_few.py:mix"),
+    ("numpy", "dsv4_bridge/mcore/kernels/mix_few.py:_array"),
     ("int", "dsv4_bridge/mcore/model.py:_check_ids"),
     ("_local_scalar_dense", "dsv4_bridge/mcore/model.py:_check_ids"),
 }

@@ -45,8 +45,9 @@ class DeepSeekV4Config(MLATransformerConfig):
             all in one launch (`GroupedExperts`); `transformer_engine`, megatron's TEGroupedMLP. Checkpoints
             are the same.
         kernels: what computes attention, the indexer, mixing, norms and activations: `torch`, the definitions;
-            `triton`, fused kernels; `auto`, fused ones on a CUDA device. With `deterministic_mode` (megatron's field)
-            the fused ones add gradients up in a fixed order.
+            `triton`, fused kernels; `auto`, fused ones on a CUDA device, and on a CPU a compiled loop where few
+            tokens are mixed. With `deterministic_mode` (megatron's field) the fused ones add gradients up in a
+            fixed order.
         csa_dense_attention: layers with an indexer attend to all visible blocks, whatever it would choose:
             the first phase of pretraining, and the indexer's warm-up.
         dsa_indexer_loss_coeff: weight of the indexer's own loss (megatron's field); None or 0: it is not trained.

@@ -42,15 +42,16 @@ class ColumnLinear(ColumnParallelLinear):
         self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """[…, in] -> […, out], and no bias."""
-        if weight is None and _product_alone(self):
-            return F.linear(input_, self.weight), None
+        own = self.weight
+        if weight is None and own is not None and _product_alone(self):
+            return F.linear(input_, own), None
         return super().forward(input_, weight, runtime_gather_output)
 
 
 class RowLinear(RowParallelLinear):
     """megatron's, cut by columns of W. Without gradients, on one rank, it is the product alone."""
 
-    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, input_: Tensor) -> tuple[Tensor, Any]:
         """[…, in] -> […, out], and no bias."""
         if _product_alone(self):
             return F.linear(input_, self.weight), None
@@ -59,7 +60,8 @@ class RowLinear(RowParallelLinear):
 
 def _product_alone(linear: ColumnParallelLinear | RowParallelLinear) -> bool:
     """Nothing is gathered, summed or remembered: in decoding that would take longer than the product."""
-    return not torch.is_grad_enabled() and linear.bias is None and linear.tp_group.size() == 1
+    group: Any = linear.tp_group
+    return not torch.is_grad_enabled() and linear.bias is None and group.size() == 1
 
 
 class RMSNorm(torch.nn.Module):

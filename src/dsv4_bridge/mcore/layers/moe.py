@@ -88,9 +88,9 @@ class BiasRouter(KeepsFloat32, TopKRouter):
         """
         self._maintain_float32_expert_bias()
         logits = self.gating(self.apply_input_jitter(input))
-        return self._weighed(logits.flatten(0, 1), input_ids, dense_output=True)
+        return self._weighed(logits.flatten(0, 1), input_ids, True)
 
-    def _weighed(self, logits: Tensor, input_ids: Tensor | None, **how: bool) -> tuple[Tensor, Tensor]:
+    def _weighed(self, logits: Tensor, input_ids: Tensor | None, dense: bool = False) -> tuple[Tensor, Tensor]:
         chosen = observe("ffn.router", self.block, self.choose(logits, input_ids))
         weights, routed = topk_routing_with_score_function(
             logits,
@@ -98,7 +98,7 @@ class BiasRouter(KeepsFloat32, TopKRouter):
             score_function=self.score_function,
             scaling_factor=self.config.moe_router_topk_scaling_factor,
             precomputed_indices=chosen,
-            **how,
+            dense_output=dense,
         )
         return self._over_its_sum(weights) if self.topk == 1 else weights, routed
 
@@ -270,7 +270,8 @@ class HashableMoELayer(MoELayer):
         rows, tokens = order // chosen.shape[1], hidden.flatten(0, 1)
         assert self.num_local_experts is not None
         counts = chosen.new_zeros(self.num_local_experts).scatter_add_(0, chosen.flatten(), torch.ones_like(order))
-        output, _ = self.experts(tokens.index_select(0, rows), counts, weights.flatten()[order])
+        experts: Any = self.experts
+        output, _ = experts(tokens.index_select(0, rows), counts, weights.flatten()[order])
         summed = torch.zeros_like(tokens).scatter_add_(0, rows.unsqueeze(1).expand_as(output), output)
         return summed.view_as(hidden)
 
@@ -290,14 +291,14 @@ class Experts(SequentialMLP):
         hidden, probs = permuted_local_hidden_states, permuted_probs
         if torch.is_grad_enabled() or len(hidden) == 0:
             return super().forward(hidden, tokens_per_expert, probs)
-        counts = tokens_per_expert.tolist()
-        used = [(expert, count) for expert, count in zip(self.local_experts, counts, strict=True) if count]
-        sizes = [count for _, count in used]
-        parts = hidden.split(sizes)
-        gate_up = torch.cat([expert.linear_fc1(part)[0] for (expert, _), part in zip(used, parts, strict=True)])
+        experts: list[Any] = [*self.local_experts]
+        used = [(expert, n) for expert, n in zip(experts, tokens_per_expert.tolist(), strict=True) if n]
+        sizes = [n for _, n in used]
+        parts = zip(used, hidden.split(sizes), strict=True)
+        gate_up = torch.cat([expert.linear_fc1(part)[0] for (expert, _), part in parts])
         limit, by = self.config.activation_func_clamp_value, self.config.kernel_choice
-        parts = clamped_swiglu(gate_up, probs, limit, by).split(sizes)
-        return torch.cat([expert.linear_fc2(part)[0] for (expert, _), part in zip(used, parts, strict=True)]), None
+        parts = zip(used, clamped_swiglu(gate_up, probs, limit, by).split(sizes), strict=True)
+        return torch.cat([expert.linear_fc2(part)[0] for (expert, _), part in parts]), None
 
 
 class Part(NamedTuple):
