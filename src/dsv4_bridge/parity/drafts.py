@@ -6,6 +6,7 @@ matrix at a time, of experts those that a token chose.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,13 @@ def left_out(ours: ModelSpec, theirs: ModelSpec) -> str | None:
 
 
 def compare_drafts(
-    model: Any, reference: Path, ids: Tensor, streams: Tensor, tolerance: Tolerance, device: torch.device
+    model: Any,
+    reference: Path,
+    ids: Tensor,
+    streams: Tensor,
+    tolerance: Tolerance,
+    device: torch.device,
+    held: AbstractContextManager[None] | None = None,
 ) -> tuple[Draft, ...]:
     """Every MTP block of our model against the formula with the values of a checkpoint.
 
@@ -51,12 +58,13 @@ def compare_drafts(
         streams: [b, s, n*h] behind the reference's last layer.
         tolerance: for near-ties.
         device: where our model runs.
+        held: in it the model has its MTP blocks and its output layer, which come behind the formula; None: it has them.
     """
     ids, streams = ids[:, :MOST], streams[:, :MOST]
     with opened_whole(reference) as (spec, values), torch.no_grad():
         record, exact = _formula(spec, values, ids, streams)
     watcher = Watcher(record, (ids.shape[0], ids.shape[1]), True, tolerance, 0)
-    with torch.no_grad(), watching(watcher):
+    with held or nullcontext(), torch.no_grad(), watching(watcher):
         given = streams.transpose(0, 1).contiguous().to(device)
         logits = model.mtp_logits(ids.to(device), streams=given)
     sites: list[list[Any]] = [[] for _ in exact]

@@ -51,8 +51,10 @@ class ReferenceOnDemand:
                 experts.setdefault((item.block.prefix, item.expert), []).append(item)
         self.model.model.embed_tokens = RowsOfTable(self.source, plan.by_name["embed.weight"], dtype)
         weights = ExpertWeights(values, experts, dtype, device)
+        self._stacks: list[_Stacks] = []
         for index, layer in enumerate(self.model.model.layers):
-            _Stacks(self.source, weights, f"layers.{index}.").stand_in(layer.mlp)
+            self._stacks.append(_Stacks(self.source, weights, f"layers.{index}."))
+            self._stacks[-1].stand_in(layer.mlp)
 
     def given(self, ids: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """What the model's first layer gets for ids [b, s]: streams [b, s, n, h], and further arguments."""
@@ -78,7 +80,10 @@ class ReferenceOnDemand:
         """In the body layer `index` has its values, but for its experts, which it reads."""
         prefix = f"model.layers.{index}."
         with self._holding(self._held[index], {name for name in self.model.state_dict() if name.startswith(prefix)}):
-            yield self.model.model.layers[index]
+            try:
+                yield self.model.model.layers[index]
+            finally:
+                self._stacks[index].let_go()
 
     @contextmanager
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
@@ -139,8 +144,15 @@ class _Stacks:
             del experts.experts._parameters[name]
             setattr(experts.experts, name, _Stack(self, place))
 
+    def let_go(self) -> None:
+        """Give the memory back, to the next layer's."""
+        self._held = None
+        for _ in self._coming:
+            pass
+
     def _chosen(self, module: Any, args: Any, output: Any) -> None:
-        self._numbers, self._held = output[2].unique().tolist(), None
+        self.let_go()
+        self._numbers = output[2].unique().tolist()
         self._coming = self.weights.each(self.prefix, list(self._numbers))
         for number in self._numbers:
             for item in self.weights.items[self.prefix, number]:

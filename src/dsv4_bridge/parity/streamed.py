@@ -55,8 +55,8 @@ def compare_streamed(
         if spec.mtp_layers and last == spec.num_hidden_layers - 1:
             say("running the MTP blocks, and the formula")
             streams = state.ways[0].theirs.flatten(2).cpu()
-            with walk.ours.held("mtp.", "output_layer."):
-                drafts = compare_drafts(walk.ours.model, asked.theirs, asked.ids, streams, tolerance, asked.device)
+            held = walk.ours.held("mtp.", "output_layer.")
+            drafts = compare_drafts(walk.ours.model, asked.theirs, asked.ids, streams, tolerance, asked.device, held)
     pairs = [_asked_for(free, replayed, asked) for free, replayed in runs]
     narrow = None
     if asked.topk is not None:
