@@ -8,6 +8,8 @@ from ..spec.plan import Plan
 from ..spec.spec import ModelSpec
 from .eager import scores_bytes
 
+_MARGIN = 1.15  # what the allocator keeps of memory that was given back
+
 
 def needed(plan: Plan, batch: int, length: int, dtype: torch.dtype, records: int = 1) -> int:
     """Bytes at the peak: one model (they are loaded one after the other), the record, the largest sub-layer.
@@ -44,12 +46,14 @@ def needed_streamed(plan: Plan, batch: int, length: int, dtype: torch.dtype, sam
             dense[item.block.prefix] = dense.get(item.block.prefix, 0) + item.numel * size
     tables = spec.vocab_size * spec.hidden_size * size
     dense[""] -= tables  # of the embedding, rows are read
-    expert = 3 * spec.moe_intermediate_size * spec.hidden_size * size
+    experts = 2 * 3 * 3 * spec.moe_intermediate_size * spec.hidden_size * size  # each side decodes two ahead
     record = max(_recorded(spec, spec.ratio(i), tokens, length, size) for i in range(spec.num_hidden_layers))
-    layer = max(n for prefix, n in dense.items() if prefix) + 2 * expert + ways * record + _scores(spec, batch, length)
-    head = dense[""] + (0 if same else tables) + 8 * min(tokens, 256) * spec.vocab_size
+    layer = max(n for prefix, n in dense.items() if prefix) + ways * record + _scores(spec, batch, length)
+    logits = 4 * 8 * min(tokens, 160 * batch) * spec.vocab_size
+    head = dense[""] + (0 if same else tables) + logits
+    draft = dense[""] + dense.get("mtp.0.", 0) + logits
     streams = ways * 4 * tokens * spec.hc_mult * spec.hidden_size * size
-    return streams + max(layer, head)
+    return round(_MARGIN * (streams + experts + max(layer, head, draft)))
 
 
 def _scores(spec: ModelSpec, batch: int, length: int) -> int:
