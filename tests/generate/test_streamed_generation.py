@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -167,3 +168,23 @@ def test_direct_reads_are_the_bytes(direct: bool, tmp_path: Path, monkeypatch: p
     finally:
         reader.close()
         checkpoint.close()
+
+
+def test_readers_that_take_memory_at_once_each_get_their_own(toy: Path) -> None:
+    """Sizes of experts are alike, so that threads take what others gave back; what is read is checked whole."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with open_checkpoint(toy) as opened:
+            spec = opened.spec.without_draft()
+            with EncodedModel(opened.source, spec, torch.float32, 1 << 30) as encoded:
+                encoded.shelf.room = 0
+                wanted = [(n, encoded.experts["layers.3.", n]) for n in range(spec.n_routed_experts)]
+                exact = {n: [opened.values(item.name) for item in items] for n, items in wanted}
+                for _ in range(30):
+                    for number, matrices in encoded.shelf.experts("layers.3", wanted):
+                        for matrix, values in zip(matrices, exact[number], strict=True):
+                            assert (matrix.decode() == values).all()
+                assert encoded.shelf.reads.misses == 30 * len(wanted)
+    finally:
+        sys.setswitchinterval(interval)

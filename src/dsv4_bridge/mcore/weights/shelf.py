@@ -6,6 +6,7 @@ past the page cache, while the layer before computes.
 """
 
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -73,6 +74,7 @@ class Shelf:
         self._next: dict[str, str] = {}
         self._last: str | None = None
         self._free: dict[int, list[np.ndarray]] = {}
+        self._lock = threading.Lock()  # the readers take memory and count at the same time
         self._pool = ThreadPoolExecutor(_READERS, "reading weights")
 
     def add(self, unit: str, items: Sequence[Item], together: bool = False) -> tuple[str, ...]:
@@ -196,12 +198,14 @@ class Shelf:
     def _read(self, rows: Sequence[Rows]) -> Loaded:
         if self._reader is None or not isinstance(self.values, HFValues):
             found = tuple(plain_matrix(self.values, part) for part in rows)
-            self.reads.nbytes += sum(m.nbytes for m in found)
+            with self._lock:
+                self.reads.nbytes += sum(m.nbytes for m in found)
             return Loaded(found, np.empty(0, np.uint8))
         infos, bound = self._infos(rows), self.values.checkpoint.bound
         memory = self._take(self._reader.size(infos))
         parts = iter(self._reader.read(infos, memory))
-        self.reads.nbytes += sum(info.nbytes for info in infos)
+        with self._lock:
+            self.reads.nbytes += sum(info.nbytes for info in infos)
         return Loaded(tuple(matrix_of(bound[part.item.name], part, parts) for part in rows), memory)
 
     def _infos(self, rows: Sequence[Rows]) -> list[TensorInfo]:
@@ -211,12 +215,15 @@ class Shelf:
 
     def _take(self, size: int) -> np.ndarray:
         """Memory that was given back, whose pages are there already, or new."""
-        spare = self._free.get(size)
-        return spare.pop() if spare else aligned_memory(size)
+        with self._lock:
+            if spare := self._free.get(size):
+                return spare.pop()
+        return aligned_memory(size)
 
     def _give_back(self, loaded: Loaded) -> None:
         if len(loaded.memory):
-            self._free.setdefault(len(loaded.memory), []).append(loaded.memory)
+            with self._lock:
+                self._free.setdefault(len(loaded.memory), []).append(loaded.memory)
 
 
 def threads() -> int:
