@@ -153,7 +153,7 @@ def test_nan_codes_are_refused(code, at):
     with pytest.raises(CodecError, match=f"row {at[0]}, column {at[1]}: FP8 code is 0x{code:02X}"):
         w.multiply(x)
     named = EncodedMatrix("fp8", w.codes, w.scale, "layers.0.attn.wq_a.weight")
-    for call in (lambda: named.multiply(x), named.decode, lambda: named.rows([at[0]])):
+    for call in (lambda: named.multiply(x), named.decode):
         with pytest.raises(BridgeError, match=rf"layers.0.attn.wq_a.weight \(fp8\): row {at[0]}, column {at[1]}: FP8"):
             call()
 
@@ -171,19 +171,19 @@ def test_illegal_scales_are_refused(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_rows_and_decode(name):
-    w = weight(name, (300, 96), np.random.default_rng(7))
+@pytest.mark.parametrize(("rows", "parts"), [(384, 3), (256, 8), (300, 4)])  # whole blocks, within one, across
+def test_decode_and_cut(name, rows, parts):
+    w = weight(name, (rows, 96), np.random.default_rng(7))
     exact = decoded(w)
     assert (w.decode() == exact).all()
-    ids = [299, 0, 128, 0, 127]
-    assert (w.rows(ids) == exact[ids]).all()
-    assert w.rows([]).shape == (0, 96)
-    assert w.shape == (300, 96)
+    assert w.shape == (rows, 96)
     assert w.nbytes == w.codes.nbytes + (w.scale.nbytes if w.scale is not None else 0)
-    with pytest.raises(ValueError, match="expected 0 to 299"):
-        w.rows([3, 300])
-    with pytest.raises(ValueError, match="rows from -1"):
-        w.rows([-1])
+    cut = w.cut(parts)
+    assert [part.shape for part in cut] == [(rows // parts, 96)] * parts
+    assert (np.concatenate([part.decode() for part in cut]) == exact).all()
+    x = np.random.default_rng(8).normal(0, 1, (2, 96)).astype(np.float32)
+    for part in cut:
+        holds(part, x, part.multiply(x))
 
 
 def test_nothing_to_multiply():

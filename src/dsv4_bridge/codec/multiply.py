@@ -16,7 +16,7 @@ the sums depends on K alone: a vector gives the same bits alone or among others,
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
@@ -101,14 +101,6 @@ class EncodedMatrix:
             self._refuse(problem)
         return out
 
-    def rows(self, ids: Iterable[int]) -> np.ndarray:
-        """Rows of W, decoded: float32 [number of ids, i]. Errors as of `multiply`."""
-        wanted = list(ids)
-        if wanted and not 0 <= min(wanted) <= max(wanted) < self.shape[0]:
-            raise ValueError(f"rows from {min(wanted)} to {max(wanted)}, expected 0 to {self.shape[0] - 1}")
-        found = [self._decoded(row, row + 1) for row in wanted]
-        return np.concatenate(found) if found else np.empty((0, self.shape[1]), np.float32)
-
     def cut(self, count: int) -> "tuple[EncodedMatrix, ...]":
         """So many matrices of as many rows each, one above another; decoded where a scale belongs to two of them."""
         rows = self.shape[0] // count
@@ -123,20 +115,13 @@ class EncodedMatrix:
 
     def decode(self) -> np.ndarray:
         """All of W: float32 [o, i]. Errors as of `multiply`."""
-        return self._decoded(0, self.shape[0])
-
-    def _decoded(self, first: int, last: int) -> np.ndarray:
-        """Rows from … to, which lie in one row of scales or are all."""
-        codes, high = self.codes[first:last], 1 if self.encoding == "mxfp4" else fp8.BLOCK
+        codes = self.codes
         if self.scale is not None:
-            scale, bits = (
-                self.scale[first // high : -(-last // high)],
-                np.empty((last - first, self.shape[1]), np.uint16),
-            )
+            bits = np.empty(self.shape, np.uint16)
             try:
-                CODECS[self.encoding].decode(codes, scale, bits)
+                CODECS[self.encoding].decode(codes, self.scale, bits)
             except CodecError as error:
-                self._refuse(error.problem.shifted(first))
+                self._refuse(error.problem)
             codes = bits
         return codes.copy() if codes.dtype == np.float32 else (codes.astype(np.uint32) << 16).view(np.float32)
 
