@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .convert.jobs import export_hf, import_hf, repack
     from .convert.merge import merge
     from .convert.releases import verify_hub, verify_release
+    from .convert.rename import rename
     from .convert.run import Options
     from .convert.verify import verify
     from .planning.ranks import plan_ranks
@@ -42,6 +43,7 @@ __all__ = [
     "open",
     "plan",
     "plan_ranks",
+    "rename",
     "repack",
     "verify",
     "verify_files",
@@ -64,6 +66,7 @@ _PLACES = {
     "open": "store.checkpoint:open_checkpoint",
     "plan": "planning.tensors:plan",
     "plan_ranks": "planning.ranks:plan_ranks",
+    "rename": "convert.rename:rename",
     "repack": "convert.jobs:repack",
     "verify": "convert.verify:verify",
     "verify_files": "convert.checksums:verify_files",

@@ -10,7 +10,7 @@ from configs import LAYER_NAMES, RELEASED, config, transformers_dialect
 
 from conftest import config_path
 from dsv4_bridge import BridgeError, Options, export_hf, import_hf, repack
-from dsv4_bridge.spec.megatron import megatron_model
+from dsv4_bridge.spec.megatron_config import megatron_model
 from dsv4_bridge.spec.spec import replace_spec
 from dsv4_bridge.spec.variants import VARIANTS
 from dsv4_bridge.store.hf_config import dialect_of, read_config, released_config, spec_from_config

@@ -29,6 +29,17 @@ class ExportEncoding(StrEnum):
     bf16 = "bf16"
 
 
+class NamingOption(StrEnum):
+    """How Megatron-LM calls tensors."""
+
+    gpt = "gpt"
+    hybrid = "hybrid"
+
+
+Named = Annotated[
+    NamingOption,
+    typer.Option("--naming", help="Megatron's names: of GPTModel (dev, and here) or of HybridModel (main)."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Workers = Annotated[int, typer.Option("--workers", min=1, max=256, help="Files written at a time.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is in the way.")]

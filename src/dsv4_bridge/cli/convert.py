@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .app import ExportEncoding, Json, Overwrite, Revision, Workers, app, put
+from .app import ExportEncoding, Json, Named, NamingOption, Overwrite, Revision, Workers, app, put
 
 
 class RepackEncoding(StrEnum):
@@ -36,6 +36,7 @@ DropPassengers = Annotated[
 def import_(
     hf: str,
     out: Path,
+    naming: Named = NamingOption.gpt,
     workers: Workers = 1,
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -50,7 +51,14 @@ def import_(
     from ..store.hub import resolve
 
     options = _options(workers, resume, overwrite, dry_run)
-    report = import_hf(resolve(hf, revision), out, options, drop_passengers=drop_passengers, allow_lossy=allow_lossy)
+    report = import_hf(
+        resolve(hf, revision),
+        out,
+        options,
+        naming=naming.value,
+        drop_passengers=drop_passengers,
+        allow_lossy=allow_lossy,
+    )
     _print_report(report, out, as_json, dry_run)
 
 
@@ -84,6 +92,29 @@ def export(
         drop_passengers=drop_passengers,
         allow_lossy=allow_lossy,
     )
+    _print_report(report, out, as_json, dry_run)
+
+
+@app.command()
+def rename(
+    megatron: Path,
+    out: Path,
+    naming: Annotated[NamingOption, typer.Option("--naming", help="Of GPTModel (dev) or HybridModel (main).")],
+    like: Annotated[str | None, typer.Option("--like", help="Release with its numbers, if it has none.")] = None,
+    workers: Workers = 1,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Megatron checkpoint -> the same under the names of Megatron's other model, training state included."""
+    from ..convert.rename import rename as run_rename
+    from ..store.hub import resolve
+
+    released = resolve(like, revision) if like else None
+    options = _options(workers, resume, overwrite, dry_run)
+    report = run_rename(megatron, out, naming.value, options, like=released)
     _print_report(report, out, as_json, dry_run)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import BridgeError
-from .app import Dtype, Json, Revision, app, finish, put
+from .app import Dtype, Json, Named, NamingOption, Revision, app, finish, put
 
 
 class Mode(StrEnum):
@@ -25,6 +25,7 @@ def _size(name: str, text: str) -> Any:
 @app.command()
 def plan(
     ckpt: str,
+    naming: Named = NamingOption.gpt,
     tp: Annotated[int | None, _size("tp", "Tensor-parallel ranks; this and the next plan ranks.")] = None,
     pp: Annotated[int | None, _size("pp", "Pipeline ranks.")] = None,
     ep: Annotated[int | None, _size("ep", "Expert-parallel ranks.")] = None,
@@ -77,7 +78,7 @@ def plan(
     if all(value is None for value in (*sizes.values(), *run.values())):
         from .show.plan import plan_table
 
-        report = make_plan(*found)
+        report = make_plan(*found, naming=naming.value)
         put(report.to_json() if as_json else {}, as_json, "" if as_json else plan_table(report))
         finish(not report.findings)
         return

@@ -22,9 +22,10 @@ from ..store.hf import HFCheckpoint
 from ..store.reading import Readahead
 from ..store.safetensors import SafetensorsFolder, TensorInfo
 from ..store.stream import Bytes, CountingStream, Stream, as_bytes
+from ..store.torch_dist.boxes import Extent
 from ..store.values import EncodedRows, EncodingValues, HFValues, Scratch, Values, cuts, stripe_rows, to_plain
 from .report import Report
-from .segments import Copy, Frame, Literal, Rows, Scale, Segment, Weight
+from .segments import Copy, File, Frame, Literal, Rows, Scale, Segment, Weight
 
 # Input is read ahead in bursts: a disk that reads and writes at once does both slowly.
 _AHEAD_MOST, _AHEAD_LEAST = 256 << 20, 64 << 20
@@ -98,6 +99,9 @@ class Emitter:
                     stream.write(make())
                 case Copy(folder, info):
                     self._copy(folder, info, stream)
+                case File():
+                    self._file(segment, stream)
+                    report.tensors += segment.tensors
                 case Rows(item, encoding, start, stop, _):
                     report.tensors += start == 0
                     report.lacking += start == 0 and item.name in self.lacking
@@ -130,6 +134,15 @@ class Emitter:
             raw = self.scratch.take("copy", "u1", (stop - start,))
             folder.read_into(info, start, raw)
             stream.write(raw)
+
+    def _file(self, file: File, stream: Stream) -> None:
+        with file.files.borrow(file.name) as fd:
+            extent = Extent(fd, 0, f"copying {file.files.path(file.name)}")
+            self.readahead.ask(fd, 0, min(file.nbytes, _AHEAD_MOST))
+            for start, stop in cuts(0, file.nbytes, 4 << 20):
+                raw = self.scratch.take("copy", "u1", (stop - start,))
+                extent.into(start, raw)
+                stream.write(raw)
 
     def _plain(self, item: Item, encoding: str, start: int, stop: int, stream: Stream, report: Report) -> None:
         for stripe in self.source(item).stripes(item, start, stop, self.scratch):

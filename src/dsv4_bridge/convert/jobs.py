@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import BridgeError, files_named
 from ..files import AnyPath
 from ..spec.encodings import ENCODINGS, QUANTISED, TARGETS
+from ..spec.megatron import Naming
 from ..spec.plan import Item, Plan, expand, target_encoding
 from ..spec.spec import ModelSpec, differing
 from ..store.hf import HFCheckpoint, open_hf
@@ -36,6 +37,7 @@ def import_hf(
     out: AnyPath,
     options: Options | None = None,
     *,
+    naming: Naming = "gpt",
     drop_passengers: bool = False,
     allow_lossy: bool = False,
 ) -> Report:
@@ -45,6 +47,7 @@ def import_hf(
         source: the folder, in any naming scheme and encoding, or `owner/name` on the Hub.
         out: the new checkpoint root.
         options: workers, resume, overwrite, progress.
+        naming: `gpt`, as the model here and Megatron-LM dev have it, or `hybrid`, as Megatron-LM main.
         drop_passengers: leave out what Megatron has no place for, instead of carrying it along.
         allow_lossy: permit float32 weights that bf16 cannot hold.
 
@@ -54,17 +57,23 @@ def import_hf(
     source, out = resolve(os.fspath(source)), Path(out)
     checkpoint = open_hf(source)
     try:
-        job = import_job(checkpoint, drop_passengers=drop_passengers, allow_lossy=allow_lossy)
+        job = import_job(checkpoint, naming=naming, drop_passengers=drop_passengers, allow_lossy=allow_lossy)
         apart(source, out)
         return run(job, out, options or Options())
     finally:
         checkpoint.close()
 
 
-def import_job(checkpoint: HFCheckpoint, *, drop_passengers: bool = False, allow_lossy: bool = False) -> Job:
+def import_job(
+    checkpoint: HFCheckpoint,
+    *,
+    naming: Naming = "gpt",
+    drop_passengers: bool = False,
+    allow_lossy: bool = False,
+) -> Job:
     """The job that `import_hf` runs."""
     common_state = {"iteration": 0, "checkpoint_version": 3.0}
-    layout = megatron_layout(checkpoint.plan, common_state, f"{ITERATION}/")
+    layout = megatron_layout(checkpoint.plan, common_state, f"{ITERATION}/", naming)
     along = None if drop_passengers else passengers_file(checkpoint, f"{ITERATION}/{ALONG}/{PASSENGERS}")
     folder = checkpoint.folder.path
     source = {
@@ -76,7 +85,7 @@ def import_job(checkpoint: HFCheckpoint, *, drop_passengers: bool = False, allow
     }
     markers = {f"{ITERATION}/{ALONG}/config.json": (folder / "config.json").read_bytes()}
     markers |= {
-        f"{ITERATION}/{RUN_CONFIG}": run_config(_kept(checkpoint.spec, drop_passengers), source),
+        f"{ITERATION}/{RUN_CONFIG}": run_config(_kept(checkpoint.spec, drop_passengers), source, naming=naming),
         f"{ITERATION}/.metadata": metadata_bytes(layout.tensors, layout.objects),
         f"{ITERATION}/metadata.json": METADATA_JSON,
         TRACKER: b"0",
@@ -206,7 +215,7 @@ def export_job(
         label=f"export {megatron.path.parent.name}",
         files=layout.files,
         emitter=lambda: Emitter(
-            MegatronValues(megatron.reader, plan.spec),
+            MegatronValues(megatron.reader, plan.spec, megatron.naming),
             HFValues(riders) if riders else None,
             like,
             allow_lossy,
@@ -215,7 +224,7 @@ def export_job(
         identity={
             "kind": "export",
             "encoding": encoding,
-            "source": _file_stamps(megatron.path),
+            "source": file_stamps(megatron.path),
             "like": hf_identity(like) if like else None,
             "lossy": allow_lossy,
         },
@@ -326,7 +335,8 @@ def hf_identity(checkpoint: HFCheckpoint) -> str:
     return digest.hexdigest()
 
 
-def _file_stamps(folder: Path) -> Mapping[str, tuple[int, int]]:
+def file_stamps(folder: Path) -> Mapping[str, tuple[int, int]]:
+    """Size and time of each file of a folder: whether it is still the same input."""
     stats = {p.name: p.stat() for p in folder.iterdir() if p.is_file()}
     return {name: (s.st_size, s.st_mtime_ns) for name, s in stats.items()}
 

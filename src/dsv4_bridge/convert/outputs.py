@@ -10,7 +10,7 @@ from functools import partial
 
 from ..spec.dtypes import DTYPES
 from ..spec.encodings import TILE, Stored, of_dtype
-from ..spec.megatron import extra_state_keys, megatron_dtype, regions
+from ..spec.megatron import Naming, extra_state_keys, megatron_dtype, regions
 from ..spec.plan import Item, Plan, shard_name, shard_of, stored
 from ..store.hf import HFCheckpoint
 from ..store.safetensors import make_header, make_index
@@ -129,11 +129,11 @@ class MegatronLayout:
     objects: tuple[ObjectRecord, ...]
 
 
-def megatron_chunks(plan: Plan) -> Iterable[Chunk]:
+def megatron_chunks(plan: Plan, naming: Naming = "gpt") -> Iterable[Chunk]:
     """Every chunk of the checkpoint, in plan order; stacked parts (gate and up) share one."""
     waiting: dict[tuple[str, tuple[int, ...]], list[tuple[Item, int, int]]] = {}
     for item in plan.items:
-        found = regions(item, plan.spec)
+        found = regions(item, plan.spec, naming)
         at = 0
         for region in found:
             rows = region.sizes[-len(item.shape)]
@@ -173,13 +173,16 @@ def _cut_chunks(
         yield Chunk(key, dtype, global_shape, low, size, ((item, at + first, at + last),))
 
 
-def megatron_layout(plan: Plan, common_state: Mapping[str, object], prefix: str) -> MegatronLayout:
+def megatron_layout(
+    plan: Plan, common_state: Mapping[str, object], prefix: str, naming: Naming = "gpt"
+) -> MegatronLayout:
     """Lay out a torch_dist checkpoint: one file a block, a new one every 4 GiB.
 
     Args:
         plan: the model; passengers are left out.
         common_state: the object that Megatron stores as `common_state`.
         prefix: folder of the .distcp files inside the output, e.g. `iter_0000000/`.
+        naming: of its keys; the .distcp files are the same.
     """
     files: list[OutFile] = []
     chunks: dict[str, tuple[str, tuple[int, ...], list[ChunkRecord]]] = {}
@@ -192,7 +195,7 @@ def megatron_layout(plan: Plan, common_state: Mapping[str, object], prefix: str)
             files.append(OutFile(f"{prefix}__0_{len(files)}.distcp", tuple(segments)))
         segments, at = [], 0
 
-    for chunk in megatron_chunks(plan):
+    for chunk in megatron_chunks(plan, naming):
         item = chunk.rows[0][0]
         if item.block != block or at >= _FILE_BYTES:
             flush()
@@ -211,7 +214,7 @@ def megatron_layout(plan: Plan, common_state: Mapping[str, object], prefix: str)
         known[2].append(ChunkRecord(chunk.offsets, chunk.sizes, file, at, length))
         at += length
     flush()
-    objects = _objects(plan, common_state, f"__0_{len(files)}.distcp")
+    objects = _objects(extra_state_keys(plan, naming), common_state, f"__0_{len(files)}.distcp")
     files.append(OutFile(f"{prefix}__0_{len(files)}.distcp", objects[1]))
     tensors = tuple(TensorRecord(k, dtype, shape, tuple(c)) for k, (dtype, shape, c) in chunks.items())
     return MegatronLayout(tuple(files), tensors, objects[0])
@@ -227,10 +230,10 @@ def _frame_part(dtype: str, sizes: tuple[int, ...], part: str) -> bytes:
 
 
 def _objects(
-    plan: Plan, common_state: Mapping[str, object], file: str
+    states: Iterable[str], common_state: Mapping[str, object], file: str
 ) -> tuple[tuple[ObjectRecord, ...], tuple[Segment, ...]]:
     # One item serves every key: an empty state, what Transformer Engine stores without FP8 buffers.
     state, common = extra_state_item(), common_state_item(dict(common_state))
-    records = [ObjectRecord(key, file, 0, len(state)) for key in extra_state_keys(plan)]
+    records = [ObjectRecord(key, file, 0, len(state)) for key in states]
     records.append(ObjectRecord(COMMON_STATE_KEY, file, len(state), len(common)))
     return tuple(records), (Literal(state), Literal(common))

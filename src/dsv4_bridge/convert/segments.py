@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from ..spec.plan import Item
 from ..store.safetensors import SafetensorsFolder, TensorInfo
+from ..store.torch_dist.boxes import Files
 
 
 class Literal(NamedTuple):
@@ -63,4 +64,13 @@ class Copy(NamedTuple):
         return self.info.nbytes
 
 
-Segment = Literal | Frame | Rows | Weight | Scale | Copy
+class File(NamedTuple):
+    """A file of a torch_dist folder, as it is; `tensors` begin in it."""
+
+    files: Files
+    name: str
+    nbytes: int
+    tensors: int
+
+
+Segment = Literal | Frame | Rows | Weight | Scale | Copy | File

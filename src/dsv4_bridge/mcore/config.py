@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from ..errors import BridgeError
 from ..parallel.topology import Topology
-from ..spec.megatron import megatron_model
+from ..spec.megatron_config import megatron_model
 from ..spec.spec import ModelSpec
 from .kernels.choice import KERNELS, Choice
 

@@ -9,7 +9,8 @@ from typing import Any
 from ..errors import BridgeError, files_named
 from ..files import AnyPath
 from ..spec.dtypes import DTYPES
-from ..spec.megatron import megatron_dtype, megatron_prefix
+from ..spec.megatron import Naming, megatron_dtype, megatron_names, megatron_prefix
+from ..spec.megatron_config import layer_pattern
 from ..spec.plan import Plan, expand, shard_name, shard_of, stored
 from ..spec.variants import VARIANTS, guess, known_variant
 from ..store.hf import Finding, open_hf
@@ -28,7 +29,7 @@ class PlanRow:
         shape: logical shape of one, of the first layer that has it.
         encoding: how it is stored in the released format.
         released_bytes: on disk in the released format, scales included.
-        megatron: on-disk Megatron name of the first, `-` for a passenger.
+        megatron: on-disk Megatron name of the first in the naming asked for, `-` for a passenger.
         dtype: what Megatron holds.
         megatron_bytes: on disk in the Megatron checkpoint.
     """
@@ -58,6 +59,8 @@ class PlanReport:
         shards: released shard -> bytes.
         findings: disagreements with the headers, where there are any to compare.
         compared: whether headers were compared.
+        naming: of the Megatron names.
+        pattern: the layers of a HybridModel, as `WEWECEHE/WE`.
     """
 
     what: str
@@ -70,6 +73,8 @@ class PlanReport:
     shards: dict[str, int]
     findings: tuple[Finding, ...]
     compared: bool
+    naming: Naming
+    pattern: str
 
     def to_json(self) -> dict[str, Any]:
         """Plain types."""
@@ -77,12 +82,13 @@ class PlanReport:
 
 
 @files_named("planning")
-def plan(what: AnyPath, headers: Mapping[str, Shard] | None = None) -> PlanReport:
+def plan(what: AnyPath, headers: Mapping[str, Shard] | None = None, *, naming: Naming = "gpt") -> PlanReport:
     """Plan a checkpoint: a folder with config.json (and shards, then compared), a repository, or a variant's name.
 
     Args:
         what: folder, `owner/name` on the Hub, or name.
         headers: headers of its shards, where they are not in the folder (see `hub.describe`).
+        naming: of the Megatron names: `gpt` or `hybrid`.
 
     Raises:
         BridgeError: neither, or unusable.
@@ -93,7 +99,8 @@ def plan(what: AnyPath, headers: Mapping[str, Shard] | None = None) -> PlanRepor
             raise BridgeError(f"planning {what}: no such folder, and no variant of that name ({', '.join(VARIANTS)})")
         path, headers = describe(os.fspath(what))
     if variant:
-        return _report(str(what), variant.name, expand(variant.spec, variant.own_mtp_head), dict(variant.encodings))
+        planned = expand(variant.spec, variant.own_mtp_head)
+        return _report(str(what), variant.name, planned, dict(variant.encodings), naming)
     config = read_config(path / "config.json")
     if headers or (path / INDEX).exists() or (path / SINGLE).exists():
         checkpoint = open_hf(path, strict=False, headers=headers)
@@ -105,15 +112,15 @@ def plan(what: AnyPath, headers: Mapping[str, Shard] | None = None) -> PlanRepor
             checkpoint.variant,
             checkpoint.plan,
             by_class,
+            naming,
             encodings,
             checkpoint.findings,
             compared=True,
         )
     spec = spec_from_config(config, str(path / "config.json"))
     assumed = guess(config, spec)
-    return _report(
-        str(path), f"{assumed.name} by config.json", expand(spec, assumed.own_mtp_head), dict(assumed.encodings)
-    )
+    planned = expand(spec, assumed.own_mtp_head)
+    return _report(str(path), f"{assumed.name} by config.json", planned, dict(assumed.encodings), naming)
 
 
 def _report(
@@ -121,6 +128,7 @@ def _report(
     variant: str,
     plan: Plan,
     by_class: dict[str, str],
+    naming: Naming,
     encodings: dict[str, str] | None = None,
     findings: tuple[Finding, ...] = (),
     *,
@@ -136,9 +144,9 @@ def _report(
         dtype = "-" if item.passenger else megatron_dtype(item)
         row = rows.get(f"{item.row.key} {item.passenger}")
         if row is None:
-            name = item.row.megatron
-            first = name if isinstance(name, str) else ", ".join(n.rsplit(".", 1)[1] for n in name or ())
-            shown = "-" if item.passenger else megatron_prefix(item) + str(first)
+            names = megatron_names(item, naming)
+            first = names[0] if len(names) == 1 else ", ".join(n.rsplit(".", 1)[1] for n in names)
+            shown = megatron_prefix(item, naming) + first if names else "-"
             row = rows[f"{item.row.key} {item.passenger}"] = [
                 item.row.key,
                 0,
@@ -168,4 +176,6 @@ def _report(
         {shard_name(n, plan.spec): size for n, size in sorted(shards.items())},
         findings,
         compared,
+        naming,
+        layer_pattern(plan.spec),
     )

@@ -1,10 +1,18 @@
 """Megatron's names and shapes of the model's tensors: the one place that knows them."""
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from functools import cache
+from typing import Literal, NamedTuple
 
+from ..errors import BridgeError, short
 from .plan import Item, Plan
 from .spec import ModelSpec
+from .table import ROWS
+
+# How Megatron-LM calls the model's parameters: `gpt`, its dev branch's GPTModel; `hybrid`, main's HybridModel, where
+# attention and MoE are layers of their own.
+Naming = Literal["gpt", "hybrid"]
+NAMINGS: tuple[Naming, ...] = ("gpt", "hybrid")
 
 
 class Region(NamedTuple):
@@ -39,31 +47,51 @@ def of_model(key: str) -> bool:
     return not key.startswith(_NOT_MODEL) and "_extra_state" not in key.split("/", maxsplit=1)[0].split(".")
 
 
+def naming_of(keys: Iterable[str]) -> Naming:
+    """How a checkpoint with these keys is named."""
+    layers = (key.split(".") for key in keys if key.startswith("decoder."))
+    return "hybrid" if any(w[1] == "final_norm" or w[3:4] == ["inner_layer"] for w in layers) else "gpt"
+
+
 def strange(key: str) -> str:
     """Why a key of the model is none of ours."""
     if key.endswith(("_w", "_v")):
         return "split gate/up keys (singleton_local_shards=True); save with False"
     if key.startswith("decoder.layers.") and not key.split(".")[2].isdigit():
         return "pipeline-stacked layers (hetereogenous_dist_checkpoint=False)"
-    if ".mtp_model_layer." in key:
-        return "hybrid-model naming of MTP (mtp_model_layer on disk)"
+    words = key.split(".")
+    if words[0] == "mtp" and words[3:4] == ["mtp_model_layer"] and words[4:5] != ["layers"]:
+        return "the live name of an MTP layer's body; on disk it is transformer_layer"
     return "no tensor of this model"
 
 
-def megatron_prefix(item: Item, first_layer: int = 0, body: str = "transformer_layer") -> str:
+def megatron_names(item: Item, naming: Naming = "gpt") -> tuple[str, ...]:
+    """Names of an item's parameters behind its prefix; empty for a passenger."""
+    names = item.row.hybrid if naming == "hybrid" else item.row.megatron
+    if item.passenger or names is None:
+        return ()
+    return (names,) if isinstance(names, str) else names
+
+
+def megatron_prefix(item: Item, naming: Naming = "gpt", first_layer: int = 0, body: str = "transformer_layer") -> str:
     """Prefix of an item's Megatron names.
 
     Args:
         item: the item.
+        naming: `hybrid` has two layers a block.
         first_layer: that has number 0.
-        body: what an MTP layer's own decoder layer is called: this on disk, `mtp_model_layer` in a live model.
+        body: what an MTP layer's own decoder layer is called under `gpt`: this on disk, `mtp_model_layer` in a live
+            model.
     """
     kind, index = item.block.kind, item.block.index
     if kind == "model":
         return ""
+    hybrid = naming == "hybrid"
     if kind == "layer":
-        return f"decoder.layers.{index - first_layer}."
-    return f"mtp.layers.{index}." + (f"{body}." if item.row.scope == "block" else "")
+        layer = index - first_layer
+        return f"decoder.layers.{2 * layer + item.row.half if hybrid else layer}."
+    inner = f"mtp_model_layer.layers.{item.row.half}." if hybrid else f"{body}."
+    return f"mtp.layers.{index}." + (inner if item.row.scope == "block" else "")
 
 
 def live_names(item: Item, first_layer: int = 0, expert: int | None = None, grouped: bool = False) -> tuple[str, ...]:
@@ -75,9 +103,8 @@ def live_names(item: Item, first_layer: int = 0, expert: int | None = None, grou
         expert: number of a routed expert on its rank.
         grouped: whether a rank's experts are one module.
     """
-    prefix, names = megatron_prefix(item, first_layer, "mtp_model_layer"), item.row.megatron
-    assert names is not None
-    several = (names,) if isinstance(names, str) else names
+    prefix, several = megatron_prefix(item, "gpt", first_layer, "mtp_model_layer"), megatron_names(item)
+    assert several
     if item.expert is None:
         return tuple(prefix + name for name in several)
     inner = [name.removeprefix(f"{_EXPERTS}experts.") for name in several]
@@ -86,96 +113,132 @@ def live_names(item: Item, first_layer: int = 0, expert: int | None = None, grou
     return tuple(f"{prefix}{_EXPERTS}local_experts.{expert}.{name}" for name in inner)
 
 
-def regions(item: Item, spec: ModelSpec) -> tuple[Region, ...]:
+def regions(item: Item, spec: ModelSpec, naming: Naming = "gpt") -> tuple[Region, ...]:
     """The boxes of global Megatron tensors that hold an item, in order of its rows.
 
     Experts lie in one tensor `[experts, rows, columns]`; gate and up are stacked by rows, gate
     first; the three-element hyper-connection scale is three tensors of one element.
     """
-    row, shape = item.row, item.shape
-    if item.passenger or row.megatron is None:
+    row, shape, names = item.row, item.shape, megatron_names(item, naming)
+    if not names:
         return ()
-    prefix = megatron_prefix(item)
-    if isinstance(row.megatron, tuple):
-        part = (shape[0] // len(row.megatron), *shape[1:])
+    prefix = megatron_prefix(item, naming)
+    if len(names) > 1:
+        part = (shape[0] // len(names), *shape[1:])
         zeros = (0,) * len(part)
-        return tuple(Region(prefix + name, part, zeros, part) for name in row.megatron)
+        return tuple(Region(prefix + name, part, zeros, part) for name in names)
+    key = prefix + names[0]
     index, count = row.part
     offsets = (index * shape[0], *(0,) * (len(shape) - 1))
     whole = (count * shape[0], *shape[1:])
     if item.expert is not None:
         experts = spec.n_routed_experts
-        return (Region(prefix + row.megatron, (experts, *whole), (item.expert, *offsets), (1, *shape)),)
-    return (Region(prefix + row.megatron, whole, offsets, shape),)
+        return (Region(key, (experts, *whole), (item.expert, *offsets), (1, *shape)),)
+    return (Region(key, whole, offsets, shape),)
 
 
-def extra_state_keys(plan: Plan) -> tuple[str, ...]:
+def extra_state_keys(plan: Plan, naming: Naming = "gpt") -> tuple[str, ...]:
     """Keys of the `_extra_state` objects that a Megatron loader asks for, a superset over backends."""
     keys: dict[str, None] = {}
     for item in plan.items:
         if item.passenger or not item.row.state or item.row.part[0]:
             continue
-        module = f"{megatron_prefix(item)}{item.row.megatron}".removesuffix(".weight")
+        module = (megatron_prefix(item, naming) + megatron_names(item, naming)[0]).removesuffix(".weight")
         shard = "0_1" if item.expert is None else f"{item.expert}_{plan.spec.n_routed_experts}"
         keys[f"{module}._extra_state/shard_{shard}"] = None
     return tuple(keys)
 
 
-class Same(NamedTuple):
-    """The value of a field of `ModelSpec`."""
+# ---------------------------------------------------------------- from one naming to the other
 
-    field: str
-
-
-# The model's numbers under the configuration names of the Megatron-LM dev branch: a field's value, what follows from
-# several, or a constant. rotary_percent stays 1.0, the compressed base is stated (its default there is wrong), and no
-# MTP is None, not 0.
-MODEL: Mapping[str, Any] = {
-    "num_layers": Same("num_hidden_layers"),
-    "hidden_size": Same("hidden_size"),
-    "num_attention_heads": Same("num_attention_heads"),
-    "experimental_attention_variant": "dsv4_hybrid",
-    "multi_latent_attention": True,
-    "v_head_dim": Same("head_dim"),
-    "qk_head_dim": lambda spec: spec.head_dim - spec.qk_rope_head_dim,
-    "qk_pos_emb_head_dim": Same("qk_rope_head_dim"),
-    "kv_lora_rank": lambda spec: spec.head_dim - spec.qk_rope_head_dim,
-    "q_lora_rank": Same("q_lora_rank"),
-    "o_groups": Same("o_groups"),
-    "o_lora_rank": Same("o_lora_rank"),
-    "rotary_percent": 1.0,
-    "rotary_base": Same("rope_theta"),
-    "csa_compress_rotary_base": Same("compress_rope_theta"),
-    "rotary_scaling_factor": Same("rope_factor"),
-    "original_max_position_embeddings": Same("rope_original_max_position_embeddings"),
-    "beta_fast": Same("rope_beta_fast"),
-    "beta_slow": Same("rope_beta_slow"),
-    "csa_window_size": Same("sliding_window"),
-    "csa_compress_ratios": lambda spec: list(spec.compress_ratios[: spec.num_hidden_layers + spec.mtp_layers]),
-    "dsa_indexer_n_heads": Same("index_n_heads"),
-    "dsa_indexer_head_dim": Same("index_head_dim"),
-    "dsa_indexer_topk": Same("index_topk"),
-    "enable_hyper_connections": True,
-    "num_residual_streams": Same("hc_mult"),
-    "mhc_sinkhorn_iterations": Same("hc_sinkhorn_iters"),
-    "num_moe_experts": Same("n_routed_experts"),
-    "moe_router_topk": Same("num_experts_per_tok"),
-    "moe_ffn_hidden_size": Same("moe_intermediate_size"),
-    "moe_shared_expert_intermediate_size": lambda spec: spec.shared_intermediate_size,
-    "moe_router_score_function": Same("scoring_func"),
-    "moe_router_topk_scaling_factor": Same("routed_scaling_factor"),
-    "moe_router_enable_expert_bias": True,
-    "moe_n_hash_layers": Same("num_hash_layers"),
-    "actual_vocab_size": Same("vocab_size"),
-    "activation_func_clamp_value": Same("swiglu_limit"),
-    "layernorm_epsilon": Same("rms_norm_eps"),
-    "mtp_num_layers": lambda spec: spec.mtp_layers or None,
-    "hetereogenous_dist_checkpoint": True,
-    "pipeline_model_parallel_layout": None,
-}
+_MOMENTS = ("optimizer", "state")  # then the kind of state, then the parameter's own name
 
 
-def megatron_model(spec: ModelSpec) -> dict[str, Any]:
-    """The `MODEL` of these numbers."""
-    values = {key: value(spec) if callable(value) else value for key, value in MODEL.items()}
-    return {key: getattr(spec, value.field) if isinstance(value, Same) else value for key, value in values.items()}
+def renamed(key: str, naming: Naming) -> str:
+    """A checkpoint's key, a tensor's or an object's, in another naming; of training's state too.
+
+    Args:
+        key: in the other naming; what belongs to no layer may be the same in both.
+        naming: the one that is wanted.
+
+    Raises:
+        BridgeError: names alone do not say what it is in that naming.
+    """
+    words = key.split(".")
+    chained = 1 if words[0].startswith("chained_") else 0
+    if tuple(words[chained : chained + 2]) == _MOMENTS and len(words) > chained + 3:
+        cut = chained + 3
+        return ".".join((*words[:cut], renamed(".".join(words[cut:]), naming)))
+    if words[0].split("/")[0] in ("optimizer", "param_groups") or chained:
+        raise BridgeError(
+            f"renaming {short(key)}: a training state that is not stored by its parameter's name; save it with "
+            "--dist-ckpt-optim-fully-reshardable (distrib_optim_sharding_type fully_reshardable), or rename the model "
+            "alone"
+        )
+    if words[0] == "mtp" and words[1:2] == ["layers"] and len(words) > 4:
+        return _renamed_body(key, words, naming)
+    if words[:2] == ["decoder", "layers"] and len(words) > 3:
+        return _renamed_layer(key, words, naming)
+    old, new = _ends()[naming]
+    return next((b + key[len(a) :] for a, b in zip(old, new, strict=True) if key.startswith(f"{a}.")), key)
+
+
+def _renamed_layer(key: str, words: list[str], naming: Naming) -> str:
+    if naming == "hybrid":
+        half, name, rest = _half(key, words[3:], naming)
+        return ".".join(("decoder.layers", str(2 * _number(key, words[2]) + half), name, *rest))
+    layer, half = divmod(_number(key, words[2]), 2)
+    _, name, rest = _half(key, words[3:], naming, half)
+    return ".".join(("decoder.layers", str(layer), name, *rest))
+
+
+def _renamed_body(key: str, words: list[str], naming: Naming) -> str:
+    """Of an MTP layer: only its own decoder layer is called otherwise."""
+    head = words[:3]
+    if naming == "hybrid" and words[3] == "transformer_layer":
+        half, name, rest = _half(key, words[4:], naming)
+        return ".".join((*head, "mtp_model_layer.layers", str(half), name, *rest))
+    if naming == "gpt" and words[3:5] == ["mtp_model_layer", "layers"] and len(words) > 6:
+        _, name, rest = _half(key, words[6:], naming, _number(key, words[5]))
+        return ".".join((*head, "transformer_layer", name, *rest))
+    return key
+
+
+def _half(key: str, words: list[str], naming: Naming, half: int = 0) -> tuple[int, str, list[str]]:
+    """(half of the block, name there, what follows) of the words behind a layer's number."""
+    if naming == "hybrid":
+        found = _halves().get(words[0])
+        if found:
+            return (*found, words[1:])
+    for old, (which, new) in _halves().items() if naming == "gpt" else ():
+        parts = new.split(".")
+        if which == half and words[: len(parts)] == parts:
+            return which, old, words[len(parts) :]
+    raise BridgeError(f"renaming {short(key)}: no part of a layer of this model; only DeepSeek-V4 can be renamed")
+
+
+def _number(key: str, word: str) -> int:
+    if not (word.isdecimal() and len(word) < 10):
+        raise BridgeError(f"renaming {short(key)}: {short(word)} is no layer's number")
+    return int(word)
+
+
+@cache
+def _halves() -> dict[str, tuple[int, str]]:
+    """First word of a name in a GPT layer -> half of the block, and what it is called in that layer of a HybridModel."""
+    found: dict[str, tuple[int, str]] = {}
+    for row in ROWS:
+        if row.scope == "block" and isinstance(row.megatron, str) and isinstance(row.hybrid, str):
+            word, _, rest = row.megatron.partition(".")
+            found[word] = row.half, row.hybrid.removesuffix(f".{rest}")
+    return found
+
+
+@cache
+def _ends() -> dict[Naming, tuple[list[str], list[str]]]:
+    """Modules in front of and behind the layers whose name differs: what it was, what it becomes."""
+    rows = [r for r in ROWS if r.scope in ("first", "last") and r.megatron != r.hybrid]
+    gpt, hybrid = (
+        [str(n).removesuffix(".weight") for n in names] for names in zip(*((r.megatron, r.hybrid) for r in rows))
+    )
+    return {"hybrid": (gpt, hybrid), "gpt": (hybrid, gpt)}

@@ -10,6 +10,9 @@ Columns
     megatron    parameter name in the Megatron-LM dev GPT model, behind the block's prefix, as the
                 torch_dist checkpoint spells it; None: no place for it, a passenger. Several names:
                 the released tensor is cut into that many equal parts along its first axis
+    hybrid      the same in Megatron-LM main's HybridModel, where a block is two layers, each within its
+                hyper-connection
+    half        which of these two: 0 attention, 1 MoE
     scope       first | last (of the model: in front of its layers, behind them) |
                 block (decoder layers and draft blocks) | mtp (MTP blocks of any depth) |
                 mtp_own (Base's copies) | dspark_first | dspark_last
@@ -26,10 +29,11 @@ Columns
     state       the Megatron module keeps an `_extra_state` object beside it
 
 Sources: released names and shapes, the shard headers; Megatron names, Megatron-LM `dev`
-d48bd6be0a, GPT model with experimental_attention_variant "dsv4_hybrid".
+d48bd6be0a, GPT model with experimental_attention_variant "dsv4_hybrid"; hybrid names, Megatron-LM main
+089b33b8 (models/hybrid) and Megatron-Bridge pull request 5860.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,8 @@ class Row:
     part: tuple[int, int] = (0, 1)
     lora: str = ""
     state: bool = False
+    hybrid: str | tuple[str, ...] | None = None
+    half: int = 0
     saved: str | None = None
     resaved: str | None = None
 
@@ -74,15 +80,33 @@ _CORE = "self_attention.core_attention"
 _TF = "self_attn.compressor"
 
 
+def _behind(prefix: str, names: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+    return tuple(f"{prefix}.{name}" for name in names) if isinstance(names, tuple) else names and f"{prefix}.{names}"
+
+
+def _inner(half: int, rows: tuple[Row, ...]) -> tuple[Row, ...]:
+    """Rows of what a hyper-connection wraps."""
+    return tuple(replace(row, hybrid=_behind("inner_layer", row.megatron), half=half) for row in rows)
+
+
+def _same(rows: tuple[Row, ...]) -> tuple[Row, ...]:
+    """Rows that both namings call the same, but for those that say otherwise."""
+    return tuple(row if row.hybrid else replace(row, hybrid=row.megatron) for row in rows)
+
+
 def _mhc(where: str) -> tuple[Row, ...]:
     mega = {"attn": "self_attention_hyper_connection", "ffn": "mlp_hyper_connection"}[where]
-    alphas = (f"{mega}.alpha_pre", f"{mega}.alpha_post", f"{mega}.alpha_res")
+    alphas = ("alpha_pre", "alpha_post", "alpha_res")
     base, tf = f"hc_{where}", f"{where}_hc"
-    return (
-        Row(f"{base}_fn", f"{base}_fn", f"{tf}.fn", f"{mega}.mapping_proj.weight", ("hc_mix", _STREAMS), "f32",
-            "matrix"),
-        Row(f"{base}_base", f"{base}_base", f"{tf}.base", f"{mega}.bias", ("hc_mix",), "f32", "bias"),
-        Row(f"{base}_scale", f"{base}_scale", f"{tf}.scale", alphas, ("3",), "f32", "scale"),
+    rows = (
+        ("fn", "mapping_proj.weight", ("hc_mix", _STREAMS), "matrix"),
+        ("base", "bias", ("hc_mix",), "bias"),
+        ("scale", alphas, ("3",), "scale"),
+    )
+    return tuple(
+        Row(f"{base}_{x}", f"{base}_{x}", f"{tf}.{x}", _behind(mega, name), shape, "f32", role,
+            hybrid=_behind("hyper_connection", name), half=int(where == "ffn"))
+        for x, name, shape, role in rows
     )
 
 
@@ -102,7 +126,7 @@ _MODEL = (
     Row("head", "head.weight", "lm_head.weight", "output_layer.weight", ("vocab_size", _H), "plain", "table", "last",
         cut="vocabulary", saved="head.weight"),
     Row("norm", "norm.weight", "model.norm.weight", "decoder.final_layernorm.weight", (_H,), "plain", "norm", "last",
-        state=True),
+        state=True, hybrid="decoder.final_norm.weight"),
     *_hc_head("last", "model.hc_head", "decoder."),
 )
 
@@ -225,12 +249,12 @@ _DSPARK = (
 )
 
 ROWS: tuple[Row, ...] = (
-    *_MODEL,
-    *_ATTENTION,
-    *_COMPRESSED,
+    *_same(_MODEL),
+    *_inner(0, _ATTENTION),
+    *_inner(0, _COMPRESSED),
     *_mhc("attn"),
     *_mhc("ffn"),
-    *_MOE,
-    *_MTP,
+    *_inner(1, _MOE),
+    *_same(_MTP),
     *_DSPARK,
 )

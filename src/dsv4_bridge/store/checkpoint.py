@@ -81,7 +81,9 @@ class Checkpoint:
     def source(self) -> Values:
         """Where its items' values come from, a stripe at a time."""
         opened = self.opened
-        return HFValues(opened) if isinstance(opened, HFCheckpoint) else MegatronValues(opened.reader, opened.spec)
+        if isinstance(opened, HFCheckpoint):
+            return HFValues(opened)
+        return MegatronValues(opened.reader, opened.spec, opened.naming)
 
     @cached_property
     def passengers(self) -> HFValues | None:
@@ -179,17 +181,22 @@ def open_checkpoint(
     path = resolve(os.fspath(name), revision)
     if not looks_megatron(path):
         return Checkpoint(path, open_hf(path, strict=strict, headers=headers))
-    beside = open_hf(like) if like is not None and _is_released(Path(like)) and not has_config(path) else None
-    try:
-        megatron = open_megatron(path, beside, strict)
-    finally:
-        if beside:
-            beside.close()
+    megatron = open_megatron_beside(path, like, strict=strict)
     try:
         return Checkpoint(path, megatron, open_along(megatron))
     except BaseException:
         megatron.close()
         raise
+
+
+def open_megatron_beside(path: Path, like: AnyPath | None = None, *, strict: bool = True) -> MegatronCheckpoint:
+    """Open a Megatron checkpoint, with the numbers of the release `like` where it does not say its own."""
+    beside = open_hf(like) if like is not None and _is_released(Path(like)) and not has_config(path) else None
+    try:
+        return open_megatron(path, beside, strict)
+    finally:
+        if beside:
+            beside.close()
 
 
 def _is_released(path: Path) -> bool:

@@ -36,7 +36,7 @@ class InspectReport:
         path: the checkpoint, or `owner/name` on the Hub.
         format: `huggingface` or `megatron`.
         variant: name of the variant, `custom (…)` for other sizes.
-        naming: naming scheme of its tensors.
+        naming: naming scheme of its tensors; of a Megatron checkpoint `gpt` or `hybrid`.
         tensors: tensors on disk.
         bytes: their bytes.
         parameters: weights, scales and integer tables not counted.
@@ -141,7 +141,7 @@ def _megatron(checkpoint: MegatronCheckpoint, along: HFCheckpoint | None, path: 
             encoding = bound.encoding if bound else ""
             row.bytes += sum(f.nbytes for f in stored(item, encoding)) if bound else 0
         else:
-            entry = checkpoint.reader.tensors.get(regions(item, checkpoint.spec)[0].key)
+            entry = checkpoint.reader.tensors.get(regions(item, checkpoint.spec, checkpoint.naming)[0].key)
             encoding = (of_dtype(entry.dtype, None) or "") if entry else ""
             row.bytes += sum(f.nbytes for f in stored(item, encoding)) if encoding else 0
         row.encodings[encoding] = row.encodings.get(encoding, 0) + 1
@@ -153,7 +153,7 @@ def _megatron(checkpoint: MegatronCheckpoint, along: HFCheckpoint | None, path: 
         str(path),
         "megatron",
         str(checkpoint.source.get("variant", "unknown")),
-        "megatron-lm dev",
+        checkpoint.naming,
         len(checkpoint.reader.tensors),
         sum(r.bytes for r in rows.values()),
         parameters,

@@ -9,7 +9,7 @@ from ..errors import BridgeError
 from ..files import AnyPath
 from ..spec.encodings import ALLOWED, ENCODINGS
 from ..spec.lora import ALPHA
-from ..spec.megatron import of_model, regions, strange
+from ..spec.megatron import Naming, naming_of, of_model, regions, strange
 from ..spec.plan import Plan, expand
 from ..spec.spec import ASIDE, ModelSpec, differing, replace_spec
 from .hf import Finding, HFCheckpoint, finding_lines, open_hf
@@ -34,6 +34,7 @@ class MegatronCheckpoint:
         plan: the items it holds (no MTP where it has none), passengers included.
         along: the folder of passengers and small files that travels with it.
         findings: disagreements with the plan.
+        naming: how Megatron-LM calls its tensors.
         contradictions: where its run_config.yaml tells Megatron's users other numbers than `spec`.
     """
 
@@ -44,6 +45,7 @@ class MegatronCheckpoint:
     plan: Plan
     along: Path
     findings: tuple[Finding, ...]
+    naming: Naming = "gpt"
     contradictions: tuple[str, ...] = ()
 
     def close(self) -> None:
@@ -78,7 +80,7 @@ def open_megatron(path: AnyPath, like: HFCheckpoint | None = None, strict: bool 
                 f"opening {path}: it holds adapters and not the model they adapt; `dsv4 lora {path} OUT` writes them "
                 f"for peft, `dsv4 merge HF {path} OUT` merges them into a released folder"
             )
-        known = read_run_config(_config_file(folder)) or _of_megatron_bridge(path, _config_file(folder), like)
+        known = read_run_config(config_file(folder)) or _of_megatron_bridge(path, config_file(folder), like)
         if known is None and like is None:
             raise BridgeError(
                 f"opening {path}: it has no {FILE} of this tool, nor one of Megatron-Bridge for such a model; "
@@ -92,8 +94,10 @@ def open_megatron(path: AnyPath, like: HFCheckpoint | None = None, strict: bool 
             spec = spec.without_draft()
         own = bool(source.get("own_mtp_head")) if known else bool(like and like.plan.own_mtp_head)
         plan = expand(spec, own and spec.mtp_layers > 0)
-        said = () if known is None else contradictions(_config_file(folder), spec)
-        found = MegatronCheckpoint(folder, reader, spec, source, plan, folder / ALONG, _findings(reader, plan), said)
+        said = () if known is None else contradictions(config_file(folder), spec)
+        naming = naming_of(reader.tensors)
+        findings = _findings(reader, plan, naming)
+        found = MegatronCheckpoint(folder, reader, spec, source, plan, folder / ALONG, findings, naming, said)
         if strict and said:
             raise BridgeError(
                 f"opening {path}: its {FILE} contradicts itself, section `model:` against section `hf_config:` "
@@ -128,11 +132,11 @@ def _check_like(path: Path, spec: ModelSpec, like: HFCheckpoint) -> None:
 
 def has_config(path: Path) -> bool:
     """Whether a checkpoint, root or iteration folder, says its model's numbers itself."""
-    file = _config_file(find_iteration(path)[0])
+    file = config_file(find_iteration(path)[0])
     return read_run_config(file) is not None or read_model_section(file) is not None
 
 
-def _config_file(folder: Path) -> Path:
+def config_file(folder: Path) -> Path:
     """Where an iteration's configuration is: in it, or in the root above."""
     return folder / FILE if (folder / FILE).is_file() else folder.parent / FILE
 
@@ -144,11 +148,11 @@ def open_along(checkpoint: MegatronCheckpoint) -> HFCheckpoint | None:
     return open_hf(checkpoint.along, partial=True)
 
 
-def _findings(reader: TorchDistReader, plan: Plan) -> tuple[Finding, ...]:
+def _findings(reader: TorchDistReader, plan: Plan, naming: Naming) -> tuple[Finding, ...]:
     wrong: dict[tuple[str, str, str], list[str]] = {}
     claimed: set[str] = set()
     for item in plan.items:
-        for region in regions(item, plan.spec):
+        for region in regions(item, plan.spec, naming):
             key, seen = region.key, region.key in claimed
             claimed.add(key)
             entry = reader.tensors.get(key)

@@ -9,7 +9,8 @@ from typing import Any
 import yaml
 
 from ..errors import BridgeError, short
-from ..spec.megatron import MODEL, Same, megatron_model
+from ..spec.megatron import Naming
+from ..spec.megatron_config import MODEL, Same, megatron_model, naming_of_settings, renamed_settings
 from ..spec.spec import ModelSpec
 from ..spec.variants import VARIANTS
 from ..strict_json import too_deep
@@ -21,18 +22,21 @@ _FORMAT = 1
 _MAX_BYTES = 1 << 18  # ours have 3,000; PyYAML needs seconds for as many
 
 
-def run_config(spec: ModelSpec, source: Mapping[str, Any], layout: list[list[str]] | None = None) -> bytes:
+def run_config(
+    spec: ModelSpec, source: Mapping[str, Any], layout: list[list[str]] | None = None, naming: Naming = "gpt"
+) -> bytes:
     """The file's bytes.
 
     Args:
         spec: the model.
         source: what was imported: variant, encodings, naming, own_mtp_head, passengers.
         layout: layers of every pipeline chunk that saved it, by megatron's names; None: one stage.
+        naming: of its tensors, and so of the model that reads them.
     """
     body = {
         "dsv4_bridge": {"format": _FORMAT, "source": dict(source)},
         "hf_config": released_config(spec, None, False),
-        "model": _stated(spec) | _BRIDGE | {"pipeline_model_parallel_layout": layout},
+        "model": _stated(spec, naming) | _MODELS[naming] | _BRIDGE | {"pipeline_model_parallel_layout": layout},
     }
     return yaml.safe_dump(body, sort_keys=False, width=100, default_flow_style=None).encode()
 
@@ -43,9 +47,17 @@ def _named(target: str) -> dict[str, Any]:
 
 # What Megatron-Bridge needs besides to build the model from this file (0.6.2).
 _MODULES = "megatron.core.models.gpt.experimental_attention_variant_module_specs"
+_MODELS: Mapping[Naming, dict[str, Any]] = {
+    "gpt": {
+        "_target_": "megatron.bridge.models.mla_provider.MLAModelProvider",
+        "transformer_layer_spec": _named(f"{_MODULES}.get_transformer_block_with_experimental_attention_variant_spec"),
+    },
+    "hybrid": {
+        "_target_": "megatron.bridge.models.deepseek.deepseek_v4_hybrid_provider.DeepSeekV4HybridModelProvider",
+        "hybrid_stack_spec": _named("megatron.core.models.hybrid.hybrid_layer_specs.hybrid_dsv4_stack_spec"),
+    },
+}
 _BRIDGE = {
-    "_target_": "megatron.bridge.models.mla_provider.MLAModelProvider",
-    "transformer_layer_spec": _named(f"{_MODULES}.get_transformer_block_with_experimental_attention_variant_spec"),
     "position_embedding_type": "rope",
     "normalization": "RMSNorm",
     "gated_linear_unit": True,
@@ -82,6 +94,7 @@ def read_model_section(path: Path) -> tuple[ModelSpec, str] | None:
     if too_deep(model, 32, 1 << 16):
         raise BridgeError(f"reading {path}: its `model:` section is nested too deep, or far too large")
     where = f"{path}, section `model:`"
+    model = renamed_settings(model, "gpt", where)
     if model.get("actual_vocab_size") is None:  # where it is not padded
         model = model | {"actual_vocab_size": model.get("vocab_size")}
     wanted = {value.field: key for key, value in MODEL.items() if isinstance(value, Same)}
@@ -109,8 +122,8 @@ def read_model_section(path: Path) -> tuple[ModelSpec, str] | None:
     return spec_from_config(config, where), known if isinstance(known, str) else ""
 
 
-def _stated(spec: ModelSpec) -> dict[str, Any]:
-    return megatron_model(spec) | {"vocab_size": spec.vocab_size}
+def _stated(spec: ModelSpec, naming: Naming) -> dict[str, Any]:
+    return megatron_model(spec, naming) | {"vocab_size": spec.vocab_size}
 
 
 def contradictions(path: Path, spec: ModelSpec) -> tuple[str, ...]:
@@ -123,7 +136,7 @@ def contradictions(path: Path, spec: ModelSpec) -> tuple[str, ...]:
     stated = body.get("model") if body else None
     if not isinstance(stated, dict) or "dsv4_bridge" not in (body or {}):
         return ()
-    wanted = _stated(spec)
+    wanted = _stated(spec, naming_of_settings(stated))
     layout = {"pipeline_model_parallel_layout"}
     pairs = [(k, stated[k], wanted[k]) for k in wanted if k in stated and k not in layout]
     return tuple(
@@ -149,6 +162,24 @@ def read_run_config(path: Path) -> tuple[ModelSpec, dict[str, Any]] | None:
         raise BridgeError(f"reading {path}: its dsv4_bridge section is not format {_FORMAT}")
     source = ours.get("source")
     return spec_from_config(config, str(path)), dict(source) if isinstance(source, dict) else {}
+
+
+def renamed_run_config(path: Path, naming: Naming) -> bytes | None:
+    """The file for the same tensors under the other naming; None where it says nothing of such a model.
+
+    Raises:
+        BridgeError: the file is there and unusable.
+    """
+    if known := read_run_config(path):
+        return run_config(*known, naming=naming)
+    if read_model_section(path) is None:
+        return None
+    body = _body(path) or {}
+    model = renamed_settings(body["model"], naming, f"{path}, section `model:`")
+    for key in {key for kind in _MODELS.values() for key in kind}:
+        model.pop(key, None)
+    body["model"] = model | _MODELS[naming]
+    return yaml.safe_dump(body, sort_keys=False, width=100, default_flow_style=None).encode()
 
 
 def _body(path: Path) -> dict[str, Any] | None:

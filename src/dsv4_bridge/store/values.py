@@ -15,7 +15,7 @@ from ..codec import CODECS, CodecError, EncodeStats
 from ..errors import BridgeError
 from ..spec.dtypes import DTYPES
 from ..spec.encodings import ENCODINGS, TILE, of_dtype
-from ..spec.megatron import Region, regions
+from ..spec.megatron import Naming, Region, regions
 from ..spec.plan import Item
 from ..spec.spec import ModelSpec
 from .hf import Bound, HFCheckpoint
@@ -188,17 +188,17 @@ def check_ids(ids: np.ndarray, spec: ModelSpec, name: str) -> None:
 class MegatronValues:
     """Items of a torch_dist checkpoint."""
 
-    def __init__(self, reader: TorchDistReader, spec: ModelSpec):
-        self.reader, self.spec = reader, spec
+    def __init__(self, reader: TorchDistReader, spec: ModelSpec, naming: Naming = "gpt"):
+        self.reader, self.spec, self.naming = reader, spec, naming
 
     def encoding(self, item: Item) -> str:
-        dtype = self.reader.tensors[regions(item, self.spec)[0].key].dtype
+        dtype = self.reader.tensors[regions(item, self.spec, self.naming)[0].key].dtype
         encoding = of_dtype(dtype, None)
         assert encoding is not None, f"{dtype} was refused when the checkpoint was opened"
         return encoding
 
     def stripes(self, item: Item, start: int, stop: int, scratch: Scratch) -> Iterator[np.ndarray]:
-        found = regions(item, self.spec)
+        found = regions(item, self.spec, self.naming)
         dtype = DTYPES[self.reader.tensors[found[0].key].dtype]
         rows = stripe_rows(item.shape, dtype.itemsize)
         for first, last in cuts(start, stop, rows):
@@ -211,7 +211,7 @@ class MegatronValues:
             yield out
 
     def extents(self, item: Item, start: int, stop: int) -> Iterable[tuple[int, int, int]]:
-        for part, low, high in _overlaps(regions(item, self.spec), item, start, stop):
+        for part, low, high in _overlaps(regions(item, self.spec, self.naming), item, start, stop):
             region = _rows(part, low, high, len(item.shape))
             yield from self.reader.extents(region.key, region.offsets, region.sizes)
 

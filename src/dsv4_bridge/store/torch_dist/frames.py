@@ -148,8 +148,8 @@ def _end(count: int, size: int, start: int) -> bytes:
     return wide + b"PK\5\6" + struct.pack("<HHHHIIH", 0, 0, count, count, size, min(start, _MAX32), 0)
 
 
-def _zip(records: Mapping[str, bytes]) -> bytes:
-    """An item whose records are all known."""
+def item_of(records: Mapping[str, bytes]) -> bytes:
+    """An item whose records are all known, by their names in the archive."""
     directory = bytearray()
     whole = _Records(0, directory)
     for name, content in records.items():
@@ -193,7 +193,7 @@ def object_item(payload: Any) -> bytes:
 def _object_zip(value: bytes, data: Mapping[str, bytes] | None = None) -> bytes:
     """A list of one value, and the storages that its pickle refers to."""
     records = {"data.pkl": code.dumps(code.list_of([value])), "byteorder": b"little"}
-    return _zip(records | dict(data or {}) | {"version": b"3\n"})
+    return item_of(records | dict(data or {}) | {"version": b"3\n"})
 
 
 @cache

@@ -61,10 +61,11 @@ METADATA_GLOBALS: Final[Mapping[tuple[str, str], Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """The content of a ``.metadata``: tensors by key, objects by key."""
+    """The content of a ``.metadata``: tensors by key, objects by key, tensors whose real shape is kept apart."""
 
     tensors: dict[str, TensorRecord]
     objects: dict[str, ObjectRecord]
+    flattened: tuple[str, ...] = ()
 
 
 def decode_index(data: bytes, what: str) -> Index:
@@ -97,7 +98,9 @@ def decode_index(data: bytes, what: str) -> Index:
                 raise ValueError(f"it is {show(entry)}, expected tensor or bytes metadata")
         except ValueError as error:
             raise BridgeError(f"{what}: {show(key)}: {error}. The checkpoint is damaged") from None
-    return Index(tensors, objects)
+    kept = whole.field("mcore_data")
+    apart = tuple(k for k, v in kept.items() if type(k) is str and v) if type(kept) is dict else ()
+    return Index(tensors, objects, apart)
 
 
 class _Shared(dict[Any, Any]):

@@ -7,7 +7,7 @@ in the folder is executed, and ``common.pt`` of older checkpoints is never opene
 """
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -116,7 +116,9 @@ class TorchDistReader:
         path: the folder of ``.metadata``.
         iteration: from the name of the folder; None for a release or any other name.
         tensors: key -> :class:`TensorEntry`.
-        objects: keys of stored objects (``…/shard_i_n``).
+        objects: key of a stored object (``…/shard_i_n``) -> where it lies.
+        flattened: keys whose shape on disk is not that of the tensor, as releases before 0.15 stored some.
+        files: its files, open while they are read.
 
     Raises:
         BridgeError: on opening, where anything in ``.metadata`` does not hold: types, chunks that leave
@@ -135,11 +137,11 @@ class TorchDistReader:
         except OSError as error:
             raise BridgeError(f"reading {metadata}: {error.strerror}") from None
         index = decode_index(data, f"reading {metadata}")
-        self._files = Files(self.path)
-        _check_files(self._files, index)
+        self.files = Files(self.path)
+        _check_files(self.files, index)
         self.tensors = {k: TensorEntry(t.dtype, t.global_shape, t.chunks) for k, t in index.tensors.items()}
-        self.objects = frozenset(index.objects)
-        self._objects = index.objects
+        self.objects: Mapping[str, ObjectRecord] = index.objects
+        self.flattened = index.flattened
         self._within = f"{self.path / '_'}"[:-1]  # for messages, which are made ready at every read
         self._starts: dict[str, tuple[list[int], int]] = {}
         self._layouts: dict[ChunkRecord, tuple[str, int, tuple[int, ...] | None]] = {}
@@ -154,7 +156,7 @@ class TorchDistReader:
 
     def close(self) -> None:
         """Close the files; a read after this opens them again."""
-        self._files.close()
+        self.files.close()
 
     def read(
         self,
@@ -214,7 +216,7 @@ class TorchDistReader:
             high = min(chunk.sizes[axis], offsets[axis] + sizes[axis] - chunk.offsets[axis]) if chunk.sizes else 1
             rows = chunk.sizes[axis] if chunk.sizes else 1
             if low < high:
-                with self._files.borrow(chunk.file) as fd:
+                with self.files.borrow(chunk.file) as fd:
                     yield fd, chunk.offset + chunk.length * low // rows, chunk.length * (high - low) // rows
 
     def read_object(self, key: str) -> Any:
@@ -224,12 +226,18 @@ class TorchDistReader:
             BridgeError: unknown key, or anything else in it: Megatron's ``common_state`` may hold
                 arguments of any class, which are not loaded.
         """
-        if key not in self._objects:
-            raise BridgeError(f"reading {self.path}: no object {show(key)} among its {len(self._objects)}")
-        record = self._objects[key]
-        with self._files.borrow(record.file) as fd:
+        if key not in self.objects:
+            raise BridgeError(f"reading {self.path}: no object {show(key)} among its {len(self.objects)}")
+        record = self.objects[key]
+        with self.files.borrow(record.file) as fd:
             where = f"reading object {show(key)} of {self.path / record.file} at byte {record.offset}"
             return object_payload(Extent(fd, record.offset, where), record.length)
+
+    def item(self, record: ObjectRecord) -> bytes:
+        """The bytes of a stored object, as torch.save wrote them."""
+        with self.files.borrow(record.file) as fd:
+            where = f"reading {self.path / record.file} at byte {record.offset}"
+            return Extent(fd, record.offset, where).bytes(0, record.length)
 
     def _entry(self, key: str) -> TensorEntry:
         entry = self.tensors.get(key)
@@ -262,7 +270,7 @@ class TorchDistReader:
     def _read_chunk(self, key: str, dtype: str, chunk: ChunkRecord, first: tuple[int, ...], target: np.ndarray) -> None:
         """Fill ``target`` from the box of its shape at ``first`` of one chunk."""
         where = f"reading {show(key)} of {self._within}{chunk.file} at byte {chunk.offset}"
-        with self._files.borrow(chunk.file) as fd:
+        with self.files.borrow(chunk.file) as fd:
             layout = self._layouts.get(chunk)
             if layout is None or layout[0] != dtype:
                 item = tensor_item(Extent(fd, chunk.offset, where), chunk.length)
