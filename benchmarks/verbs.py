@@ -89,6 +89,7 @@ def verbs(inputs: Path) -> dict[str, Verb]:
         Verb("import", lambda out: ["import", hf, str(out)], _checkpoint, _files),
         Verb("export", lambda out: ["export", megatron, str(out), "--like", hf], _checkpoint, _files),
         Verb("repack", lambda out: ["repack", hf, str(out), "--encoding", "bf16"], _checkpoint, _files),
+        Verb("rename", lambda out: ["rename", megatron, str(out), "--naming", "hybrid"], _checkpoint, _files),
         Verb("merge", lambda out: ["merge", hf, adapters, str(out)], _checkpoint, _files),
         Verb("lora", lambda out: ["lora", adapters, str(out)], _adapters, _files),
         Verb(

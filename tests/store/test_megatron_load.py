@@ -9,7 +9,7 @@ from warm import run_world
 
 from conftest import same_files
 from dsv4_bridge import BridgeError, export_hf, import_hf, inspect, make_toy
-from dsv4_bridge.spec.megatron import extra_state_keys, megatron_dtype, regions
+from dsv4_bridge.spec.megatron import Naming, extra_state_keys, megatron_dtype, regions
 from dsv4_bridge.spec.plan import Item, expand, scale_name
 from dsv4_bridge.store.hf import open_hf
 
@@ -141,10 +141,18 @@ def source_values(folder: Path, item: Item, shards: dict[str, Path]) -> np.ndarr
     return weight.to(torch.int32).numpy() if weight.dtype == torch.int64 else weight.numpy()
 
 
-@pytest.mark.parametrize("variant", ["Flash", pytest.param("Flash-0731", marks=pytest.mark.slow)])
-def test_megatron_loads_an_import_at_every_kind_of_cut(variant: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("variant", "naming"),
+    [
+        ("Flash", "gpt"),
+        ("Flash", "hybrid"),
+        pytest.param("Flash-0731", "gpt", marks=pytest.mark.slow),
+        pytest.param("Flash-0731", "hybrid", marks=pytest.mark.slow),
+    ],
+)
+def test_megatron_loads_an_import_at_every_kind_of_cut(variant: str, naming: Naming, tmp_path: Path) -> None:
     source = make_toy(tmp_path / "hf", variant, 21, payload="extreme", ragged=True)
-    import_hf(source, tmp_path / "m")
+    import_hf(source, tmp_path / "m", naming=naming)
     checkpoint = open_hf(source)
     shards = {n: source / i.file for n, i in checkpoint.folder.tensors.items()}
     plan = expand(checkpoint.spec)
@@ -154,7 +162,7 @@ def test_megatron_loads_an_import_at_every_kind_of_cut(variant: str, tmp_path: P
         if item.passenger:
             continue
         values, at = source_values(source, item, shards), 0
-        for region in regions(item, plan.spec):
+        for region in regions(item, plan.spec, naming):
             kind = {"BF16": np.uint16, "F32": np.float32, "I32": np.int32}[megatron_dtype(item)]
             target = arrays.setdefault(region.key, np.empty(region.global_shape, kind))
             rows = region.sizes[-values.ndim]
@@ -165,7 +173,7 @@ def test_megatron_loads_an_import_at_every_kind_of_cut(variant: str, tmp_path: P
     checkpoint.close()
     np.savez(tmp_path / "arrays.npz", **arrays)
     (tmp_path / "cuts.txt").write_text("".join(f"{k} {c}\n" for k, c in cuts.items()))
-    shards_of = (k.rpartition("/shard_") for k in extra_state_keys(plan))
+    shards_of = (k.rpartition("/shard_") for k in extra_state_keys(plan, naming))
     lines = (f"{key} {place.replace('_', ' ')}\n" for key, _, place in shards_of)
     (tmp_path / "objects.txt").write_text("".join(lines))
     (tmp_path / "worker.py").write_text(WORKER)

@@ -17,7 +17,10 @@ from . import check, convert, data, flops, lora, model, plan, train  # noqa: F40
 from .app import app
 
 # As `--help` lists them: look, convert, run, train.
-_ORDER = "demo toy inspect plan import export rename repack verify generate parity data recipes train lora merge flops doctor"
+_ORDER = (
+    "demo toy inspect plan import export rename repack verify generate parity "
+    "data recipes train lora merge flops doctor"
+)
 _BAD_ARGUMENTS: Any = typer.BadParameter.__base__  # UsageError, of typer or of click; typer does not export it
 _PLACE = {name: place for place, name in enumerate(_ORDER.split())}
 app.registered_commands.sort(key=lambda verb: _PLACE[verb.name or getattr(verb.callback, "__name__", "")])

@@ -51,12 +51,12 @@ def put(data: dict[str, Any], as_json: bool, shown: Any) -> None:
     try:
         if as_json:
             sys.stdout.write(json.dumps(data, default=str) + "\n")
+        elif isinstance(shown, str):
+            sys.stdout.write(shown + "\n")
         else:
-            from rich.text import Text
-
             from .show.tables import show
 
-            show(Text(shown) if isinstance(shown, str) else shown)  # no markup: paths may have brackets
+            show(shown)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has seen enough; what was found still decides the exit code
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

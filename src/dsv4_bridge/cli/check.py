@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import BridgeError
-from .app import Json, Revision, Workers, app, finish, put
+from .app import Json, NamingOption, Revision, Workers, app, finish, put
 
 
 class Level(StrEnum):
@@ -57,9 +57,12 @@ def toy(
     ),
     layers: Annotated[int | None, typer.Option("--layers", min=1, help="Decoder layers of a full width.")] = None,
     workers: Annotated[int, typer.Option("--workers", min=1, max=256, help="Threads that make tensors.")] = 2,
+    naming: Annotated[
+        NamingOption | None, typer.Option("--naming", help="A Megatron checkpoint with the names of this model.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Make a small random checkpoint in the released format of a variant."""
+    """Make a small random checkpoint in the released format of a variant, or a Megatron one."""
     from ..spec.plan import layer_kinds
     from ..spec.variants import variant_named
     from ..store.inspect import inspect as look
@@ -84,6 +87,7 @@ def toy(
         layers=layers,
         workers=workers,
         progress=TerminalProgress(),
+        naming=naming and naming.value,
     )
     made = look(dst)
     facts = {

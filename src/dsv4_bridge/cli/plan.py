@@ -26,6 +26,7 @@ def _size(name: str, text: str) -> Any:
 def plan(
     ckpt: str,
     naming: Named = NamingOption.gpt,
+    names: Annotated[bool, typer.Option("--names", help="Every released name, a tab, and its Megatron names.")] = False,
     tp: Annotated[int | None, _size("tp", "Tensor-parallel ranks; this and the next plan ranks.")] = None,
     pp: Annotated[int | None, _size("pp", "Pipeline ranks.")] = None,
     ep: Annotated[int | None, _size("ep", "Expert-parallel ranks.")] = None,
@@ -75,6 +76,12 @@ def plan(
         from ..store.hub import describe
 
         found = describe(ckpt, revision)
+    if names:
+        from ..planning.tensors import megatron_names_of
+
+        listed = megatron_names_of(found[0], naming=naming.value)
+        put({"names": listed}, as_json, "\n".join(f"{name}\t{' '.join(keys) or '-'}" for name, keys in listed.items()))
+        return
     if all(value is None for value in (*sizes.values(), *run.values())):
         from .show.plan import plan_table
 

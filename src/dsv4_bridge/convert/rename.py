@@ -6,11 +6,12 @@ files are copied as they are, and these two are written anew.
 
 import os
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import BridgeError, files_named, short
 from ..files import AnyPath
-from ..spec.megatron import NAMINGS, Naming, renamed
+from ..spec.megatron import NAMINGS, STATES_OF, Naming, renamed
 from ..store.checkpoint import open_megatron_beside
 from ..store.hub import resolve
 from ..store.megatron import TRACKER, MegatronCheckpoint, config_file
@@ -18,7 +19,14 @@ from ..store.run_config import FILE as RUN_CONFIG
 from ..store.run_config import renamed_run_config
 from ..store.torch_dist.boxes import Files
 from ..store.torch_dist.common_state import LEGACY_FILE, MOST_BYTES, renamed_common_state
-from ..store.torch_dist.frames import COMMON_STATE_KEY, METADATA_JSON, ObjectRecord, TensorRecord, metadata_bytes
+from ..store.torch_dist.frames import (
+    COMMON_STATE_KEY,
+    METADATA_JSON,
+    ObjectRecord,
+    TensorRecord,
+    extra_state_item,
+    metadata_bytes,
+)
 from ..store.values import MegatronValues
 from .emitter import Emitter, Report
 from .jobs import apart, file_stamps
@@ -61,7 +69,7 @@ def rename(
     checkpoint = open_megatron_beside(source, beside)
     try:
         if checkpoint.naming == naming:
-            raise BridgeError(f"renaming {source}: its tensors have {naming} names already; nothing is to be done")
+            raise BridgeError(f"renaming {source}: its tensors have {naming} names already")
         apart(source, out)
         return run(rename_job(checkpoint, naming), out, options or Options())
     finally:
@@ -76,17 +84,29 @@ def rename_job(checkpoint: MegatronCheckpoint, naming: Naming) -> Job:
             f"renaming {folder}: {len(reader.flattened)} tensors ({short(reader.flattened[0])} …) are stored "
             "flattened, as optimizer states of megatron-core before 0.15; load and save it there once with a newer one"
         )
-    objects = {renamed(key, naming): record for key, record in reader.objects.items()}
     files, iteration = _files(checkpoint), folder.name
-    changed, left = _common_state(checkpoint, naming), set(files)
-    new: list[OutFile] = []
+    objects, written = _objects(checkpoint, naming), list[bytes]()
+    name = next(n for i in range(len(files) + 1) if (n := f"__0_{i}.distcp") not in files)
+
+    def add(keys: Iterable[str], item: bytes) -> None:
+        objects.update((k, ObjectRecord(k, name, sum(map(len, written)), len(item))) for k in keys)
+        written.append(item)
+
+    changed, left, new = _common_state(checkpoint, naming), set(files), list[OutFile]()
     if changed and LEGACY_FILE in files:
         left.discard(LEGACY_FILE)
         new.append(OutFile(f"{iteration}/{LEGACY_FILE}", (Literal(changed),)))
     elif changed:
-        name = next(n for i in range(len(files) + 1) if (n := f"__0_{i}.distcp") not in files)
-        new.append(OutFile(f"{iteration}/{name}", (Literal(changed),)))
-        objects[COMMON_STATE_KEY] = ObjectRecord(COMMON_STATE_KEY, name, 0, len(changed))
+        add([COMMON_STATE_KEY], changed)
+    if lacking := [s for m in STATES_OF[naming] if (s := f"{m}/shard_0_1") not in objects]:
+        empty = extra_state_item()
+        there = next((o for o in reader.objects.values() if o.length == len(empty) and reader.item(o) == empty), None)
+        if there:
+            objects.update((key, there) for key in lacking)
+        else:
+            add(lacking, empty)
+    if written:
+        new.append(OutFile(f"{iteration}/{name}", tuple(map(Literal, written))))
     tensors = [TensorRecord(renamed(k, naming), t.dtype, t.shape, t.chunks) for k, t in reader.tensors.items()]
     index = metadata_bytes(tensors, [ObjectRecord(k, o.file, o.offset, o.length) for k, o in objects.items()])
     config = renamed_run_config(config_file(folder), naming)
@@ -101,6 +121,13 @@ def rename_job(checkpoint: MegatronCheckpoint, naming: Naming) -> Job:
         identity={"kind": "rename", "naming": naming, "source": file_stamps(folder)},
         markers=markers,
     )
+
+
+def _objects(checkpoint: MegatronCheckpoint, naming: Naming) -> dict[str, ObjectRecord]:
+    """Its objects by their new keys, without those that the other model does not ask for."""
+    left = STATES_OF[checkpoint.naming]
+    found = {key: record for key, record in checkpoint.reader.objects.items() if key.split("/")[0] not in left}
+    return {renamed(key, naming): record for key, record in found.items()}
 
 
 def _files(checkpoint: MegatronCheckpoint) -> dict[str, File]:

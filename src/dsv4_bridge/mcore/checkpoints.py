@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from ..errors import BridgeError, files_named
 from ..files import AnyPath, put, sync
-from ..spec.megatron import of_model
+from ..spec.megatron import naming_of, of_model
 from ..store.megatron import TRACKER
 from ..store.run_config import FILE as RUN_CONFIG
 from ..store.run_config import run_config
@@ -149,9 +149,11 @@ def load_checkpoint(model: Chunks, checkpoint: AnyPath, optimizer: Any = None, *
     # the checkpoint's keys and asks for its own, so only one rank alone can tell that some are strange.
     strange = sorted(k for k in missing if of_model(k))
     if unexpected or (strange and dist.get_world_size() == 1):
+        hybrid = naming_of(strange) == "hybrid"
         raise BridgeError(
             f"loading {folder}: {len(unexpected)} keys of the model are not in it ({sorted(unexpected)[:3]}), "
             f"{len(strange)} keys in it are not the model's ({strange[:3]})"
+            + ("; they are a HybridModel's, `dsv4 rename` translates them" if hybrid else "")
         )
     with torch.no_grad():
         for key, parameter in live.items():

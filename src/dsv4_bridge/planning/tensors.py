@@ -9,10 +9,10 @@ from typing import Any
 from ..errors import BridgeError, files_named
 from ..files import AnyPath
 from ..spec.dtypes import DTYPES
-from ..spec.megatron import Naming, megatron_dtype, megatron_names, megatron_prefix
+from ..spec.megatron import Naming, megatron_dtype, megatron_names, megatron_prefix, regions
 from ..spec.megatron_config import layer_pattern
 from ..spec.plan import Plan, expand, shard_name, shard_of, stored
-from ..spec.variants import VARIANTS, guess, known_variant
+from ..spec.variants import VARIANTS, Variant, guess, known_variant
 from ..store.hf import Finding, open_hf
 from ..store.hf_config import read_config, spec_from_config
 from ..store.hub import describe
@@ -93,11 +93,7 @@ def plan(what: AnyPath, headers: Mapping[str, Shard] | None = None, *, naming: N
     Raises:
         BridgeError: neither, or unusable.
     """
-    path, variant = Path(what), None if Path(what).exists() else known_variant(os.fspath(what))
-    if variant is None and not path.exists():
-        if "/" not in os.fspath(what):
-            raise BridgeError(f"planning {what}: no such folder, and no variant of that name ({', '.join(VARIANTS)})")
-        path, headers = describe(os.fspath(what))
+    path, variant, headers = _found(what, headers)
     if variant:
         planned = expand(variant.spec, variant.own_mtp_head)
         return _report(str(what), variant.name, planned, dict(variant.encodings), naming)
@@ -121,6 +117,37 @@ def plan(what: AnyPath, headers: Mapping[str, Shard] | None = None, *, naming: N
     assumed = guess(config, spec)
     planned = expand(spec, assumed.own_mtp_head)
     return _report(str(path), f"{assumed.name} by config.json", planned, dict(assumed.encodings), naming)
+
+
+def _found(
+    what: AnyPath, headers: Mapping[str, Shard] | None
+) -> tuple[Path, Variant | None, Mapping[str, Shard] | None]:
+    path, variant = Path(what), None if Path(what).exists() else known_variant(os.fspath(what))
+    if variant is None and not path.exists():
+        if "/" not in os.fspath(what):
+            raise BridgeError(f"planning {what}: no such folder, and no variant of that name ({', '.join(VARIANTS)})")
+        path, headers = describe(os.fspath(what))
+    return path, variant, headers
+
+
+@files_named("planning")
+def megatron_names_of(what: AnyPath, *, naming: Naming = "gpt") -> dict[str, tuple[str, ...]]:
+    """Released name of every weight -> keys of the Megatron tensors that hold it, on disk; none for a passenger.
+
+    Args:
+        what: folder, `owner/name` on the Hub, or a variant's name.
+        naming: `gpt` or `hybrid`.
+
+    Raises:
+        BridgeError: there is none, or its config.json is unusable.
+    """
+    path, variant, _ = _found(what, None)
+    if variant:
+        planned = expand(variant.spec, variant.own_mtp_head)
+    else:
+        spec = spec_from_config(config := read_config(path / "config.json"), str(path / "config.json"))
+        planned = expand(spec, guess(config, spec).own_mtp_head)
+    return {item.name: tuple(r.key for r in regions(item, planned.spec, naming)) for item in planned.items}
 
 
 def _report(

@@ -1,6 +1,6 @@
 """Megatron's names and shapes of the model's tensors: the one place that knows them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Literal, NamedTuple
 
@@ -39,6 +39,8 @@ _NOT_MODEL = (
     "opt_param_scheduler",
     "param_groups",
 )
+# Extra states of modules that have none in the other model; GPTModel takes its output layer's away.
+STATES_OF: Mapping[Naming, tuple[str, ...]] = {"gpt": (), "hybrid": ("output_layer._extra_state",)}
 _EXPERTS = "mlp.experts."  # on disk, all experts of a layer are one tensor of `experts` in it
 
 
@@ -53,6 +55,12 @@ def naming_of(keys: Iterable[str]) -> Naming:
     return "hybrid" if any(w[1] == "final_norm" or w[3:4] == ["inner_layer"] for w in layers) else "gpt"
 
 
+def hash_layers(keys: Iterable[str]) -> int:
+    """How many decoder layers have a table of experts by token id."""
+    words = (key.split(".") for key in keys if key.startswith("decoder.layers."))
+    return sum(w[-2:] == ["router", "tid2eid"] for w in words)
+
+
 def strange(key: str) -> str:
     """Why a key of the model is none of ours."""
     if key.endswith(("_w", "_v")):
@@ -60,6 +68,8 @@ def strange(key: str) -> str:
     if key.startswith("decoder.layers.") and not key.split(".")[2].isdigit():
         return "pipeline-stacked layers (hetereogenous_dist_checkpoint=False)"
     words = key.split(".")
+    if words[0] == "module":
+        return "behind `module.`, as NeMo 2 saves its models; it has no DeepSeek-V4"
     if words[0] == "mtp" and words[3:4] == ["mtp_model_layer"] and words[4:5] != ["layers"]:
         return "the live name of an MTP layer's body; on disk it is transformer_layer"
     return "no tensor of this model"
@@ -139,7 +149,7 @@ def regions(item: Item, spec: ModelSpec, naming: Naming = "gpt") -> tuple[Region
 
 def extra_state_keys(plan: Plan, naming: Naming = "gpt") -> tuple[str, ...]:
     """Keys of the `_extra_state` objects that a Megatron loader asks for, a superset over backends."""
-    keys: dict[str, None] = {}
+    keys: dict[str, None] = dict.fromkeys(f"{module}/shard_0_1" for module in STATES_OF[naming])
     for item in plan.items:
         if item.passenger or not item.row.state or item.row.part[0]:
             continue
@@ -225,7 +235,7 @@ def _number(key: str, word: str) -> int:
 
 @cache
 def _halves() -> dict[str, tuple[int, str]]:
-    """First word of a name in a GPT layer -> half of the block, and what it is called in that layer of a HybridModel."""
+    """First word of a name in a GPT layer -> half of the block, and its words in that layer of a HybridModel."""
     found: dict[str, tuple[int, str]] = {}
     for row in ROWS:
         if row.scope == "block" and isinstance(row.megatron, str) and isinstance(row.hybrid, str):
@@ -238,7 +248,6 @@ def _halves() -> dict[str, tuple[int, str]]:
 def _ends() -> dict[Naming, tuple[list[str], list[str]]]:
     """Modules in front of and behind the layers whose name differs: what it was, what it becomes."""
     rows = [r for r in ROWS if r.scope in ("first", "last") and r.megatron != r.hybrid]
-    gpt, hybrid = (
-        [str(n).removesuffix(".weight") for n in names] for names in zip(*((r.megatron, r.hybrid) for r in rows))
-    )
+    gpt = [str(row.megatron).removesuffix(".weight") for row in rows]
+    hybrid = [str(row.hybrid).removesuffix(".weight") for row in rows]
     return {"hybrid": (gpt, hybrid), "gpt": (hybrid, gpt)}

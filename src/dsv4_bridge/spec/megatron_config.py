@@ -87,7 +87,7 @@ def megatron_model(spec: ModelSpec, naming: Naming = "gpt") -> dict[str, Any]:
 
 
 def layer_pattern(spec: ModelSpec) -> str:
-    """The layers of a HybridModel as a word: W, C or H for attention of ratio 0, 4 or 128, E for MoE, `/` before MTP."""
+    """The layers of a HybridModel as a word: W, C, H for attention of ratio 0, 4, 128, E for MoE, `/` before MTP."""
     count, ratios = spec.num_hidden_layers, spec.compress_ratios
     return _MTP.join((_symbols(ratios[:count]), *(_symbols([r]) for r in ratios[count : count + spec.mtp_layers])))
 

@@ -9,7 +9,7 @@ from ..errors import BridgeError
 from ..files import AnyPath
 from ..spec.encodings import ALLOWED, ENCODINGS
 from ..spec.lora import ALPHA
-from ..spec.megatron import Naming, naming_of, of_model, regions, strange
+from ..spec.megatron import Naming, hash_layers, naming_of, of_model, regions, strange
 from ..spec.plan import Plan, expand
 from ..spec.spec import ASIDE, ModelSpec, differing, replace_spec
 from .hf import Finding, HFCheckpoint, finding_lines, open_hf
@@ -80,7 +80,9 @@ def open_megatron(path: AnyPath, like: HFCheckpoint | None = None, strict: bool 
                 f"opening {path}: it holds adapters and not the model they adapt; `dsv4 lora {path} OUT` writes them "
                 f"for peft, `dsv4 merge HF {path} OUT` merges them into a released folder"
             )
-        known = read_run_config(config_file(folder)) or _of_megatron_bridge(path, config_file(folder), like)
+        known = read_run_config(config_file(folder)) or _of_megatron_bridge(
+            path, config_file(folder), like, hash_layers(reader.tensors)
+        )
         if known is None and like is None:
             raise BridgeError(
                 f"opening {path}: it has no {FILE} of this tool, nor one of Megatron-Bridge for such a model; "
@@ -112,9 +114,17 @@ def open_megatron(path: AnyPath, like: HFCheckpoint | None = None, strict: bool 
     return found
 
 
-def _of_megatron_bridge(path: Path, file: Path, like: HFCheckpoint | None) -> tuple[ModelSpec, dict[str, Any]] | None:
-    """What a run_config.yaml of Megatron-Bridge says; with a release to be like, that one says it, and more."""
+def _of_megatron_bridge(
+    path: Path, file: Path, like: HFCheckpoint | None, tables: int
+) -> tuple[ModelSpec, dict[str, Any]] | None:
+    """What a run_config.yaml of Megatron-Bridge says; with a release to be like, that one says it, and more.
+
+    `tables` counts the layers that the checkpoint has a table of experts for.
+    """
     found = read_model_section(file)
+    if found and found[0].num_hash_layers == 2 * tables:
+        # dev's HybridModel counts layers under moe_n_hash_layers, Megatron-Bridge those with experts.
+        found = replace_spec(found[0], num_hash_layers=tables), found[1]
     if found is None or like is None:
         return found and (found[0], {"variant": found[1] or "unknown"})
     _check_like(path, found[0], like)

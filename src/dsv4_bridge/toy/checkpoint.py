@@ -11,18 +11,22 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import groupby
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import numpy as np
 
+from ..convert.jobs import import_hf
 from ..convert.prepare import check_space
 from ..errors import BridgeError, files_named
 from ..files import AnyPath
 from ..progress import Progress, Silent, in_background
 from ..spec.dtypes import DTYPES
 from ..spec.encodings import QUANTISED, Stored
+from ..spec.megatron import NAMINGS, Naming
 from ..spec.plan import Item, Plan, expand, shard_name, shard_of, stored
 from ..spec.spec import ModelSpec
 from ..spec.variants import Variant, shortened, tiny, variant_named
@@ -64,8 +68,9 @@ def make_toy(
     layers: int | None = None,
     workers: int = 1,
     progress: Progress | None = None,
+    naming: Naming | None = None,
 ) -> Path:
-    """Write a random checkpoint in the released format of `variant`.
+    """Write a random checkpoint in the released format of `variant`, or a Megatron checkpoint of its values.
 
     Args:
         out: a folder that is empty or does not exist.
@@ -78,12 +83,18 @@ def make_toy(
         layers: decoder layers of a full width; see `spec.variants.shortened` for which.
         workers: threads that make tensors.
         progress: told of the bytes made.
+        naming: `gpt` or `hybrid`: a Megatron checkpoint with these names, by way of a released one beside it.
 
     Raises:
         BridgeError: unknown variant, payload or width, no such number of layers, the folder is in the way, or the
             disk has too little room.
     """
     out, kind = Path(out), variant_named(variant)
+    if naming is not None:
+        released = partial(make_toy, variant=variant, seed=seed, spec=spec, payload=payload, ragged=ragged)
+        return _as_megatron(
+            out, naming, partial(released, width=width, layers=layers, workers=workers, progress=progress)
+        )
     if payload not in PAYLOADS:
         raise BridgeError(f"payload {payload!r} is not one of {', '.join(PAYLOADS)}")
     plan = expand(spec or toy_spec(variant, width, layers, ragged=ragged), kind.own_mtp_head)
@@ -110,6 +121,18 @@ def make_toy(
         raise
     finally:
         shown.stop()
+    return out
+
+
+def _as_megatron(out: Path, naming: Naming, make: Callable[[Path], Path]) -> Path:
+    """Import a toy that is made for it and taken away."""
+    if naming not in NAMINGS:
+        raise BridgeError(f"making a toy: naming {naming!r} is not one of {', '.join(NAMINGS)}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise BridgeError(f"writing {out}: it exists and is not an empty folder")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=out.parent, prefix=f"{out.name}.") as folder:
+        import_hf(make(Path(folder) / "hf"), out, naming=naming)
     return out
 
 

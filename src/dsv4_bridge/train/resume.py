@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BridgeError
+from ..spec.megatron import naming_of
 from ..spec.spec import ModelSpec
 from ..store.megatron import TRACKER
 from ..store.run_config import FILE, read_run_config
@@ -105,11 +106,18 @@ def _progress(path: Path, doing: str) -> State:
 
 def _check_whole(folder: Path, doing: str) -> None:
     """Whether what the checkpoint says of itself is there: its index, and files as long as that wants them."""
+    naming = "gpt"
     try:
-        open_torch_dist(folder).close()
+        with open_torch_dist(folder) as reader:
+            naming = naming_of(reader.tensors)
         wrong = "" if (folder / _FORMAT).is_file() else f"{folder} has no {_FORMAT}"
     except BridgeError as error:
         wrong = str(error)
+    if naming != "gpt":
+        raise BridgeError(
+            f"{doing}: the tensors of {folder.name} have {naming} names, and a run goes on from gpt ones; "
+            f"`dsv4 rename {folder} OUT --naming gpt` makes a folder that it goes on from"
+        )
     if wrong:
         raise BridgeError(
             f"{doing}: {wrong}. Go back to an earlier checkpoint: write its number into {folder.parent / TRACKER}"
