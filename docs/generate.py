@@ -60,18 +60,23 @@ def _code(text: str | None) -> str:
 
 
 def _megatron(row: Row) -> str:
-    names = row.megatron if isinstance(row.megatron, tuple) else (row.megatron,)
     part = f" (part {row.part[0] + 1} of {row.part[1]})" if row.part[1] > 1 else ""
-    return ", ".join(_code(n) for n in names) + part
+    return _listed(row.megatron) + part
+
+
+def _listed(names: str | tuple[str, ...] | None) -> str:
+    return ", ".join(_code(n) for n in (names if isinstance(names, tuple) else (names,)))
 
 
 def _tensors() -> str:
-    head = ("row", "released", "Megatron on disk", "transformers module", "shape", "class", "role", "where", "cut")
+    head = ("row", "released", "Megatron on disk", "in a HybridModel", "transformers module", "shape", "class")
+    head += ("role", "where", "cut")
     rows = (
         (
             row.key,
             _code(row.released),
             _megatron(row),
+            "the same" if row.hybrid and row.hybrid == row.megatron else _listed(row.hybrid),
             _code(row.transformers),
             "[" + ", ".join(row.shape).replace("*", "·") + "]",
             row.encoding,
@@ -94,6 +99,9 @@ def _tensors() -> str:
             "Block rows stand behind `layers.{i}.` (decoder layers) and `mtp.{k}.` (draft blocks) in the released",
             "names, behind `decoder.layers.{i}.` and `mtp.layers.{k}.transformer_layer.` in a Megatron checkpoint, and",
             "behind `model.layers.{i}.` in transformers. A Megatron `-` is a passenger: it travels along as it is.",
+            "In a [HybridModel](../guides/megatron.md) a block is two layers: names of attention stand behind",
+            "`decoder.layers.{2i}.` and `mtp.layers.{k}.mtp_model_layer.layers.0.`, those of MoE behind",
+            "`decoder.layers.{2i+1}.` and `mtp.layers.{k}.mtp_model_layer.layers.1.`.",
             "",
             _table(head, rows),
             "## What each class may be stored as",
