@@ -97,7 +97,27 @@ def test_what_cannot_be_renamed_is_refused(toy_megatron: Path, hybrid: Path, toy
         rename(toy_megatron, toy_megatron / "inside", "hybrid")
     with pytest.raises(BridgeError, match="not one of gpt, hybrid"):
         rename(toy_megatron, tmp_path / "out", "mamba")  # pyright: ignore[reportArgumentType]
+    for misused in (
+        lambda: import_hf(toy_flash, tmp_path / "out", naming="main"),  # pyright: ignore[reportArgumentType]
+        lambda: plan("Flash", naming="GPT"),  # pyright: ignore[reportArgumentType]
+        lambda: make_toy(tmp_path / "out", naming=""),  # pyright: ignore[reportArgumentType]
+    ):
+        with pytest.raises(BridgeError, match="not one of gpt, hybrid"):
+            misused()
     assert not (tmp_path / "out").exists()
+
+
+def test_a_toy_under_either_naming(tmp_path: Path) -> None:
+    import_hf(make_toy(tmp_path / "hf", "Pro", 5), tmp_path / "m", naming="hybrid")
+    assert same_files(make_toy(tmp_path / "toy", "Pro", 5, naming="hybrid"), tmp_path / "m") == []
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["hf", "m", "toy"]
+
+
+def test_every_name_is_listed() -> None:
+    done = dsv4("plan", "Flash-Base", "--naming", "hybrid", "--names")
+    listed = dict(line.split("\t") for line in done.stdout.splitlines())
+    assert listed["layers.2.hc_attn_scale"].split()[0] == "decoder.layers.4.hyper_connection.alpha_pre"
+    assert listed["mtp.0.head.weight"] == "-" and len(listed) == len(set(listed))
 
 
 def test_a_mixture_of_namings_is_told(toy_megatron: Path, tmp_path: Path) -> None:

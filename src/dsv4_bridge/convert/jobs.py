@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import BridgeError, files_named
 from ..files import AnyPath
 from ..spec.encodings import ENCODINGS, QUANTISED, TARGETS
-from ..spec.megatron import Naming
+from ..spec.megatron import Naming, check_naming
 from ..spec.plan import Item, Plan, expand, target_encoding
 from ..spec.spec import ModelSpec, differing
 from ..store.hf import HFCheckpoint, open_hf
@@ -54,6 +54,7 @@ def import_hf(
     Raises:
         BridgeError: see `convert.run`.
     """
+    check_naming(naming, f"importing {source}")
     source, out = resolve(os.fspath(source)), Path(out)
     checkpoint = open_hf(source)
     try:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..errors import BridgeError, files_named, short
 from ..files import AnyPath
-from ..spec.megatron import NAMINGS, STATES_OF, Naming, renamed
+from ..spec.megatron import STATES_OF, Naming, check_naming, renamed
 from ..store.checkpoint import open_megatron_beside
 from ..store.hub import resolve
 from ..store.megatron import TRACKER, MegatronCheckpoint, config_file
@@ -63,8 +63,7 @@ def rename(
             do not say whose it is; and see `convert.run`.
     """
     source, out = Path(source), Path(out)
-    if naming not in NAMINGS:
-        raise BridgeError(f"renaming {source}: naming {short(naming)} is not one of {', '.join(NAMINGS)}")
+    check_naming(naming, f"renaming {source}")
     beside = resolve(os.fspath(like)) if like is not None else None
     checkpoint = open_megatron_beside(source, beside)
     try:

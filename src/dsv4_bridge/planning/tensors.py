@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import BridgeError, files_named
 from ..files import AnyPath
 from ..spec.dtypes import DTYPES
-from ..spec.megatron import Naming, megatron_dtype, megatron_names, megatron_prefix, regions
+from ..spec.megatron import Naming, check_naming, megatron_dtype, megatron_names, megatron_prefix, regions
 from ..spec.megatron_config import layer_pattern
 from ..spec.plan import Plan, expand, shard_name, shard_of, stored
 from ..spec.variants import VARIANTS, Variant, guess, known_variant
@@ -93,6 +93,7 @@ def plan(what: AnyPath, headers: Mapping[str, Shard] | None = None, *, naming: N
     Raises:
         BridgeError: neither, or unusable.
     """
+    check_naming(naming, f"planning {what}")
     path, variant, headers = _found(what, headers)
     if variant:
         planned = expand(variant.spec, variant.own_mtp_head)
@@ -141,6 +142,7 @@ def megatron_names_of(what: AnyPath, *, naming: Naming = "gpt") -> dict[str, tup
     Raises:
         BridgeError: there is none, or its config.json is unusable.
     """
+    check_naming(naming, f"planning {what}")
     path, variant, _ = _found(what, None)
     if variant:
         planned = expand(variant.spec, variant.own_mtp_head)

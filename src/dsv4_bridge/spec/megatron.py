@@ -15,6 +15,12 @@ Naming = Literal["gpt", "hybrid"]
 NAMINGS: tuple[Naming, ...] = ("gpt", "hybrid")
 
 
+def check_naming(naming: str, doing: str) -> None:
+    """Refuse what is no naming; `doing` says what was being done."""
+    if naming not in NAMINGS:
+        raise BridgeError(f"{doing}: naming {short(naming)} is not one of {', '.join(NAMINGS)}")
+
+
 class Region(NamedTuple):
     """Where (part of) an item lies in a Megatron checkpoint: a box of a global tensor."""
 

@@ -26,7 +26,7 @@ from ..files import AnyPath
 from ..progress import Progress, Silent, in_background
 from ..spec.dtypes import DTYPES
 from ..spec.encodings import QUANTISED, Stored
-from ..spec.megatron import NAMINGS, Naming
+from ..spec.megatron import Naming, check_naming
 from ..spec.plan import Item, Plan, expand, shard_name, shard_of, stored
 from ..spec.spec import ModelSpec
 from ..spec.variants import Variant, shortened, tiny, variant_named
@@ -126,8 +126,7 @@ def make_toy(
 
 def _as_megatron(out: Path, naming: Naming, make: Callable[[Path], Path]) -> Path:
     """Import a toy that is made for it and taken away."""
-    if naming not in NAMINGS:
-        raise BridgeError(f"making a toy: naming {naming!r} is not one of {', '.join(NAMINGS)}")
+    check_naming(naming, "making a toy")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BridgeError(f"writing {out}: it exists and is not an empty folder")
     out.parent.mkdir(parents=True, exist_ok=True)
