@@ -87,7 +87,7 @@ def toy(
         layers=layers,
         workers=workers,
         progress=TerminalProgress(),
-        naming=naming and naming.value,
+        naming=None if naming is None else naming.value,
     )
     made = look(dst)
     facts = {

@@ -3,6 +3,9 @@
 While a block of `limited` runs, every request of `huggingface_hub` is held to a pace (bytes a minute, headers
 among them), API answers to a size and a time, listings to a number of pages, chains of redirects to a length,
 and nothing compressed is taken: a few kilobytes may unpack to gigabytes.
+
+Xet's transfers (`hf_xet`) go by no connection of the client and know no limit, so files come over HTTP; whoever sets
+HF_HUB_DISABLE_XET=0 has chosen otherwise.
 """
 
 import contextlib
@@ -17,6 +20,7 @@ from typing import Any
 from ..errors import BridgeError, short
 
 _TIMEOUT = "DSV4_HUB_TIMEOUT"
+_XET = "HF_HUB_DISABLE_XET"  # set to 0, it asks for what the limits do not reach
 _INSTALL = threading.Lock()
 
 
@@ -71,18 +75,21 @@ def limited(what: str, limits: Limits | None = None) -> Iterator[None]:
     Raises:
         BridgeError: from within requests, where a limit is passed.
     """
-    from huggingface_hub import set_client_factory
+    from huggingface_hub import constants, set_client_factory
     from huggingface_hub.utils import _http
 
     watch = _Watch(what, limits or Limits.from_environment())
     with _INSTALL:
         before = _http._GLOBAL_CLIENT_FACTORY  # there is no public way to read it
         set_client_factory(lambda: watch.client(before()))
+        xet = constants.HF_HUB_DISABLE_XET
+        constants.HF_HUB_DISABLE_XET = xet or _XET not in os.environ
     try:
         yield
     finally:
         with _INSTALL:
             set_client_factory(before)
+            constants.HF_HUB_DISABLE_XET = xet
 
 
 @dataclass
