@@ -31,14 +31,28 @@ def python_blocks(text: str) -> list[tuple[str, str]]:
     return [(block, mark) for mark, block in re.findall(pattern, text, re.MULTILINE | re.DOTALL)]
 
 
+_BEFORE_VERBS = """\
+Before the verb: `dsv4 --version`, `dsv4 -h` (of a verb too), `dsv4 -q VERB` shows no progress (so does `DSV4_QUIET=1` in
+the environment), `dsv4 --install-completion` for the shell. Tables fit the terminal; where one is too narrow, rows are
+stacked; in a pipe nothing is cut (`COLUMNS=100` says otherwise).
+
+`--json` prints one object on stdout: `schema` (1; counted up when the meaning of a field changes), `verb`, `version`, and
+what the verb found. An error is an object too, beside its line on stderr: `error` and `exit_code`. Exit codes: 0 done,
+1 the check found differences, 2 unusable input or arguments, 130 and 143 interrupted.
+"""
+
+
 def _commands() -> str:
     """Every verb with its arguments and options, as the command has them."""
     from typer.main import get_command
 
-    from dsv4_bridge.cli.app import app
+    from dsv4_bridge.cli import app
+    from dsv4_bridge.cli.help import VERBS
 
-    parts = [f"# Every verb and option\n\n{_NOTE}\n"]
-    for name, verb in get_command(app).commands.items():  # type: ignore[attr-defined]
+    parts = [f"# Every verb and option\n\n{_NOTE}\n\n{_BEFORE_VERBS}"]
+    group: Any = get_command(app)
+    for name in group.list_commands(None):
+        verb = group.get_command(None, name)
         rows = []
         for param in verb.params:
             option = param.opts[0].startswith("-")
@@ -46,7 +60,7 @@ def _commands() -> str:
             default = param.default if option and param.default not in (None, False, ()) else ""
             rows.append((_code(said), getattr(param, "help", None) or "", str(default)))
         table = "\n" + _table(("argument or option", "is", "default"), rows) if rows else ""
-        parts.append(f"## dsv4 {name}\n\n{verb.help}\n{table}")
+        parts.append(f"## dsv4 {name}\n\n{verb.help}\n{table}\n```\n{VERBS[name].example}\n```\n")
     return "\n".join(parts)
 
 

@@ -241,7 +241,18 @@ def test_the_command_says_what_fits(capsys: pytest.CaptureFixture[str], monkeypa
     code, out, _ = run(capsys, monkeypatch, *args, "--json")
     found: dict[str, Any] = json.loads(out)
     assert code == 1
-    assert set(found) == {"schema", "what", "plan", "estimate", "gpu_memory", "usable", "fits", "search"}
+    assert set(found) == {
+        "schema",
+        "verb",
+        "version",
+        "what",
+        "plan",
+        "estimate",
+        "gpu_memory",
+        "usable",
+        "fits",
+        "search",
+    }
     assert (found["schema"], found["what"], found["fits"], found["gpu_memory"]) == (1, "Pro", False, 80 * GIB)
     plan = found["plan"]
     assert set(plan) == {"gpus", "sizes", "layout", "layout_lists", "run", "stages", "worst"}

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import json
 import os
 import signal
 import sys
@@ -14,7 +15,7 @@ import typer
 
 from ..errors import BridgeError, os_error, printable
 from . import check, convert, data, flops, lora, model, plan, train  # noqa: F401 - verbs register themselves
-from .app import app
+from .app import app, described, verb
 
 # As `--help` lists them: look, convert, run, train.
 _ORDER = (
@@ -23,7 +24,7 @@ _ORDER = (
 )
 _BAD_ARGUMENTS: Any = typer.BadParameter.__base__  # UsageError, of typer or of click; typer does not export it
 _PLACE = {name: place for place, name in enumerate(_ORDER.split())}
-app.registered_commands.sort(key=lambda verb: _PLACE[verb.name or getattr(verb.callback, "__name__", "")])
+app.registered_commands.sort(key=lambda one: _PLACE[one.name or getattr(one.callback, "__name__", "")])
 
 
 def main() -> None:
@@ -37,16 +38,16 @@ def main() -> None:
         code = app(standalone_mode=False)
     except BridgeError as error:
         if _turn_comes(os.environ):
-            _say(str(error))
+            _refused(str(error))
         code = 2
     except ModuleNotFoundError as error:
         if (extra := _EXTRAS.get((error.name or "").partition(".")[0])) is None:
             raise
-        _say(f"{error.name} is not installed, which this needs; pip install 'dsv4-bridge[{extra}]'")
+        _refused(f"{error.name} is not installed, which this needs; pip install 'dsv4-bridge[{extra}]'")
         code = 2
     except _BAD_ARGUMENTS as error:
         message = getattr(error, "format_message", error.__str__)()
-        _say(f"{message} (dsv4 --help lists verbs and options)")
+        _refused(f"{message} (dsv4 --help lists verbs and options)")
         code = 2
     except _Terminated:
         code = 143
@@ -56,10 +57,10 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = 0
     except OSError as error:
-        _say(f"{_verb()}: {os_error(error)}")
+        _refused(f"{verb()}: {os_error(error)}")
         code = 2
     if code in (130, 143):  # typer turns Ctrl-C into its code
-        _say(f"interrupted; {_GO_ON.get(_verb(), 'nothing is left half written')}")
+        _say(f"interrupted; {_GO_ON.get(verb(), 'nothing is left half written')}")
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
     if any(thread.name == "progress" for thread in threading.enumerate()):
@@ -78,7 +79,8 @@ _EXTRAS = {
 
 _GO_ON = {
     **dict.fromkeys(
-        ("import", "export", "repack"), "what is finished is kept: the same command with --resume goes on from there"
+        ("import", "export", "rename", "repack"),
+        "what is finished is kept: the same command with --resume goes on from there",
     ),
     "merge": "a merge is not resumed: the same command with --overwrite starts over",
     "train": "no step was made since the last checkpoint, or they are lost; the same command goes on from there",
@@ -107,8 +109,13 @@ def _swallowed(what: Any) -> None:
     again.start()
 
 
-def _verb() -> str:
-    return next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+def _refused(message: str) -> None:
+    """A message on stderr, and for a program that reads JSON an object on stdout."""
+    _say(message)
+    if "--json" in sys.argv[1:]:
+        with contextlib.suppress(OSError, ValueError):
+            facts = described({"error": printable(message), "exit_code": 2}, verb())
+            sys.stdout.write(json.dumps(facts) + "\n")
 
 
 def _turn_comes(env: Mapping[str, str]) -> bool:

@@ -11,14 +11,53 @@ from typing import Annotated, Any
 
 import typer
 
+from .help import Verbs
+
 app = typer.Typer(
     name="dsv4",
+    cls=Verbs,
     help="Move DeepSeek-V4 between Hugging Face and Megatron-Core, byte-exact, streaming, on a CPU.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+SCHEMA = 1  # of what --json prints; counted up when a field's meaning changes
+QUIET = "DSV4_QUIET"  # in the environment: no progress is shown
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        sys.stdout.write(f"dsv4-bridge {package_version()}\n")
+        raise typer.Exit
+
+
+def package_version() -> str:
+    """Of this package, as it is installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("dsv4-bridge")
+    except PackageNotFoundError:  # run from its source
+        return "unknown"
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress; results and errors are.")] = False,
+) -> None:
+    """What comes before a verb."""
+    del version
+    if quiet:
+        os.environ[QUIET] = "1"
+
+
+def described(facts: dict[str, Any], verb: str) -> dict[str, Any]:
+    """What --json prints: facts, and what they are."""
+    return {"schema": SCHEMA, "verb": verb, "version": package_version()} | facts
 
 
 class ExportEncoding(StrEnum):
@@ -46,11 +85,16 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoi
 Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the Hub.")]
 
 
+def verb() -> str:
+    """The verb that was asked for, `""` if none."""
+    return next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+
+
 def put(data: dict[str, Any], as_json: bool, shown: Any) -> None:
     """Print one JSON object, or what people read."""
     try:
         if as_json:
-            sys.stdout.write(json.dumps(data, default=str) + "\n")
+            sys.stdout.write(json.dumps(described(data, verb()), default=str) + "\n")
         elif isinstance(shown, str):
             sys.stdout.write(shown + "\n")
         else:

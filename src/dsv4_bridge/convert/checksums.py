@@ -101,7 +101,7 @@ def verify_files(
     """Whether the files of a checkpoint are still those that a conversion wrote, by size and CRC-32C.
 
     Args:
-        folder: output folder of `import`, `export`, `repack` or `merge`, or a copy of it.
+        folder: output folder of `import`, `export`, `rename`, `repack` or `merge`, or a copy of it.
         checksums: the file that was beside it; by default the one beside `folder`.
         workers: files read at a time.
         progress: told of what is read.

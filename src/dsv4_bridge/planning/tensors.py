@@ -12,7 +12,7 @@ from ..spec.dtypes import DTYPES
 from ..spec.megatron import Naming, check_naming, megatron_dtype, megatron_names, megatron_prefix, regions
 from ..spec.megatron_config import layer_pattern
 from ..spec.plan import Plan, expand, shard_name, shard_of, stored
-from ..spec.variants import VARIANTS, Variant, guess, known_variant
+from ..spec.variants import VARIANTS, Variant, guess, known_variant, nearest_variant
 from ..store.hf import Finding, open_hf
 from ..store.hf_config import read_config, spec_from_config
 from ..store.hub import describe
@@ -126,7 +126,10 @@ def _found(
     path, variant = Path(what), None if Path(what).exists() else known_variant(os.fspath(what))
     if variant is None and not path.exists():
         if "/" not in os.fspath(what):
-            raise BridgeError(f"planning {what}: no such folder, and no variant of that name ({', '.join(VARIANTS)})")
+            raise BridgeError(
+                f"planning {what}: no such folder, and no variant of that name ({', '.join(VARIANTS)})"
+                + nearest_variant(os.fspath(what))
+            )
         path, headers = describe(os.fspath(what))
     return path, variant, headers
 

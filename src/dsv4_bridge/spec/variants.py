@@ -9,11 +9,12 @@
 | Flash-BF16, Pro-BF16 | BF16 | BF16 | one MTP block |
 """
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from ..errors import BridgeError
+from ..errors import BridgeError, short
 from .spec import DSparkSpec, ModelSpec, replace_spec
 
 _FLASH = ModelSpec(
@@ -242,6 +243,14 @@ def shortened(variant: Variant, layers: int) -> ModelSpec:
     )
 
 
+def nearest_variant(name: str) -> str:
+    """For a message: `; did you mean Flash?`, or "" where no name is near."""
+    names = {v.name.lower(): v.name for v in VARIANTS.values()}
+    word = name.lower().removeprefix("deepseek-ai/").removeprefix("deepseek-v4-")
+    near = difflib.get_close_matches(word, names, 1)
+    return f"; did you mean {names[near[0]]}?" if near else ""
+
+
 def variant_named(name: str) -> Variant:
     """A variant by its name, any case.
 
@@ -251,7 +260,7 @@ def variant_named(name: str) -> Variant:
     for variant in VARIANTS.values():
         if variant.name.lower() == name.lower().removeprefix("deepseek-v4-"):
             return variant
-    raise BridgeError(f"no variant {name!r}; known are {', '.join(VARIANTS)}")
+    raise BridgeError(f"no variant {short(name)}{nearest_variant(name)}; known are {', '.join(VARIANTS)}")
 
 
 def known_variant(name: str) -> Variant | None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..errors import BridgeError, files_named, short
 from ..spec.releases import Published
-from ..spec.variants import VARIANTS
+from ..spec.variants import known_variant
 from .hf_config import read_config, refuse_other_models
 from .hub_limits import limited
 from .safetensors import INDEX, SINGLE, Shard, header_end, parse_header, read_index
@@ -147,9 +147,20 @@ def _local(source: str, revision: str | None) -> Path | None:
             f"opening {source}: addresses are not read; name a folder, or a repository on the Hub as owner/name"
         )
     if not _REPO.fullmatch(source):
-        near = next((v.hub_id for v in VARIANTS.values() if v.hub_id.rpartition("/")[2] == source), "")
-        raise BridgeError(f"opening {source}: no such file or folder" + (f"; on the Hub it is {near}" if near else ""))
+        known = known_variant(source)
+        hint = f"; on the Hub it is {known.hub_id}" if known and known.hub_id else _near(path)
+        raise BridgeError(f"opening {source}: no such file or folder{hint}")
     return None
+
+
+def _near(path: Path) -> str:
+    """What lies beside a path that is not there, and is called about the same."""
+    try:
+        beside = [p.name for p in path.parent.iterdir() if p.is_dir()]
+    except OSError:
+        return ""
+    near = difflib.get_close_matches(path.name, beside[:1000], 1)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""
 
 
 def _description(source: str, revision: str | None) -> Path:

@@ -6,7 +6,7 @@ from pathlib import Path
 from ..errors import BridgeError
 from ..files import AnyPath
 from ..spec.spec import ModelSpec
-from ..spec.variants import VARIANTS, known_variant
+from ..spec.variants import VARIANTS, known_variant, nearest_variant
 from .checkpoint import open_checkpoint
 from .hf_config import read_config, spec_from_config
 from .hub import describe
@@ -29,7 +29,10 @@ def spec_of(name: AnyPath, revision: str | None = None, doing: str = "opening") 
     if not path.exists() and not revision and (variant := known_variant(text)):
         return variant.spec
     if not path.exists() and "/" not in text:
-        raise BridgeError(f"{doing} {text}: no such folder, and no variant of that name ({', '.join(VARIANTS)})")
+        raise BridgeError(
+            f"{doing} {text}: no such folder, and no variant of that name ({', '.join(VARIANTS)})"
+            + nearest_variant(text)
+        )
     folder = describe(text, revision)[0]
     if looks_megatron(folder):
         with open_checkpoint(folder, strict=False) as opened:

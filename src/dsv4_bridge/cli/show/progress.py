@@ -1,9 +1,11 @@
 """Progress in a terminal, and in a log."""
 
+import os
 import time
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from ..app import QUIET
 from .tables import Plain
 
 _QUIET_SECONDS = 10.0
@@ -18,11 +20,12 @@ class TerminalProgress:
         self._done = self._total = 0
         self._began = self._said = 0.0
         self._label = ""
+        self._quiet = bool(os.environ.get(QUIET))
 
     def start(self, label: str, total: int, done: int) -> None:
         self._label, self._total, self._done = label, total, done
         self._began = self._said = time.monotonic()
-        if self._console.is_terminal:
+        if self._console.is_terminal and not self._quiet:
             columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
             self._bar = Progress(*columns, TimeRemainingColumn(), console=self._console)
             self._task = self._bar.add_task(label, total=total, completed=done)
@@ -30,6 +33,8 @@ class TerminalProgress:
 
     def advance(self, nbytes: int) -> None:
         self._done += nbytes
+        if self._quiet:
+            return
         if self._bar:
             self._bar.advance(self._task, nbytes)
         elif time.monotonic() - self._said > _QUIET_SECONDS:

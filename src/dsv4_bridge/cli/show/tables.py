@@ -1,5 +1,6 @@
 """Tables and progress for people; nothing here decides anything."""
 
+import os
 import re
 import sys
 from collections import defaultdict
@@ -21,6 +22,7 @@ from ...convert.verify import VerifyReport
 from ...errors import printable
 from ...store.inspect import InspectReport
 from ..doctor import Check
+from .fitting import Fitting
 
 
 class Plain(Console):
@@ -39,9 +41,12 @@ class Plain(Console):
         raise BrokenPipeError
 
 
+_ENDLESS = 10_000  # columns, where nobody's terminal has an edge
+
+
 def show(what: Any) -> None:
-    """Print to stdout; wide when it is no terminal, so that nothing is cut."""
-    Plain(width=None if sys.stdout.isatty() else 140, highlight=False).print(what)
+    """Print to stdout; where that is no terminal, no line is broken and nothing is cut."""
+    Plain(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _ENDLESS, highlight=False).print(what)
 
 
 def say(line: str) -> None:
@@ -59,11 +64,13 @@ def size(nbytes: int | float) -> str:
 
 
 def make_table(title: str, *columns: str) -> Table:
-    """An empty table; a column that begins with `>` is set to the right."""
-    table = Table(title=Text(title, "bold"), title_justify="left", header_style="bold", pad_edge=False)
-    for column in columns:
+    """An empty table; a column that begins with `>` is set to the right. The first and these are never cut."""
+    table = Fitting(title=Text(title, "bold"), title_justify="left", header_style="bold", pad_edge=False)
+    for number, column in enumerate(columns):
         right = column.startswith(">")
-        table.add_column(column.lstrip(">"), justify="right" if right else "left", no_wrap=right)
+        whole = right or not number
+        justify = "right" if right else "left"
+        table.add_column(column.lstrip(">"), justify=justify, no_wrap=whole, overflow="fold")
     return table
 
 

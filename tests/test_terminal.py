@@ -1,0 +1,109 @@
+"""What a user sees: help, versions, narrow terminals, pipes, errors as JSON, and what was meant."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+
+from conftest import dsv4, fresh_dsv4
+from dsv4_bridge.cli import app
+from dsv4_bridge.cli.help import VERBS
+
+
+def verbs() -> dict[str, object]:
+    group = typer.main.get_command(app)
+    return {name: group.get_command(None, name) for name in group.list_commands(None)}  # type: ignore[attr-defined]
+
+
+def test_every_verb_has_a_line_an_example_and_described_arguments() -> None:
+    found = verbs()
+    assert list(found) == [*VERBS]
+    for name, (short, example, _) in VERBS.items():
+        assert len(short) <= 60 and short[-1] in ".?"
+        program, verb, *words = shlex.split(example.partition(" > ")[0])
+        assert (program, verb) == ("dsv4", name)
+        options = {o for p in found[name].params for o in p.opts}  # type: ignore[attr-defined]
+        assert all(w in options for w in words if w.startswith("--")), example
+        arguments = [p for p in found[name].params if p.param_type_name == "argument"]  # type: ignore[attr-defined]
+        assert all(p.help for p in arguments), name
+
+
+def test_help_is_short_and_whole() -> None:
+    shown = dsv4("-h", COLUMNS="80").stdout
+    assert "…" not in shown and "..." not in shown.partition("Commands:")[2]
+    assert dsv4("--help", COLUMNS="80").stdout == shown
+    one = dsv4("export", "-h", COLUMNS="80").stdout
+    assert "Example: dsv4 export" in one and "root or an iteration folder" in one
+
+
+def test_version_and_completion() -> None:
+    assert fresh_dsv4("--version").stdout.startswith("dsv4-bridge ")
+    shown = dsv4("--show-completion", "bash")
+    assert shown.returncode == 0 or "bash" in shown.stderr
+
+
+@pytest.mark.parametrize("words", [("plan", "Flash"), ("flops", "Flash"), ("plan", "Flash", "--gpus", "8")])
+def test_no_name_or_number_is_lost_at_any_width(words: tuple[str, ...]) -> None:
+    wide = dsv4(*words).stdout
+    for columns in ("60", "100"):
+        narrow = dsv4(*words, COLUMNS=columns).stdout
+        assert "…" not in narrow
+        whole = "".join(narrow.split())
+        for line in (line for line in wide.splitlines() if line.startswith("│")):
+            key, *others = (cell.strip() for cell in line.strip("│").split("│"))
+            numbers = [cell for cell in others if cell.replace(",", "").replace(".", "").isdigit()]
+            assert all("".join(cell.split()) in whole for cell in (key, *numbers)), line
+
+
+def test_nothing_is_cut_in_a_pipe() -> None:
+    shown = dsv4("plan", "Flash", "--naming", "hybrid").stdout
+    assert "decoder.layers.4.inner_layer.self_attention.core_attention.indexer.compressor.linear_wgate.weight" in shown
+    assert "…" not in shown
+
+
+def test_errors_are_json_where_json_is_asked_for(tmp_path: Path) -> None:
+    for words in (["inspect", tmp_path / "none"], ["plan", "Falsh"], ["flops", "Flash", "--sequence", "3"]):
+        done = dsv4(*words, "--json")
+        found = json.loads(done.stdout)
+        assert done.returncode == 2 == found["exit_code"] and found["error"] in done.stderr
+        assert found["schema"] == 1 and found["verb"] == words[0] and found["version"]
+
+
+def test_json_says_what_it_is(toy_flash: Path) -> None:
+    for words in (
+        ["inspect", toy_flash],
+        ["plan", "Flash"],
+        ["flops", "Flash"],
+        ["recipes"],
+        ["verify", toy_flash, toy_flash],
+    ):
+        found = json.loads(dsv4(*words, "--json").stdout)
+        assert (found["schema"], found["verb"]) == (1, words[0])
+
+
+def test_quiet_is_quiet(toy_flash: Path, tmp_path: Path) -> None:
+    done = dsv4("-q", "import", toy_flash, tmp_path / "out")
+    assert done.returncode == 0 and not done.stderr and "tensors" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["plan", "Falsh"], "did you mean Flash?"),
+        (["flops", "flash-bse"], "did you mean Flash-Base?"),
+        (["inspect", "Flash"], "deepseek-ai/DeepSeek-V4-Flash"),
+        (["inspect", "Pro-0813"], "deepseek-ai/DeepSeek-V4-Pro-0813"),
+        (["toy", "out", "--variant", "Flush"], "did you mean Flash?"),
+        (["recipes", "flash-lor"], "flash-lora"),
+    ],
+)
+def test_what_was_meant(words: list[str], meant: str) -> None:
+    done = dsv4(*words)
+    assert done.returncode == 2 and meant in done.stderr, done.stderr
+
+
+def test_a_folder_of_nearly_that_name(toy_flash: Path) -> None:
+    done = dsv4("inspect", toy_flash.with_name("flahs"))
+    assert done.returncode == 2 and f"did you mean {toy_flash}?" in done.stderr
