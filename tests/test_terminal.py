@@ -24,7 +24,7 @@ def test_every_verb_has_a_line_an_example_and_described_arguments() -> None:
         assert len(short) <= 60 and short[-1] in ".?"
         program, verb, *words = shlex.split(example.partition(" > ")[0])
         assert (program, verb) == ("dsv4", name)
-        options = {o for p in found[name].params for o in p.opts}  # type: ignore[attr-defined]
+        options = {o for p in found[name].params for o in (*p.opts, *p.secondary_opts)}  # type: ignore[attr-defined]
         assert all(w in options for w in words if w.startswith("--")), example
         arguments = [p for p in found[name].params if p.param_type_name == "argument"]  # type: ignore[attr-defined]
         assert all(p.help for p in arguments), name
