@@ -8,6 +8,7 @@ import torch
 def packed_batches(told: dict[str, Any], vocabulary: int) -> list[Any]:
     """This rank's micro-batches, of one packed row each; of other boundaries each."""
     from megatron.core import parallel_state
+    from rank_worker import share
 
     from dsv4_bridge.mcore.schedule import Batch
 
@@ -21,7 +22,7 @@ def packed_batches(told: dict[str, Any], vocabulary: int) -> list[Any]:
         mask = (torch.rand(ids.shape, generator=random) < 0.8) & ~padding
         if told.get("fractions"):  # and one that learns nothing
             mask = mask * torch.rand(ids.shape, generator=random) * 0.3 * (number != 1)
-        found.append(Batch(ids, labels, mask.float(), padding, torch.tensor(ends, dtype=torch.int32)))
+        found.append(share(Batch(ids, labels, mask.float(), padding, torch.tensor(ends, dtype=torch.int32))))
     return found
 
 

@@ -26,13 +26,14 @@ class Shape:
 
     Attributes:
         batch: rows of a micro-batch.
-        length: tokens a row.
+        length: tokens a row; of those of a rank, under context parallelism.
         dtype: bf16 or float32.
         tp: tensor-parallel ranks; sequence parallelism goes with them.
         etp: expert-tensor-parallel ranks.
         recompute: full recompute: a layer keeps its input only.
         lora: adapters on frozen weights; None: all weights are trained.
         fused: by the fused kernels of a GPU, with experts of the grouped layout; else by the torch definitions.
+        cp: context-parallel ranks; what is counted is the last one, which sees most compressed entries.
     """
 
     batch: int = 1
@@ -43,6 +44,7 @@ class Shape:
     recompute: bool = False
     lora: Lora | None = None
     fused: bool = False
+    cp: int = 1
 
     @property
     def e(self) -> int:
@@ -111,6 +113,7 @@ def _compressed(spec: ModelSpec, ratio: int, shape: Shape) -> int:
     blocks = shape.length // ratio if ratio else 0
     if not blocks:
         return 0
+    every = shape.length * shape.cp // ratio  # of the whole row
     wide = 2 if ratio == 4 else 1
     slots = batch * blocks * ratio * wide
     copy = e if shape.dtype != "float32" else 0  # the gate in the model's type
@@ -119,8 +122,10 @@ def _compressed(spec: ModelSpec, ratio: int, shape: Shape) -> int:
     entries = blocks * (batch * (_norm(d, shape) + d * e) + spec.qk_rope_head_dim * 4)
     found = entries + (2 * shape.tokens * wide * d * e if shape.fused else slots * d * (4 + copy) + kept)
     if ratio == 4:
-        everything = blocks <= spec.index_topk  # one table for all rows
-        found += 8 * shape.length * (blocks if everything else batch * spec.index_topk)
+        everything = every <= spec.index_topk  # one table for all rows
+        found += 8 * shape.length * (every if everything else batch * spec.index_topk)
+    if shape.cp > 1:  # gathered from all ranks, and which of them this one sees
+        found += every * (batch * d * e + 8)
     return found
 
 

@@ -162,10 +162,10 @@ def ranked(spec: ModelSpec, plan: MemoryPlan, gpu_memory: int) -> Ranked:
     passes = 1 if run.mode == "inference" else 4 if run.recompute else 3
     tokens = run.micro_batches * run.micro_batch * run.seq_length  # of one pipeline; others have rows of their own
     whole = sum(map(costs.of, layout.chunks))
-    slowest = passes * tokens * costs.worst(layout) / topology.tp / _RATE
-    ideal = passes * tokens * whole / (topology.tp * topology.pp) / _RATE
+    slowest = passes * tokens * costs.worst(layout) / (topology.tp * topology.cp) / _RATE
+    ideal = passes * tokens * whole / (topology.tp * topology.pp * topology.cp) / _RATE
     bubble = (topology.pp - 1) / (layout.vp * run.micro_batches)
-    sent = _sent_seconds(spec, plan, tokens / topology.tp, passes)
+    sent = _sent_seconds(spec, plan, tokens / (topology.tp * topology.cp), passes)
     step = slowest * (1 + bubble) + sent
     fits = plan.worst.total <= USABLE * gpu_memory
     return Ranked(plan, bubble, costs.imbalance(layout), sent / step, step / ideal, fits)
@@ -190,7 +190,8 @@ def _sent_seconds(spec: ModelSpec, plan: MemoryPlan, tokens: float, passes: int)
         groups.append(((1 + training) * len(chunks) * tokens * streams, plan.gpus))
     if training:
         stage = plan.worst
-        for copies, span in ((plan.dp, t.tp * plan.dp), (expert_dp(t, plan.dp), t.tp * plan.dp)):
+        span = t.tp * t.cp * plan.dp
+        for copies in (t.cp * plan.dp, expert_dp(t, plan.dp)):
             # Both groups are charged half of what the rank holds: gradients once, weights once.
             share = (stage.gradients + stage.weights * (plan.run.mode == "training")) / 2
             groups.append((share * (copies - 1) / copies, span))

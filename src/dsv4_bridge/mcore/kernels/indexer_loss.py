@@ -39,7 +39,7 @@ def indexer_loss(
     Args:
         terms: the indexer's queries, keys and weights; they alone get gradients.
         q: [b, s, h, d], as `attend` gets it (this rank's heads), and so:
-        kv: [b, s, d].
+        kv: [b, l + s, d].
         blocks: [b, n, d].
         chosen: [b, s, k] blocks to compare, -1 for none; None: all visible.
         sink: [h].
@@ -55,7 +55,8 @@ class _IndexerLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, queries, keys, weights, q, kv, blocks, chosen, sink, reach, counted, over_ranks, by):  # type: ignore[override]
         given = IndexTerms(queries, keys, weights), q, kv, blocks, chosen, sink, reach, counted, over_ranks
-        if by.fused(queries, keys, weights, q, kv, blocks, sink):
+        shifted = reach.start or kv.shape[1] > q.shape[1]
+        if by.fused(queries, keys, weights, q, kv, blocks, sink) and not shifted:
             from . import indexer_loss_triton
 
             total, grads = indexer_loss_triton.loss_and_gradients(*given, by.deterministic)
