@@ -74,7 +74,7 @@ def attend(
     Returns:
         [b, s, h, d] in q's type. Scores are scaled by d^-0.5 (no YaRN factor).
     """
-    if by.fused(q, kv, blocks, sink) and not (reach.start or kv.shape[1] > q.shape[1]):
+    if by.fused(q, kv, blocks, sink):
         from .attention_triton import attend_fused
 
         return attend_fused(q, kv, blocks, chosen, sink, reach, by.deterministic)

@@ -56,10 +56,10 @@ def choose_blocks(terms: IndexTerms, topk: int, by: Choice = AUTO, first: int = 
     count = keys.shape[1]
     if count <= topk:
         return every_block(length, batch, count, keys.device, first)
-    if by.fused(*terms) and not first:
+    if by.fused(*terms):
         from . import index_triton
 
-        return index_triton.choose(terms, topk)
+        return index_triton.choose(terms, topk, first)
     visible = (torch.arange(length, device=keys.device) + first + 1) // 4  # [s]
     times = 1 if keys.device.type == "cpu" else _GPU_TIMES
     chosen = queries.new_full((batch, length, topk), -1, dtype=torch.int64)

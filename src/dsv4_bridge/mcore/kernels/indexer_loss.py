@@ -55,8 +55,7 @@ class _IndexerLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, queries, keys, weights, q, kv, blocks, chosen, sink, reach, counted, over_ranks, by):  # type: ignore[override]
         given = IndexTerms(queries, keys, weights), q, kv, blocks, chosen, sink, reach, counted, over_ranks
-        shifted = reach.start or kv.shape[1] > q.shape[1]
-        if by.fused(queries, keys, weights, q, kv, blocks, sink) and not shifted:
+        if by.fused(queries, keys, weights, q, kv, blocks, sink):
             from . import indexer_loss_triton
 
             total, grads = indexer_loss_triton.loss_and_gradients(*given, by.deterministic)
