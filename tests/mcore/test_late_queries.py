@@ -4,6 +4,8 @@ That is how a context-parallel rank calls them: keys of the window reach in fron
 of the whole document.
 """
 
+from itertools import pairwise
+
 import pytest
 import torch
 from kernel_tools import DEVICE, TORCH, TRITON, values_and_gradients
@@ -26,9 +28,7 @@ def normal(*shape: int, seed: int) -> Tensor:
 
 def parts(window: int) -> list[tuple[slice, slice]]:
     """Queries, and the window's keys that they need."""
-    return [
-        (slice(low, high), slice(max(0, low - window + 1), high)) for low, high in zip(CUTS[:-1], CUTS[1:], strict=True)
-    ]
+    return [(slice(low, high), slice(max(0, low - window + 1), high)) for low, high in pairwise(CUTS)]
 
 
 def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:

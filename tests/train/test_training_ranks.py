@@ -98,7 +98,7 @@ def test_rows_cut_over_ranks_and_resumed_where_they_are_not(start: Path, text: P
     assert goes_on == pytest.approx(one[1:], rel=1e-5)
     (whole,) = run_ranks(folder, "whole", 1, [told(begun("cut", "whole"))])
     assert whole == pytest.approx(cut[1:], rel=1e-5)
-    lines = [[line for line in log(folder / name)] for name in ("one", "cut")]
+    lines = [list(log(folder / name)) for name in ("one", "cut")]
     print(lines)
 
 
