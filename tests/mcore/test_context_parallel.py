@@ -14,7 +14,10 @@ from hypothesis import strategies as st
 from ranks import losses, run_ranks, whole
 from reference import draft_spec
 
-from dsv4_bridge import make_toy
+from dsv4_bridge import BridgeError, make_toy
+from dsv4_bridge.mcore.layers.context import share_of
+from dsv4_bridge.mcore.schedule import Batch, cut
+from dsv4_bridge.parallel.topology import Sizes, check_rows, least_share
 
 pytestmark = pytest.mark.megatron
 
@@ -80,10 +83,8 @@ def ran(toy: Path, tag: str, names: list[str]) -> dict[str, tuple[list[Any], lis
 
 def logits(toy: Path, parallel: dict[str, int], ends: list[int] | None = None) -> torch.Tensor:
     """Of whole rows, put together from the shares of the context-parallel ranks."""
-    world, shape = (
-        parallel.get("cp", 1) * parallel.get("tp", 1),
-        ROWS if ends is None else {"batch": 1, "length": ends[-1]},
-    )
+    world = parallel.get("cp", 1) * parallel.get("tp", 1)
+    shape = ROWS if ends is None else {"batch": 1, "length": ends[-1]}
     case = {"action": "logits", "parallel": parallel, "ends": ends}
     (found,) = run_ranks(toy.parent, f"logits{world}", world, [case], weights=toy, **shape)
     return torch.cat(found[:: parallel.get("tp", 1)], 1)
