@@ -7,7 +7,7 @@ their group, nothing overlapped.
     bubble = (pp - 1) / (vp * micro-batches)
     time = step / (all operations shared equally by all GPUs)
 
-A group that fits into one node (megatron-core's order: tensor, then expert, then data, then pipeline)
+A group that fits into one node (megatron-core's order: tensor, context, expert, data, pipeline)
 uses the link inside it. Bytes of a layer and token: tensor parallelism gathers and scatters H four times a
 pass; expert parallelism sends k*H there and back; a pipeline boundary takes all streams; data parallelism
 sums gradients and gathers weights once a step.
@@ -22,6 +22,7 @@ from ..errors import BridgeError
 from ..parallel.balance import flop_costs, parameter_costs, solve
 from ..parallel.layout import Layout
 from ..parallel.topology import Sizes, Topology, make_topology
+from ..spec.flops import share_flops
 from ..spec.spec import ModelSpec
 from .memory import MemoryPlan, Run, expert_dp, least_dp, plan_memory
 
@@ -163,6 +164,9 @@ def ranked(spec: ModelSpec, plan: MemoryPlan, gpu_memory: int) -> Ranked:
     tokens = run.micro_batches * run.micro_batch * run.seq_length  # of one pipeline; others have rows of their own
     whole = sum(map(costs.of, layout.chunks))
     slowest = passes * tokens * costs.worst(layout) / (topology.tp * topology.cp) / _RATE
+    if topology.cp > 1 and run.mode != "inference":  # the last rank of a row sees most blocks
+        shares = share_flops(spec, run.seq_length, topology.cp)
+        slowest *= max(shares) * len(shares) / sum(shares)
     ideal = passes * tokens * whole / (topology.tp * topology.pp * topology.cp) / _RATE
     bubble = (topology.pp - 1) / (layout.vp * run.micro_batches)
     sent = _sent_seconds(spec, plan, tokens / (topology.tp * topology.cp), passes)
