@@ -380,7 +380,7 @@ def test_shares_of_a_row_are_its_work() -> None:
     """Cut anywhere, the work is the same; the last rank's share of Flash is what the documentation tells."""
     for length, ranks in ((4096, 1), (5001, 3), (1 << 16, 4)):
         shares = share_flops(FLASH, length, ranks)
-        assert len(shares) == ranks and list(shares) == sorted(shares)
+        assert len(shares) == ranks and max(shares) < 1.1 * min(shares)
         assert sum(shares) == pytest.approx(count_flops(FLASH, length).training.total, rel=1e-12)
     documented = (Path(__file__).parents[2] / "docs" / "concepts" / "flops.md").read_text()
     for length in (1 << 16, 1 << 18, 1 << 20):

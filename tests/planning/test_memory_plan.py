@@ -101,7 +101,7 @@ def test_rows_over_ranks() -> None:
     ("asked", "message"),
     [
         (Asked(cp=2, run=Run(seq_length=4097)), "cp 2 and tp 1 .* Nearest that works: 4096"),
-        (Asked(cp=64, run=Run(seq_length=4096)), "127 or more. Nearest that works: 8128"),
+        (Asked(cp=64, run=Run(seq_length=4096)), "127 or more.*Nearest that works: 8128"),
         (Asked(cp=2, tp=2, run=Run(seq_length=4098)), "cp 2 and tp 2 .* Nearest that works: 4096"),
         (Asked(cp=2, run=Run(mode="inference")), "a cache holds whole rows"),
         (Asked(cp=3, gpus=8), r"8 GPUs are not tp\*pp\*cp\*dp = 1\*1\*3\*any .* Nearest that works: --gpus 9"),
@@ -279,7 +279,7 @@ def test_the_command_says_what_fits(capsys: pytest.CaptureFixture[str], monkeypa
     assert (found["schema"], found["what"], found["fits"], found["gpu_memory"]) == (1, "Pro", False, 80 * GIB)
     plan = found["plan"]
     assert set(plan) == {"gpus", "sizes", "layout", "layout_lists", "run", "stages", "worst"}
-    assert plan["sizes"] == {"tp": 2, "pp": 8, "vp": 1, "ep": 16, "etp": 1, "dp": 8, "edp": 1}
+    assert plan["sizes"] == {"tp": 2, "pp": 8, "vp": 1, "cp": 1, "ep": 16, "etp": 1, "dp": 8, "edp": 1}
     assert plan["gpus"] == 128 == sum(stage["ranks"] for stage in plan["stages"])
     parts = STAGE - {"stage", "ranks", "chunks", "parameters", "total"}
     for stage in plan["stages"]:
