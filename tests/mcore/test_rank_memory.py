@@ -78,7 +78,7 @@ def by_stage(plan: MemoryPlan, results: list[Any]) -> list[list[Any]]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_ranks_hold_the_planned_state(toy: Path, measured: dict[str, Any], name: str) -> None:
-    plan = planned(toy, name)
+    plan = planned(toy, name, *CASES[name].get("shapes", SHAPES)[0])
     for stage, ranks in zip(plan.stages, by_stage(plan, measured[name]), strict=True):
         for rank in ranks:
             assert rank["values"] == stage.parameters
