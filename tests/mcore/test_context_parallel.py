@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from context_bugs import BUGS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import losses, run_ranks, whole
@@ -158,6 +159,17 @@ def test_a_step_on_whole_rows_and_what_it_saved(toy: Path) -> None:
         assert len(wrong) > 150 and {n: e for n, e in wrong.items() if e > 1e-4} == {}
     (resumed,) = run_ranks(toy.parent, "resumed", 1, [{"action": "resume", "load": "saved"}], **run)
     assert losses(resumed) == pytest.approx(losses(cut_up[0], "after"), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_mistake_at_a_cut_is_seen(toy: Path) -> None:
+    case = {"action": "objectives"} | ALONE["two"]
+    ((one,),) = run_ranks(toy.parent, "right", 1, [case], weights=toy)
+    cases = [case | {"parallel": {"cp": 2}, "bug": name} for name in BUGS]
+    for name, several in zip(BUGS, run_ranks(toy.parent, "wrong", 2, cases, weights=toy), strict=True):
+        theirs, ours = whole([one], "gradients"), whole(several, "gradients")
+        far = max(float((ours[n] - g).norm() / g.norm()) for n, g in theirs.items() if g.norm() > 1e-7)
+        assert far > 1e-3, name
 
 
 class Rank:

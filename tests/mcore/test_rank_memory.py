@@ -101,7 +101,6 @@ def test_autograd_keeps_the_planned_activations(toy: Path, measured: dict[str, A
             kept = sum(r["activations"][at] for r in ranks) / len(ranks)
             if plan.topology.cp > 1:
                 kept = ranks[-1]["activations"][at]
-                print(stage.activations, [r["activations"][at] for r in ranks])
             assert stage.activations == pytest.approx(kept, rel=0.01)
 
 
