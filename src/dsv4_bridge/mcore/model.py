@@ -186,7 +186,8 @@ class DeepSeekV4Model(GPTModel):
     def rotary(self, input_ids: Tensor, cu_seqlens: Tensor | None) -> Rotary:
         """Turns of whole rows, or of the documents of one; of this rank's share of them."""
         if self.pg_collection.cp.size() > 1:
-            share = share_of(self.pg_collection.cp, *input_ids.shape, cu_seqlens, input_ids.device)
+            batch, length = input_ids.shape
+            share = share_of(self.pg_collection.cp, batch, length, cu_seqlens, input_ids.device)
             return make_rotary(self.config, share.positions(), None, share)
         if cu_seqlens is None:
             return make_rotary(self.config, torch.arange(input_ids.shape[1], device=input_ids.device))

@@ -148,14 +148,18 @@ def _blocks(every: Sequence[Sequence[Segment]], rank: int, ratio: int, size: int
     overlaps = ratio == 4
     firsts = [max(0, s.start // ratio - overlaps) for s in mine]
     positions = [torch.arange(blocks.start, blocks.stop) * ratio for blocks in seen]
-    rows, counts = [], []
+    # Of every rank, where the entries of each segment begin.
+    begins = [list(accumulate((len(_ended(s, ratio)) for s in segments), initial=0)) for segments in every]
+    rows, counts = [torch.empty(0, dtype=torch.int64)], []
     for segment in mine:
-        found = []
+        count = 0
         for other in range(rank + 1) if segment.start else (rank,):
-            same = [n for n, s in enumerate(every[other]) if s.document == segment.document]
-            found += [_rows(every[other], n, ratio) + other * most for n in same]
-        rows += found
-        counts.append(sum(map(len, found)))
+            number = segment.document - every[other][0].document  # documents follow one another
+            if number < len(every[other]):
+                first, stop = begins[other][number : number + 2]
+                rows.append(torch.arange(first, stop) + other * most)
+                count += stop - first
+        counts.append(count)
     return Blocks(
         ratio,
         tuple(s.start - first * ratio for s, first in zip(mine, firsts, strict=True)),
@@ -170,12 +174,6 @@ def _blocks(every: Sequence[Sequence[Segment]], rank: int, ratio: int, size: int
 def _ended(segment: Segment, ratio: int) -> range:
     """Numbers of the blocks whose last tokens the segment has."""
     return range(segment.start // ratio, (segment.start + segment.size) // ratio)
-
-
-def _rows(segments: Sequence[Segment], number: int, ratio: int) -> Tensor:
-    """Where the entries of a rank's segment lie among the rank's."""
-    first, stop = list(accumulate([0, *(len(_ended(s, ratio)) for s in segments)]))[number : number + 2]
-    return torch.arange(first, stop)
 
 
 def with_tail(x: Tensor, count: int, group: ProcessGroup) -> Tensor:
@@ -234,7 +232,7 @@ def ahead(x: Tensor, ends: Tensor | None = None, group: Any = None) -> Tensor:
     return moved.masked_fill(ends[first : first + x.shape[1]], 0)
 
 
-def over_ranks(x: Tensor, group: ProcessGroup) -> Tensor:
+def over_ranks(x: Tensor, group: Any) -> Tensor:
     """The sum over the ranks, without a gradient; `x` is left as it is."""
     total = x.detach().clone()
     if group.size() > 1:
