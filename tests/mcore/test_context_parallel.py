@@ -38,6 +38,8 @@ TWO = [[0, 3, 250, 262], [0, 5, 133, 262], [0, 60, 131, 262], [0, 129, 130, 255,
 FOUR = [[0, 100, 420, 524], [0, 131, 262, 520, 524], [0, 7, 390, 393, 524], [0, 1, 2, 515, 524]]
 # Processes, the case of one rank that they must equal, and how they are cut.
 CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
+    "few": (2, "few", {"parallel": {"cp": 2}}),
+    "few-per-token": (2, "few-per-token", {"parallel": {"cp": 2}}),
     "cp2": (2, "two", {"parallel": {"cp": 2}}),
     "cp2-recompute": (2, "two", {"parallel": {"cp": 2}, "settings": OBJECTIVES | FULL}),
     "cp2-fractions": (2, "fractions", {"parallel": {"cp": 2}}),
@@ -52,6 +54,8 @@ CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "cp2dp2-fractions": (4, "fractions", {"parallel": {"cp": 2}}),
 }
 ALONE: dict[str, dict[str, Any]] = {
+    "few": {"boundaries": TWO[:2], "settings": OBJECTIVES},
+    "few-per-token": {"boundaries": TWO[::3], "settings": PER_TOKEN, "fractions": True},
     "two": {"boundaries": TWO, "settings": OBJECTIVES},
     "even": {"boundaries": [[*ends[:-1], 264] for ends in TWO], "settings": OBJECTIVES},
     "four": {"boundaries": FOUR, "settings": OBJECTIVES},
@@ -59,7 +63,7 @@ ALONE: dict[str, dict[str, Any]] = {
     "fractions": {"boundaries": TWO, "settings": {"mtp_loss_scaling_factor": 0.3}, "fractions": True},
     "per-token": {"boundaries": TWO, "settings": PER_TOKEN, "fractions": True},
 }
-QUICK = ("cp2", "cp2-per-token")
+QUICK = ("few", "few-per-token")
 ROWS: dict[str, Any] = {"batch": 2, "length": 262}
 
 
