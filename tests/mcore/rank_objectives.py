@@ -8,6 +8,7 @@ import torch
 def packed_batches(told: dict[str, Any], vocabulary: int) -> list[Any]:
     """This rank's micro-batches, of one packed row each; of other boundaries each."""
     from megatron.core import parallel_state
+    from rank_worker import share
 
     from dsv4_bridge.mcore.schedule import Batch
 
@@ -21,12 +22,13 @@ def packed_batches(told: dict[str, Any], vocabulary: int) -> list[Any]:
         mask = (torch.rand(ids.shape, generator=random) < 0.8) & ~padding
         if told.get("fractions"):  # and one that learns nothing
             mask = mask * torch.rand(ids.shape, generator=random) * 0.3 * (number != 1)
-        found.append(Batch(ids, labels, mask.float(), padding, torch.tensor(ends, dtype=torch.int32)))
+        found.append(share(Batch(ids, labels, mask.float(), padding, torch.tensor(ends, dtype=torch.int32))))
     return found
 
 
 def objectives(told: dict[str, Any]) -> dict[str, Any]:
     """Losses, gradients, metrics and the experts' biases after a step."""
+    from context_bugs import put
     from rank_worker import boxes, build, complete, mean_losses
 
     from dsv4_bridge.mcore.metrics import collect
@@ -36,7 +38,9 @@ def objectives(told: dict[str, Any]) -> dict[str, Any]:
     for chunk in wrapped:
         chunk.zero_grad_buffer()
     feed = packed_batches(told, chunks[0].spec.vocab_size)
-    losses = mean_losses([torch.stack(found).mean()] if (found := forward_backward(wrapped, feed)) else [])
+    with put(told.get("bug")):
+        found = forward_backward(wrapped, feed)
+    losses = mean_losses([torch.stack(found).mean()] if found else [])
     for chunk in wrapped:
         complete(chunk)
     biases = {name: held for name, held in boxes(chunks, "data").items() if name.endswith("gate.bias")}

@@ -93,8 +93,17 @@ def batches(told: dict[str, Any], chunks: list[Any]) -> list[Any]:
         random = torch.Generator().manual_seed(seed)
         ids = torch.randint(0, chunks[0].spec.vocab_size, (told["batch"], told["length"] + 1), generator=random)
         mine = ids.chunk(size)[rank]
-        found.append(Batch(mine[:, :-1].contiguous(), mine[:, 1:].contiguous()))
+        found.append(share(Batch(mine[:, :-1].contiguous(), mine[:, 1:].contiguous())))
     return found
+
+
+def share(batch: Any) -> Any:
+    """What this rank has of a micro-batch under context parallelism."""
+    from megatron.core import parallel_state
+
+    from dsv4_bridge.mcore.schedule import cut
+
+    return cut(batch, parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size())
 
 
 def boxes(chunks: list[Any], what: str) -> dict[str, list[tuple[Any, ...]]]:
@@ -198,15 +207,17 @@ def digest(tensor: torch.Tensor) -> str:
 
 
 def logits(told: dict[str, Any]) -> torch.Tensor | None:
-    """Logits of the whole vocabulary, without a pipeline."""
+    """Logits of the whole vocabulary, without a pipeline; of a rank's tokens under context parallelism."""
     from dsv4_bridge.mcore import load_weights
+    from dsv4_bridge.mcore.schedule import Batch
 
     (chunk,) = build_only(told)
     load_weights(chunk, told["weights"])
     random = torch.Generator().manual_seed(5)
     ids = torch.randint(0, chunk.spec.vocab_size, (told["batch"], told["length"]), generator=random)
+    ends = told.get("ends") and torch.tensor(told["ends"], dtype=torch.int32)
     with torch.no_grad():
-        return chunk.eval()(ids, runtime_gather_output=True)
+        return chunk.eval()(share(Batch(ids, ids)).input_ids, runtime_gather_output=True, cu_seqlens=ends)
 
 
 def memory(told: dict[str, Any]) -> dict[str, Any]:

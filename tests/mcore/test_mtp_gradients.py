@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dsv4_bridge.mcore import DeepSeekV4Model, build_model
-from dsv4_bridge.mcore.layers.mtp_loss import ahead
+from dsv4_bridge.mcore.layers.context import ahead, ends_of
 from dsv4_bridge.mcore.layers.observe import watching
 from dsv4_bridge.mcore.metrics import collect
 from dsv4_bridge.mcore.schedule import Batch, forward_backward
@@ -127,7 +127,7 @@ def assert_none(gradients: dict[str, Tensor]) -> None:
 
 def test_labels_stay_in_their_document() -> None:
     weights = torch.arange(1.0, 10).unsqueeze(0)
-    assert ahead(weights, None).tolist() == [[2, 3, 4, 5, 6, 7, 8, 9, 0]]
-    ends = torch.tensor([0, 0, 3, 4, 4, 9, 9], dtype=torch.int32)
+    assert ahead(weights).tolist() == [[2, 3, 4, 5, 6, 7, 8, 9, 0]]
+    ends = ends_of(torch.tensor([0, 0, 3, 4, 4, 9, 9], dtype=torch.int32), 9, weights.device)
     assert ahead(weights, ends).tolist() == [[2, 3, 0, 0, 6, 7, 8, 9, 0]]
     assert ahead(ahead(weights, ends), ends).tolist() == [[3, 0, 0, 0, 7, 8, 9, 0, 0]]

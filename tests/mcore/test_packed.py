@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from dsv4_bridge import BridgeError
 from dsv4_bridge.mcore import DeepSeekV4Model, build_model, model
+from dsv4_bridge.mcore.layers import mtp
 from dsv4_bridge.mcore.layers.cache import new_cache
 from dsv4_bridge.mcore.layers.documents import ends_of
 from dsv4_bridge.mcore.layers.observe import Watcher, watching
@@ -167,9 +168,9 @@ BUGS: dict[str, Bug] = {
         model, "restarting_positions", lambda f: lambda documents, device: torch.arange(documents[-1].stop)
     ),
     "a boundary is lost": put(model, "documents_of", lambda f: lambda *args: without_a_boundary(f(*args))),
-    "multi-token prediction looks into the next document": put(model, "roll_boundaries", lambda f: lambda _: None),
+    "multi-token prediction looks into the next document": put(mtp, "roll_boundaries", lambda f: lambda _: None),
     "it looks across one boundary": put(
-        model, "roll_boundaries", lambda f: lambda documents: f(documents and without_a_boundary(documents))
+        mtp, "roll_boundaries", lambda f: lambda documents: f(documents and without_a_boundary(documents))
     ),
 }
 

@@ -31,6 +31,7 @@ CASES: dict[str, dict[str, Any]] = {
     "dp2-bf16": {"settings": {"dtype": "bfloat16"}, "grad_dtype": "bf16"},
     "etp2": {"parallel": {"tp": 2, "etp": 2}},
     "ep2": {"parallel": {"ep": 2}},
+    "cp2": {"parallel": {"cp": 2}, "shapes": ((2, 254), (2, 544))},
     "pp2": {"parallel": {"pp": 2}, "seeds": [0, 1, 2], "settings": {"expert_layout": "grouped"}},
     "pp2-recompute": {"parallel": {"pp": 2}, "seeds": [0, 1, 2], "settings": FULL},
     "pp2vp2": {"parallel": {"pp": 2}, "vp": 2, "seeds": [0, 1, 2, 3]},
@@ -55,7 +56,7 @@ def planned(toy: Path, name: str, rows: int = SHAPES[0][0], length: int = SHAPES
     told = CASES[name]
     sizes = Sizes(**told.get("parallel", {}), vp=told.get("vp", 1))
     topology, _ = make_run_topology(spec, sizes)
-    dp = 2 // (topology.tp * topology.pp)
+    dp = 2 // (topology.tp * topology.pp * topology.cp)
     settings = told.get("settings", {})
     run = Run(
         dtype="bf16" if "dtype" in settings else "float32",
@@ -77,7 +78,7 @@ def by_stage(plan: MemoryPlan, results: list[Any]) -> list[list[Any]]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_ranks_hold_the_planned_state(toy: Path, measured: dict[str, Any], name: str) -> None:
-    plan = planned(toy, name)
+    plan = planned(toy, name, *CASES[name].get("shapes", SHAPES)[0])
     for stage, ranks in zip(plan.stages, by_stage(plan, measured[name]), strict=True):
         for rank in ranks:
             assert rank["values"] == stage.parameters
@@ -92,11 +93,14 @@ def test_ranks_hold_the_planned_state(toy: Path, measured: dict[str, Any], name:
 
 @pytest.mark.parametrize("name", CASES)
 def test_autograd_keeps_the_planned_activations(toy: Path, measured: dict[str, Any], name: str) -> None:
-    for at, (rows, length) in enumerate(SHAPES):
+    for at, (rows, length) in enumerate(CASES[name].get("shapes", SHAPES)):
         plan = planned(toy, name, rows, length)
         for stage, ranks in zip(plan.stages, by_stage(plan, measured[name]), strict=True):
-            # Ranks with other experts get more rows or fewer: together, as many as planned.
+            # Ranks with other experts get more rows or fewer: together, as many as planned. Of ranks that share a
+            # row, the last one is planned.
             kept = sum(r["activations"][at] for r in ranks) / len(ranks)
+            if plan.topology.cp > 1:
+                kept = ranks[-1]["activations"][at]
             assert stage.activations == pytest.approx(kept, rel=0.01)
 
 

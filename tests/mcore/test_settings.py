@@ -33,7 +33,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "fp8": ({"fp8": "e4m3"}, "parameters' type"),
     "fp16": ({"fp16": True}, "bf16"),
     "router fusion": ({"moe_router_fusion": True}, "precomputed"),
-    "context parallel": ({"context_parallel_size": 2}, "not cut over ranks"),
+    "context parallel": ({"context_parallel_size": 2}, "groups cut rows over 1"),
     "recompute of attention": (
         {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
         "recompute by themselves",

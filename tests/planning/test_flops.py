@@ -24,6 +24,7 @@ from dsv4_bridge.spec.flops import (
     flops_per_token,
     model_flops,
     published,
+    share_flops,
     window_pairs,
 )
 from dsv4_bridge.spec.lora import DEFAULT_TARGETS, Lora
@@ -373,3 +374,16 @@ def test_the_pipeline_solver_weighs_with_the_one_count(spec: ModelSpec) -> None:
         trunk, whole = (count_flops(s, length).forward.total / length for s in (spec.without_draft(), spec))
         assert sum(costs.layers) + costs.head + costs.embedding == pytest.approx(trunk, rel=1e-12)
         assert costs.mtp == pytest.approx(whole - trunk, rel=1e-12)
+
+
+def test_shares_of_a_row_are_its_work() -> None:
+    """Cut anywhere, the work is the same; the last rank's share of Flash is what the documentation tells."""
+    for length, ranks in ((4096, 1), (5001, 3), (1 << 16, 4)):
+        shares = share_flops(FLASH, length, ranks)
+        assert len(shares) == ranks and max(shares) < 1.1 * min(shares)
+        assert sum(shares) == pytest.approx(count_flops(FLASH, length).training.total, rel=1e-12)
+    documented = (Path(__file__).parents[2] / "docs" / "concepts" / "flops.md").read_text()
+    for length in (1 << 16, 1 << 18, 1 << 20):
+        shares = [share_flops(FLASH, length, ranks) for ranks in (2, 4, 8, 16)]
+        over = " | ".join(f"{max(each) * len(each) / sum(each):.3f}" for each in shares)
+        assert f"| {length:,} | {over} |" in documented

@@ -81,6 +81,40 @@ def test_one_rank_has_the_published_parameters() -> None:
     assert stage.parameters == 290_942_289_362 + 3 * 129_280 * 6  # the published count leaves tid2eid out
 
 
+def test_rows_over_ranks() -> None:
+    """Two context-parallel ranks share optimizer state as two data-parallel ones do, and tokens besides."""
+    spec = tiny(VARIANTS["Flash"])
+    run = Run(seq_length=1 << 15)
+    whole, cut = (
+        plan_memory(spec, *make_run_topology(spec, sizes, dp=dp), run) for sizes, dp in ((ONE, 4), (Sizes(cp=2), 2))
+    )
+    assert (whole.gpus, whole.edp) == (cut.gpus, cut.edp) == (4, 4)
+    (of_whole,), (of_cut,) = whole.stages, cut.stages
+    assert of_cut.ranks == 4
+    for name in ("parameters", "weights", "gradients", "optimizer"):
+        assert getattr(of_cut, name) == getattr(of_whole, name), name
+    assert 0.5 < of_cut.activations / of_whole.activations < 0.55
+    assert cut.to_json()["sizes"]["cp"] == 2
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (Asked(cp=2, run=Run(seq_length=4097)), "cp 2 and tp 1 .* Nearest that works: 4096"),
+        (Asked(cp=64, run=Run(seq_length=4096)), "127 or more.*Nearest that works: 8128"),
+        (Asked(cp=2, tp=2, run=Run(seq_length=4098)), "cp 2 and tp 2 .* Nearest that works: 4096"),
+        (Asked(cp=2, run=Run(mode="inference")), "a cache holds whole rows"),
+        (Asked(cp=3, gpus=8), r"8 GPUs are not tp\*pp\*cp\*dp = 1\*1\*3\*any .* Nearest that works: --gpus 9"),
+        (Asked(cp=2, ep=8, dp=2), r"tp\*cp\*dp = 1\*2\*2 = 4 ranks .* Nearest that works: dp 4, with 8 ranks"),
+        (Asked(cp=0), "cp 0; every size is 1 or more"),
+    ],
+    ids=str,
+)
+def test_rows_that_ranks_cannot_share(asked: Asked, message: str) -> None:
+    with pytest.raises(BridgeError, match=message):
+        plan_ranks("Flash", FLASH, asked)
+
+
 def test_bytes_follow_from_the_counts() -> None:
     spec = tiny(VARIANTS["Flash"])
     topology, dp = make_run_topology(spec, Sizes(ep=2), dp=6)
@@ -256,7 +290,7 @@ def test_the_command_says_what_fits(capsys: pytest.CaptureFixture[str], monkeypa
     assert (found["schema"], found["what"], found["fits"], found["gpu_memory"]) == (1, "Pro", False, 80 * GIB)
     plan = found["plan"]
     assert set(plan) == {"gpus", "sizes", "layout", "layout_lists", "run", "stages", "worst"}
-    assert plan["sizes"] == {"tp": 2, "pp": 8, "vp": 1, "ep": 16, "etp": 1, "dp": 8, "edp": 1}
+    assert plan["sizes"] == {"tp": 2, "pp": 8, "vp": 1, "cp": 1, "ep": 16, "etp": 1, "dp": 8, "edp": 1}
     assert plan["gpus"] == 128 == sum(stage["ranks"] for stage in plan["stages"])
     parts = STAGE - {"stage", "ranks", "chunks", "parameters", "total"}
     for stage in plan["stages"]:

@@ -288,6 +288,20 @@ def test_interleaved_stages_take_micro_batches_in_turn(words: list[str], told: s
         check_layout(chosen, small_spec(layers=4), 2)
 
 
+@pytest.mark.parametrize(
+    ("words", "world", "told"),
+    [
+        (["data.seq_length=257"], 2, r"257 tokens a row over cp 2 .* Nearest that works: 256"),
+        (["data.seq_length=128"], 2, r"128 tokens a row over cp 2 .* Nearest that works: 254"),
+        (["data.seq_length=256"], 3, r"3 ranks do not divide into tp\*pp\*cp = 2. Nearest that works: 4 ranks"),
+        (["data.seq_length=256"], 1, r"at least 2 ranks \(cp 2\), and this is one process"),
+    ],
+)
+def test_rows_that_ranks_cannot_share(words: list[str], world: int, told: str) -> None:
+    with pytest.raises(BridgeError, match=told):
+        check_layout(recipe("flash-pretrain", "parallel.cp=2", *words), small_spec(), world)
+
+
 def test_out_is_a_folder_of_its_own(hf: Path, text: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     before = sorted(p.name for p in hf.iterdir())

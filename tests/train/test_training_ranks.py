@@ -73,6 +73,39 @@ def test_every_layout_makes_the_steps_of_one_rank(start: Path, text: Path) -> No
     assert min(sizes := [path.stat().st_size for path in written]) > 0.9 * max(sizes)
 
 
+def test_rows_cut_over_ranks_and_resumed_where_they_are_not(start: Path, text: Path) -> None:
+    """Rows of 262 tokens, two a micro-batch, laid behind one another with their documents; validated along."""
+    folder = start.parent / "rows"
+    folder.mkdir()
+    words = [f"start={start}", f"data.train={text}", "data.seq_length=262", "batch.size=2", "schedule.steps=2"]
+    words += ["log.valid_every=1", "log.valid_steps=1", "checkpoint.save_every=1", "schedule.warmup=0"]
+
+    def told(name: str, *more: str) -> Run:
+        return "flash-pretrain", [*words, f"out={folder / name}", *more]
+
+    def begun(name: str, copy: str) -> str:
+        """A run of one step, where another left it behind its first."""
+        shutil.copytree(folder / name, folder / copy)
+        shutil.rmtree(folder / copy / "iter_0000002")
+        (folder / copy / "latest_checkpointed_iteration.txt").write_text("1")
+        return copy
+
+    (one,) = run_ranks(folder, "one", 1, [told("one")])
+    cut, goes_on = run_ranks(
+        folder, "two", 2, [told("cut", "parallel.cp=2"), told(begun("one", "on"), "parallel.cp=2")]
+    )
+    assert cut == pytest.approx(one, rel=1e-5)
+    assert goes_on == pytest.approx(one[1:], rel=1e-5)
+    (whole,) = run_ranks(folder, "whole", 1, [told(begun("cut", "whole"))])
+    assert whole == pytest.approx(cut[1:], rel=1e-5)
+    for mine, theirs in zip(log(folder / "cut"), log(folder / "one"), strict=True):
+        timed = {"seconds", "tokens_per_second", "tflops_per_gpu"}
+        assert mine.keys() == theirs.keys()
+        assert {k: v for k, v in mine.items() if k not in timed} == pytest.approx(
+            {k: v for k, v in theirs.items() if k not in timed}, rel=1e-5
+        )
+
+
 INTERLEAVED = ["parallel.pp=2", "parallel.vp=2", "batch.micro=1", "batch.size=8", "log.valid_steps=2"]
 
 

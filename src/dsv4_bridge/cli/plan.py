@@ -32,6 +32,7 @@ def plan(
     ep: Annotated[int | None, _size("ep", "Expert-parallel ranks.")] = None,
     etp: Annotated[int | None, _size("etp", "Expert-tensor-parallel ranks.")] = None,
     dp: Annotated[int | None, _size("dp", "Data-parallel ranks; by default the fewest that work.")] = None,
+    cp: Annotated[int | None, _size("cp", "Context-parallel ranks, that rows are cut over.")] = None,
     vp: Annotated[int | None, _size("vp", "Chunks a pipeline rank.")] = None,
     layout: Annotated[str | None, _size("layout", "Pipeline layout, as Et*22|t*21mL; by default solved.")] = None,
     gpus: Annotated[int | None, _size("gpus", "All ranks; alone, ranks layouts of so many.")] = None,
@@ -66,8 +67,8 @@ def plan(
     from ..planning.tensors import plan as make_plan
     from ..spec.variants import known_variant
 
-    sizes = {"tp": tp, "pp": pp, "ep": ep, "etp": etp, "dp": dp, "vp": vp, "layout": layout, "gpus": gpus}
-    sizes |= {"gpu_memory": gpu_memory, "global_batch": global_batch}
+    sizes = {"tp": tp, "pp": pp, "ep": ep, "etp": etp, "dp": dp, "cp": cp, "vp": vp}
+    sizes |= {"layout": layout, "gpus": gpus, "gpu_memory": gpu_memory, "global_batch": global_batch}
     run: dict[str, Any] = {"seq_length": seq_length, "micro_batch": micro_batch, "recompute": recompute}
     run |= {"distributed_optimizer": distributed_optimizer, "lora_rank": lora_rank, "lora_target": lora_target}
     run |= {k: v and v.value for k, v in {"mode": mode, "dtype": dtype, "grad_dtype": grad_dtype}.items()}

@@ -162,7 +162,6 @@ def refuse_unsound(config: DeepSeekV4Config) -> None:
         (config.fp32_residual_connection, "fp32_residual_connection", "streams have the parameters' type"),
         (config.hidden_dropout != 0, "hidden_dropout", "hyper-connections have no dropout"),
         (config.attention_dropout != 0, "attention_dropout", "the attention has no dropout"),
-        (config.context_parallel_size > 1, "context_parallel_size", "sequences are not cut over ranks yet"),
         (
             config.expert_layout not in (*EXPERT_LAYOUTS, ON_DEMAND),
             "expert_layout",
@@ -220,6 +219,12 @@ def model_config(
     """
     if dtype not in (torch.float32, torch.bfloat16):
         raise BridgeError(f"configuring the model: parameters of {dtype}, expected torch.float32 or torch.bfloat16")
+    cut, asked = 1 if topology is None else topology.cp, settings.get("context_parallel_size")
+    if asked not in (None, cut):
+        raise BridgeError(
+            f"configuring the model: context_parallel_size={asked}, and the process groups cut rows over {cut}; make "
+            "them with Parallel(cp=…), and the size follows"
+        )
     on_gpu = torch.cuda.is_available()
     numbers = {name: value for name, value in megatron_model(spec).items() if name not in _OF_DEV_ALONE}
     fields: dict[str, Any] = numbers | {
@@ -257,6 +262,7 @@ def model_config(
             "expert_model_parallel_size": topology.ep,
             "expert_tensor_parallel_size": topology.etp,
             "pipeline_model_parallel_size": topology.pp,
+            "context_parallel_size": topology.cp,
         }
         if topology.pp > 1:
             fields["pipeline_model_parallel_layout"] = str(topology.layout)

@@ -1,5 +1,6 @@
 """DeepSeek-V4 on megatron-core's GPT model."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -7,19 +8,19 @@ from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.multi_token_prediction import roll_tensor
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
 
 from ..errors import BridgeError
 from ..parallel.layout import Layout
-from ..parallel.topology import Coordinate, Sizes, Topology, make_topology
+from ..parallel.topology import Coordinate, Sizes, Topology, check_rows, make_topology
 from ..spec.spec import ModelSpec
 from .config import DeepSeekV4Config, model_config
 from .layers.block import HyperConnectedBlock
 from .layers.cache import Cache
-from .layers.documents import documents_of, restarting_positions, roll_boundaries
-from .layers.mtp import MTPBlock
+from .layers.context import over_ranks, share_of
+from .layers.documents import documents_of, restarting_positions
+from .layers.mtp import MTPBlock, moved_ahead
 from .layers.mtp_loss import draft_losses, tally_drafts, with_draft_losses
 from .layers.rope import Rotary, make_rotary
 from .metrics import Tally
@@ -105,6 +106,9 @@ class DeepSeekV4Model(GPTModel):
         cache's lengths): `position_ids` and `attention_mask` are accepted for megatron's training loop and not
         read.
 
+        Under context parallelism s is the rank's share of every row, [rank * s, (rank + 1) * s) of ranks * s tokens;
+        so are logits, losses and what else is [b, s]. `cu_seqlens` is the whole row's, on every rank.
+
         Args:
             input_ids: [b, s] int64.
             **unknown: refused, unless None.
@@ -141,6 +145,8 @@ class DeepSeekV4Model(GPTModel):
                 f"running the model with sequence parallelism over {self.topology.tp} ranks: "
                 + ("decoding needs sequence_parallel=False" if cache else f"{length} tokens do not divide")
             )
+        if self.config.context_parallel_size > 1:
+            self._check_share(length, cache is not None or last_only)
         stepping = cache is not None and cache.filled
         if cache is not None:
             if cu_seqlens is not None:
@@ -178,7 +184,11 @@ class DeepSeekV4Model(GPTModel):
         return Coordinate(groups.tp.rank(), groups.pp.rank(), groups.ep.rank(), groups.expt_tp.rank())
 
     def rotary(self, input_ids: Tensor, cu_seqlens: Tensor | None) -> Rotary:
-        """Turns of whole rows, or of the documents of one."""
+        """Turns of whole rows, or of the documents of one; of this rank's share of them."""
+        if self.pg_collection.cp.size() > 1:
+            batch, length = input_ids.shape
+            share = share_of(self.pg_collection.cp, batch, length, cu_seqlens, input_ids.device)
+            return make_rotary(self.config, share.positions(), None, share)
         if cu_seqlens is None:
             return make_rotary(self.config, torch.arange(input_ids.shape[1], device=input_ids.device))
         documents = documents_of(cu_seqlens, *input_ids.shape)
@@ -197,9 +207,8 @@ class DeepSeekV4Model(GPTModel):
         Beyond the end of a document stands token 0, as megatron has it.
         """
         found, ids = [], input_ids
-        packed = roll_boundaries(rotary.documents)
         for layer in self.mtp.layers:
-            ids, _ = roll_tensor(ids, shifts=-1, dims=-1, cp_group=self.pg_collection.cp, packed_seq_params=packed)
+            ids = moved_ahead(ids, rotary)
             embedded = self.embedding(input_ids=ids, position_ids=position_ids)
             hidden, streams = layer(streams, embedded, rotary, padding_mask)
             found.append(hidden)
@@ -235,21 +244,26 @@ class DeepSeekV4Model(GPTModel):
     ) -> Tensor:
         if not torch.is_grad_enabled():  # nobody would see it
             return hidden
-        packed = roll_boundaries(rotary.documents)
-
-        def move(x: Tensor) -> Tensor:
-            moved = roll_tensor(x, shifts=-1, dims=-1, cp_group=self.pg_collection.cp, packed_seq_params=packed)[0]
-            assert moved is not None
-            return moved
 
         def loss_of(ahead: Tensor, wanted: Tensor) -> Tensor:
             return self.compute_language_model_loss(wanted, self.output_layer(ahead, runtime_gather_output=gather)[0])
 
-        losses = draft_losses(depths, labels, loss_mask, move, loss_of)
+        losses = draft_losses(depths, labels, loss_mask, partial(moved_ahead, rotary=rotary), loss_of)
         if self.training:
             tally_drafts(self.tally[1], losses)
         learned = torch.full_like(losses[0][1], labels.numel()) if loss_mask is None else loss_mask.sum()
+        if (group := self.pg_collection.cp).size() > 1:  # the weights are the whole rows'
+            weights = over_ranks(torch.stack([learned, *(count for _, count in losses)]), group)
+            learned, *counts = weights.unbind()
+            losses = [(total, count) for (total, _), count in zip(losses, counts, strict=True)]
         return with_draft_losses(hidden, losses, self.config, learned, share)
+
+    def _check_share(self, length: int, decoding: bool) -> None:
+        ranks = self.topology.cp
+        doing = f"running the model with rows cut over {ranks} context-parallel ranks"
+        if decoding:
+            raise BridgeError(f"{doing}: a cache and the last token's logits need whole rows; build it with cp 1")
+        check_rows(length * ranks, self.topology.sizes, self.config.csa_window_size, doing)
 
 
 def _check_ids(ids: Tensor, vocab_size: int, what: str = "token ids") -> None:
@@ -325,7 +339,7 @@ def build_chunks(
     initialize()
     groups = ProcessGroupCollection.use_mpu_process_groups()
     parallel_state.set_virtual_pipeline_model_parallel_world_size(None)
-    sizes = Sizes(groups.tp.size(), groups.pp.size(), groups.ep.size(), groups.expt_tp.size())
+    sizes = Sizes(groups.tp.size(), groups.pp.size(), groups.ep.size(), groups.expt_tp.size(), groups.cp.size())
     topology = make_topology(spec, sizes, layout)
     config = model_config(spec, topology, dtype=dtype, perform_initialization=initialize_weights, **settings)
     if topology.layout.vp > 1:

@@ -17,20 +17,22 @@ from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
-from .layers.mtp_loss import ahead, draft_shares
+from ..errors import BridgeError
+from .layers.context import ahead, ends_of, over_ranks
+from .layers.mtp_loss import draft_shares
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch.
+    """One micro-batch; under context parallelism, a rank's tokens of it, s of every row.
 
     Attributes:
         input_ids: [b, s] int64; every stage gets them.
         labels: [b, s] int64, the token after each.
         loss_mask: [b, s], weight of each label; None: all 1.
         padding_mask: [b, s], True for tokens that stand for nothing: balance and indexer do not count them.
-        cu_seqlens: [documents + 1] int32, boundaries of documents packed into one row (b is 1). The label of a
-            document's last token is the caller's, or its weight 0.
+        cu_seqlens: [documents + 1] int32, boundaries of documents packed into one row (b is 1), of the whole row. The
+            label of a document's last token is the caller's, or its weight 0.
     """
 
     input_ids: Tensor
@@ -38,6 +40,22 @@ class Batch:
     loss_mask: Tensor | None = None
     padding_mask: Tensor | None = None
     cu_seqlens: Tensor | None = None
+
+
+def cut(batch: Batch, rank: int, ranks: int) -> Batch:
+    """What context-parallel rank `rank` of `ranks` has of a micro-batch: tokens [rank * s, (rank + 1) * s) of its rows.
+
+    Raises:
+        BridgeError: the rows do not divide.
+    """
+    if ranks == 1:
+        return batch
+    length = batch.input_ids.shape[1]
+    if length % ranks:
+        raise BridgeError(f"cutting a micro-batch: rows of {length} tokens do not divide over {ranks} ranks")
+    own = slice(rank * length // ranks, (rank + 1) * length // ranks)
+    parts = {name: getattr(batch, name) for name in ("input_ids", "labels", "loss_mask", "padding_mask")}
+    return replace(batch, **{name: None if t is None else t[:, own].contiguous() for name, t in parts.items()})
 
 
 class StreamCommunicator(P2PCommunicator):
@@ -83,7 +101,7 @@ def forward_backward(
             data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
             model=list(chunks),
             num_microbatches=len(batches),
-            seq_length=length,
+            seq_length=length * config.context_parallel_size,
             micro_batch_size=size,
             forward_only=forward_only,
             **options,
@@ -139,8 +157,11 @@ class _Share:
         masked = any(b.loss_mask is not None for b in batches)
         if not masked and not (depths and any(b.cu_seqlens is not None for b in batches)):  # the same on all ranks
             return cls()
-        facts = torch.stack([_facts(b, depths) for b in batches])
-        found = torch.cat([facts.new_tensor([len(batches)]), facts.sum(0)])
+        rows: Any = parallel_state.get_context_parallel_group()
+        facts = over_ranks(torch.stack([_facts(b, depths, rows) for b in batches]), rows)
+        broken, labels = facts[:, 0], facts[:, 1 : 2 + depths]
+        each = [torch.ones_like(broken), broken, labels[:, 0], *(labels > 0).double().T, *facts[:, 2 + depths :].T]
+        found = torch.stack(each).sum(1)
         group: Any = parallel_state.get_data_parallel_group()
         if group.size() > 1:
             torch.distributed.all_reduce(found, group=group)
@@ -164,24 +185,31 @@ def _weights(batch: Batch) -> Tensor:
     return torch.ones_like(batch.labels, dtype=torch.float32) if mask is None else mask
 
 
-def _facts(batch: Batch, depths: int) -> Tensor:
-    """What a micro-batch adds to a step, float64, on its device.
+def _facts(batch: Batch, depths: int, rows: Any) -> Tensor:
+    """What a rank's part of a micro-batch adds to a step, float64, on its device.
 
-    Weights that are no whole numbers; labels that have any; then, of the main loss and of every depth, whether it
-    learns anything; and, of the same, the sum of the weights: [4 + 2 * depths].
+    Weights that are no whole numbers; then, of the main loss and of every depth, labels that have any weight; and, of
+    the same, the sum of the weights: [3 + 2 * depths].
+
+    Args:
+        batch: the micro-batch.
+        depths: of multi-token prediction.
+        rows: the group that rows are cut over.
     """
     weights = _weights(batch).double()
-    sums, broken, labels = [weights.sum()], (weights != weights.round()).sum(), (weights != 0).sum()
-    learning = [labels > 0]
+    broken, sums, labels = (weights != weights.round()).sum(), [weights.sum()], [(weights != 0).sum()]
+    ends = batch.cu_seqlens
+    if ends is not None:
+        ends = ends_of(ends, weights.shape[1] * rows.size(), weights.device)
     for _ in range(depths):
-        weights = ahead(weights, batch.cu_seqlens)
+        weights = ahead(weights, ends, rows)
         sums.append(weights.sum())
-        learning.append((weights != 0).any())
-    return torch.stack([x.double() for x in (broken, labels, *learning, *sums)])
+        labels.append((weights != 0).sum())
+    return torch.stack([x.double() for x in (broken, *labels, *sums)])
 
 
 def _step(share: _Share, batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Any]:
-    batch = next(batches)
+    batch, rows = next(batches), parallel_state.get_context_parallel_group()
     output = model(
         batch.input_ids,
         labels=batch.labels,
@@ -194,9 +222,11 @@ def _step(share: _Share, batches: Iterator[Batch], model: torch.nn.Module) -> tu
     def mean_loss(losses: Tensor) -> Any:
         weights = torch.ones_like(losses) if batch.loss_mask is None else batch.loss_mask
         total, count = (losses * weights).sum(), weights.sum()
-        mean = total / torch.where(count > 0, count, torch.ones_like(count))
-        # Cloned: megatron divides what it gets in place.
-        shown = {"loss": mean.detach().clone()}
+        whole, labels = over_ranks(torch.stack([total.detach(), count.to(total.dtype)]), rows).unbind()
+        some = torch.where(labels > 0, labels, torch.ones_like(labels))
+        mean = total / some  # megatron adds up the parts of it that the ranks have of a row
+        # Apart: megatron divides what it gets in place.
+        shown = {"loss": whole / some}
         if share.weight is not None:
             return total, (weights != 0).sum().int(), shown
         if get_model_config(model).calculate_per_token_loss:

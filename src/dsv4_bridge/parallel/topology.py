@@ -19,7 +19,7 @@ class Sizes:
         pp: pipeline ranks.
         ep: expert-parallel ranks: whole experts.
         etp: expert-tensor-parallel ranks: each expert's width.
-        cp: context-parallel ranks.
+        cp: context-parallel ranks: the tokens of every row.
         vp: chunks of layers a pipeline rank holds.
     """
 
@@ -63,6 +63,11 @@ class Topology:
         return self.sizes.ep
 
     @property
+    def cp(self) -> int:
+        """Context-parallel ranks."""
+        return self.sizes.cp
+
+    @property
     def etp(self) -> int:
         """Expert-tensor-parallel ranks."""
         return self.sizes.etp
@@ -102,6 +107,41 @@ def make_topology(spec: ModelSpec, sizes: Sizes | None = None, layout: Layout | 
         raise BridgeError("cutting the model: " + "; ".join(wrong))
     layout = layout or solve(spec, sizes.pp, sizes.vp)
     return Topology(replace(sizes, vp=layout.vp), layout)
+
+
+# Tokens of the longest compressed block.
+_BLOCK = 128
+
+
+def least_share(window: int) -> int:
+    """Tokens of a row that a context-parallel rank has at least.
+
+    Then all that a rank needs of earlier tokens, but for compressed entries, lies on the rank before: the window's
+    keys, and the beginning of a block that the cut goes through.
+    """
+    return max(window, _BLOCK) - 1
+
+
+def check_rows(length: int, sizes: Sizes, window: int, doing: str) -> None:
+    """Refuse rows that ranks cannot have equal shares of.
+
+    Args:
+        length: tokens a row.
+        sizes: of the groups; context parallelism cuts rows, and sequence parallelism each share.
+        window: of the attention.
+        doing: what is being done, for the message.
+
+    Raises:
+        BridgeError: the rule, and the nearest length that works.
+    """
+    unit, least = sizes.cp * sizes.tp, least_share(window)
+    if sizes.cp == 1 or (length % unit == 0 and length >= least * sizes.cp):
+        return
+    near = max(-(-least // sizes.tp), round(length / unit)) * unit
+    raise BridgeError(
+        f"{doing}: {length} tokens a row over cp {sizes.cp} and tp {sizes.tp} (rule: cp*tp divides them, and each "
+        f"context-parallel rank has {least} or more). Nearest that works: {near}"
+    )
 
 
 def _nearest(size: int, total: int) -> int:

@@ -26,13 +26,14 @@ class Shape:
 
     Attributes:
         batch: rows of a micro-batch.
-        length: tokens a row.
+        length: tokens a row; of those of a rank, under context parallelism.
         dtype: bf16 or float32.
         tp: tensor-parallel ranks; sequence parallelism goes with them.
         etp: expert-tensor-parallel ranks.
         recompute: full recompute: a layer keeps its input only.
         lora: adapters on frozen weights; None: all weights are trained.
         fused: by the fused kernels of a GPU, with experts of the grouped layout; else by the torch definitions.
+        cp: context-parallel ranks; what is counted is the last one, which sees most compressed entries.
     """
 
     batch: int = 1
@@ -43,6 +44,7 @@ class Shape:
     recompute: bool = False
     lora: Lora | None = None
     fused: bool = False
+    cp: int = 1
 
     @property
     def e(self) -> int:
@@ -98,29 +100,37 @@ def _attention(spec: ModelSpec, ratio: int, shape: Shape) -> int:
     else:
         token += heads * (d * e + 4 + e * low)  # q in front of its norm, and the inverse root
     token += _norm(d, shape)
+    before = shape.batch * (spec.sliding_window - 1) * d * e if shape.cp > 1 else 0  # keys of the rank before
     token += (heads * d + d) * e  # rotated q, and keys that are values
     # In front of both output projections.
     token += (heads * d * shape.reads("attn.wo_a") + groups * spec.o_lora_rank * shape.reads("attn.wo_b")) * e
     token += shape.between("attn.wq_a", "attn.wq_b", "attn.wkv", "attn.wo_b") + groups * shape.between("attn.wo_a")
-    return shape.tokens * token + _compressed(spec, ratio, shape)
+    return shape.tokens * token + before + _compressed(spec, ratio, shape)
 
 
 def _compressed(spec: ModelSpec, ratio: int, shape: Shape) -> int:
     """The compressor: gate and projection of every slot, entries; and the chosen blocks of a CSA layer."""
-    e, d, batch = shape.e, spec.head_dim, shape.batch
-    blocks = shape.length // ratio if ratio else 0
-    if not blocks:
+    e, d, batch, several = shape.e, spec.head_dim, shape.batch, shape.cp > 1
+    if not ratio:
+        return 0
+    # Of the whole row; those that end on this rank, and at ratio 4 one that another makes.
+    every = shape.length * shape.cp // ratio
+    blocks = every - shape.length * (shape.cp - 1) // ratio
+    if not every:
         return 0
     wide = 2 if ratio == 4 else 1
-    slots = batch * blocks * ratio * wide
+    slots = batch * (blocks + (several and ratio == 4)) * ratio * wide
+    tokens = shape.tokens + several * batch * (ratio * wide - 1)  # with the tail of the rank before
     copy = e if shape.dtype != "float32" else 0  # the gate in the model's type
     # Blocks of ratio 128 are views of the projection, of ratio 4 copies of it: they overlap.
-    kept = slots * d * e if ratio == 4 else shape.tokens * d * e
+    kept = slots * d * e if ratio == 4 else tokens * d * e * (1 + several)
     entries = blocks * (batch * (_norm(d, shape) + d * e) + spec.qk_rope_head_dim * 4)
-    found = entries + (2 * shape.tokens * wide * d * e if shape.fused else slots * d * (4 + copy) + kept)
+    found = entries + (2 * tokens * wide * d * e if shape.fused else slots * d * (4 + copy) + kept)
     if ratio == 4:
-        everything = blocks <= spec.index_topk  # one table for all rows
-        found += 8 * shape.length * (blocks if everything else batch * spec.index_topk)
+        everything = every <= spec.index_topk  # one table for all rows
+        found += 8 * shape.length * (every if everything else batch * spec.index_topk)
+    if several:  # gathered from all ranks, and which of them this one sees
+        found += every * (batch * d * e + 8)
     return found
 
 

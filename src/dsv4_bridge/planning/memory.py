@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import BridgeError, short
 from ..parallel.layout import Layout
 from ..parallel.notation import parse_layout
-from ..parallel.topology import Sizes, Topology, make_topology
+from ..parallel.topology import Sizes, Topology, check_rows, make_topology
 from ..spec.lora import Lora
 from ..spec.spec import ModelSpec
 from .activations import DTYPE_BYTES, Shape, cache_bytes, chunk_bytes, in_flight, recomputed_bytes
@@ -63,13 +63,14 @@ class Run:
         """What one micro-batch is, on a rank."""
         return Shape(
             self.micro_batch,
-            self.seq_length,
+            self.seq_length // topology.cp,
             self.dtype,
             topology.tp,
             topology.etp,
             self.recompute,
             self.adapters,
             self.fused,
+            topology.cp,
         )
 
 
@@ -127,7 +128,7 @@ class MemoryPlan:
     @property
     def gpus(self) -> int:
         """All ranks."""
-        return self.topology.tp * self.topology.pp * self.dp
+        return self.topology.tp * self.topology.pp * self.topology.cp * self.dp
 
     @property
     def edp(self) -> int:
@@ -142,7 +143,8 @@ class MemoryPlan:
     def to_json(self) -> dict[str, Any]:
         """Plain types."""
         t = self.topology
-        sizes = {"tp": t.tp, "pp": t.pp, "vp": t.layout.vp, "ep": t.ep, "etp": t.etp, "dp": self.dp, "edp": self.edp}
+        sizes = {"tp": t.tp, "pp": t.pp, "vp": t.layout.vp, "cp": t.cp, "ep": t.ep, "etp": t.etp}
+        sizes |= {"dp": self.dp, "edp": self.edp}
         return {
             "gpus": self.gpus,
             "sizes": sizes,
@@ -155,13 +157,13 @@ class MemoryPlan:
 
 
 def expert_dp(topology: Topology, dp: int) -> int:
-    """Ranks that have the same experts: tp * dp / (etp * ep)."""
-    return topology.tp * dp // (topology.etp * topology.ep)
+    """Ranks that have the same experts: tp * cp * dp / (etp * ep)."""
+    return topology.tp * topology.cp * dp // (topology.etp * topology.ep)
 
 
-def least_dp(tp: int, ep: int, etp: int) -> int:
+def least_dp(tp: int, ep: int, etp: int, cp: int = 1) -> int:
     """The fewest data-parallel ranks that experts can be spread over."""
-    return math.lcm(tp, etp * ep) // tp
+    return math.lcm(tp * cp, etp * ep) // (tp * cp)
 
 
 def make_run_topology(
@@ -178,7 +180,7 @@ def make_run_topology(
     Raises:
         BridgeError: what cannot work, the rule, and the nearest that does.
     """
-    tp, pp, ep, etp, vp = sizes.tp, sizes.pp, sizes.ep, sizes.etp, sizes.vp
+    tp, pp, ep, etp, cp, vp = sizes.tp, sizes.pp, sizes.ep, sizes.etp, sizes.cp, sizes.vp
     if wrong := [f"{k} {short(v)}" for k, v in (*vars(sizes).items(), ("dp", 1 if dp is None else dp)) if v < 1]:
         raise BridgeError(f"planning ranks: {', '.join(wrong)}; every size is 1 or more")
     if pp == 1 and vp > 1:
@@ -188,15 +190,16 @@ def make_run_topology(
         )
     written = parse_layout(layout, pp, spec) if layout else None
     topology = make_topology(spec, sizes, written)
-    least = least_dp(tp, ep, etp)
+    least = least_dp(tp, ep, etp, cp)
     if dp is None:
         return topology, least
     if dp % least:
         near = max(1, round(dp / least)) * least
+        of, each = ("tp*", f"{tp}*") if cp == 1 else ("tp*cp*", f"{tp}*{cp}*")
         raise BridgeError(
-            f"planning ranks: tp*dp = {tp}*{dp} = {tp * dp} ranks of a pipeline stage do not divide into "
-            f"etp*ep = {etp}*{ep} = {etp * ep} (rule: tp*pp*dp = etp*ep*edp*pp, edp whole). "
-            f"Nearest that works: dp {near}, with {tp * pp * near} ranks"
+            f"planning ranks: {of}dp = {each}{dp} = {tp * cp * dp} ranks of a pipeline stage do not divide into "
+            f"etp*ep = {etp}*{ep} = {etp * ep} (rule: {of}pp*dp = etp*ep*edp*pp, edp whole). "
+            f"Nearest that works: dp {near}, with {tp * cp * pp * near} ranks"
         )
     return topology, dp
 
@@ -221,6 +224,11 @@ def check_run(spec: ModelSpec, topology: Topology, run: Run) -> None:
         raise BridgeError(
             f"planning ranks: {run.seq_length} tokens a row, the model takes {spec.max_position_embeddings} at most"
         )
+    if run.mode == "inference" and topology.cp > 1:
+        raise BridgeError(
+            f"planning ranks: decoding with cp {topology.cp} (rule: a cache holds whole rows). Nearest that works: cp 1"
+        )
+    check_rows(run.seq_length, topology.sizes, spec.sliding_window, "planning ranks")
     if run.mode != "inference" and run.seq_length % tp:
         near = max(tp, round(run.seq_length / tp) * tp)
         raise BridgeError(
@@ -256,11 +264,12 @@ def plan_memory(spec: ModelSpec, topology: Topology, dp: int, run: Run) -> Memor
             kept = in_flight(held, rank, topology.pp, run.micro_batches)
             kept += max(recomputed_bytes(spec, c, shape) for c in chunks)
             cached = 0
-        parameters, weights, gradients, optimizer, step = _state(part, run, dp, expert_dp(topology, dp))
+        copies = topology.cp * dp, expert_dp(topology, dp)
+        parameters, weights, gradients, optimizer, step = _state(part, run, *copies)
         stages.append(
             StageMemory(
                 rank,
-                topology.tp * dp,
+                topology.tp * topology.cp * dp,
                 tuple(str(Layout((c,), 1)) for c in chunks),
                 parameters,
                 weights,
@@ -275,7 +284,7 @@ def plan_memory(spec: ModelSpec, topology: Topology, dp: int, run: Run) -> Memor
 
 
 def _state(part: Part, run: Run, dp: int, edp: int) -> tuple[int, int, int, int, int]:
-    """Values, and bytes of weights, gradients, optimizer and its step, of one rank."""
+    """Values, and bytes of weights, gradients, optimizer and its step, of one rank; dp and edp hold the same."""
     e = DTYPE_BYTES[run.dtype]
     both = part.dense + part.expert
     added = part.adapters + part.expert_adapters

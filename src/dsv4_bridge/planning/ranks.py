@@ -25,6 +25,7 @@ class Asked:
         ep: expert-parallel ranks.
         etp: expert-tensor-parallel ranks.
         dp: data-parallel ranks.
+        cp: context-parallel ranks.
         vp: chunks a pipeline rank.
         layout: written pipeline layout.
         gpus: all ranks.
@@ -38,6 +39,7 @@ class Asked:
     ep: int | None = None
     etp: int | None = None
     dp: int | None = None
+    cp: int | None = None
     vp: int | None = None
     layout: str | None = None
     gpus: int | None = None
@@ -48,7 +50,7 @@ class Asked:
     @property
     def one(self) -> bool:
         """Whether a layout was named, not only a number of GPUs."""
-        named = (self.tp, self.pp, self.ep, self.etp, self.dp, self.layout)
+        named = (self.tp, self.pp, self.ep, self.etp, self.dp, self.cp, self.layout)
         return self.gpus is None or any(size is not None for size in named)
 
 
@@ -120,23 +122,25 @@ def _batch(asked: Asked, gpus: int) -> int:
 
 
 def _chosen(spec: ModelSpec, asked: Asked, memory: int | None) -> Ranked:
-    tp, pp, ep, etp, vp = (1 if size is None else size for size in (asked.tp, asked.pp, asked.ep, asked.etp, asked.vp))
+    named = asked.tp, asked.pp, asked.ep, asked.etp, asked.cp, asked.vp
+    tp, pp, ep, etp, cp, vp = (1 if size is None else size for size in named)
     if asked.layout and asked.pp is None:
         pp = max(1, asked.layout.count("|") + 1) // vp or 1
     if asked.layout and asked.vp is None:
         vp = parse_layout(asked.layout, pp, spec).vp
     dp = asked.dp
     if asked.gpus is not None:
-        each = max(1, tp * pp * (dp or 1))
+        each = max(1, tp * pp * cp * (dp or 1))
         if asked.gpus % each or (dp and asked.gpus != each):
             near = each if dp else max(1, round(asked.gpus / each)) * each
+            of, sizes = ("tp*pp", f"{tp}*{pp}") if cp == 1 else ("tp*pp*cp", f"{tp}*{pp}*{cp}")
             raise BridgeError(
-                f"planning ranks: {asked.gpus} GPUs are not tp*pp*dp = {tp}*{pp}*{dp or 'any'} "
-                f"(rule: tp*pp*dp is the number of ranks). Nearest that works: --gpus {near}"
+                f"planning ranks: {asked.gpus} GPUs are not {of}*dp = {sizes}*{dp or 'any'} "
+                f"(rule: {of}*dp is the number of ranks). Nearest that works: --gpus {near}"
             )
-        dp = asked.gpus // (tp * pp)
-    topology, dp = make_run_topology(spec, Sizes(tp, pp, ep, etp, vp=vp), asked.layout, dp)
-    rows = _batch(asked, tp * pp * dp)
+        dp = asked.gpus // max(1, tp * pp * cp)
+    topology, dp = make_run_topology(spec, Sizes(tp, pp, ep, etp, cp, vp), asked.layout, dp)
+    rows = _batch(asked, tp * pp * cp * dp)
     count = 1 if asked.run.mode == "inference" else micro_batches(asked.run, rows, dp)
     if count is None:
         each = asked.run.micro_batch * dp

@@ -7,7 +7,7 @@ their group, nothing overlapped.
     bubble = (pp - 1) / (vp * micro-batches)
     time = step / (all operations shared equally by all GPUs)
 
-A group that fits into one node (megatron-core's order: tensor, then expert, then data, then pipeline)
+A group that fits into one node (megatron-core's order: tensor, context, expert, data, pipeline)
 uses the link inside it. Bytes of a layer and token: tensor parallelism gathers and scatters H four times a
 pass; expert parallelism sends k*H there and back; a pipeline boundary takes all streams; data parallelism
 sums gradients and gathers weights once a step.
@@ -22,6 +22,7 @@ from ..errors import BridgeError
 from ..parallel.balance import flop_costs, parameter_costs, solve
 from ..parallel.layout import Layout
 from ..parallel.topology import Sizes, Topology, make_topology
+from ..spec.flops import share_flops
 from ..spec.spec import ModelSpec
 from .memory import MemoryPlan, Run, expert_dp, least_dp, plan_memory
 
@@ -162,10 +163,13 @@ def ranked(spec: ModelSpec, plan: MemoryPlan, gpu_memory: int) -> Ranked:
     passes = 1 if run.mode == "inference" else 4 if run.recompute else 3
     tokens = run.micro_batches * run.micro_batch * run.seq_length  # of one pipeline; others have rows of their own
     whole = sum(map(costs.of, layout.chunks))
-    slowest = passes * tokens * costs.worst(layout) / topology.tp / _RATE
-    ideal = passes * tokens * whole / (topology.tp * topology.pp) / _RATE
+    slowest = passes * tokens * costs.worst(layout) / (topology.tp * topology.cp) / _RATE
+    if topology.cp > 1 and run.mode != "inference":  # the last rank of a row sees most blocks
+        shares = share_flops(spec, run.seq_length, topology.cp)
+        slowest *= max(shares) * len(shares) / sum(shares)
+    ideal = passes * tokens * whole / (topology.tp * topology.pp * topology.cp) / _RATE
     bubble = (topology.pp - 1) / (layout.vp * run.micro_batches)
-    sent = _sent_seconds(spec, plan, tokens / topology.tp, passes)
+    sent = _sent_seconds(spec, plan, tokens / (topology.tp * topology.cp), passes)
     step = slowest * (1 + bubble) + sent
     fits = plan.worst.total <= USABLE * gpu_memory
     return Ranked(plan, bubble, costs.imbalance(layout), sent / step, step / ideal, fits)
@@ -190,7 +194,8 @@ def _sent_seconds(spec: ModelSpec, plan: MemoryPlan, tokens: float, passes: int)
         groups.append(((1 + training) * len(chunks) * tokens * streams, plan.gpus))
     if training:
         stage = plan.worst
-        for copies, span in ((plan.dp, t.tp * plan.dp), (expert_dp(t, plan.dp), t.tp * plan.dp)):
+        span = t.tp * t.cp * plan.dp
+        for copies in (t.cp * plan.dp, expert_dp(t, plan.dp)):
             # Both groups are charged half of what the rank holds: gradients once, weights once.
             share = (stage.gradients + stage.weights * (plan.run.mode == "training")) / 2
             groups.append((share * (copies - 1) / copies, span))

@@ -147,6 +147,17 @@ def count_flops(
     return FlopCount(sum(lengths), Terms(**forward), Terms(**inputs), Terms(**weights), Terms(**again))
 
 
+def share_flops(spec: ModelSpec, length: int, ranks: int) -> tuple[float, ...]:
+    """Training FLOPs of every context-parallel rank on one sequence: later ranks see more blocks.
+
+    A query's work depends on what is in front of it alone: a rank's is that of the tokens up to its last one, without
+    that of the tokens in front of its first.
+    """
+    ends = [length * rank // ranks for rank in range(1, ranks + 1)]
+    sums = [count_flops(spec, end).training.total for end in ends]
+    return tuple(upto - before for before, upto in zip((0.0, *sums[:-1]), sums, strict=True))
+
+
 @cache
 def forward_costs(spec: ModelSpec, length: int) -> tuple[tuple[float, ...], float, float]:
     """Forward FLOPs a token, of sequences of `length` tokens: of each decoder layer, all MTP depths, and the head."""

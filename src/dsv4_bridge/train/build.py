@@ -139,7 +139,7 @@ def _earlier_adapters(recipe: Recipe, spec: ModelSpec) -> Adapters:
 def check_layout(recipe: Recipe, spec: ModelSpec, world: int) -> int:
     """Refuse what ranks could not do, with the rule and the nearest that works; the data-parallel size."""
     sizes = recipe.parallel.sizes
-    model_ranks = sizes.tp * sizes.pp
+    model_ranks = sizes.tp * sizes.pp * sizes.cp
     needed = math.lcm(model_ranks, sizes.etp * sizes.ep * sizes.pp)
     if world == 1 < needed:
         raise BridgeError(
@@ -150,7 +150,8 @@ def check_layout(recipe: Recipe, spec: ModelSpec, world: int) -> int:
     if world % model_ranks:
         near = max(1, round(world / model_ranks)) * model_ranks
         raise BridgeError(
-            f"training with recipe {recipe.name}: {world} ranks do not divide into tp*pp = {model_ranks}. "
+            f"training with recipe {recipe.name}: {world} ranks do not divide into "
+            f"{'tp*pp' if sizes.cp == 1 else 'tp*pp*cp'} = {model_ranks}. "
             f"Nearest that works: {near} ranks"
         )
     dp = world // model_ranks
@@ -228,7 +229,7 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
 def _wrap(recipe: Recipe, chunks: list[DeepSeekV4Model]) -> list[Any]:
     config = chunks[0].config
     config.finalize_model_grads_func = finalize_model_grads
-    overlap = recipe.parallel.overlap and parallel_state.get_data_parallel_world_size() > 1
+    overlap = recipe.parallel.overlap and parallel_state.get_data_parallel_world_size(with_context_parallel=True) > 1
     options = DistributedDataParallelConfig(
         overlap_grad_reduce=overlap,
         overlap_param_gather=overlap and _distributed(recipe) and not recipe.lora.rank,  # adapters are small

@@ -22,9 +22,10 @@ from megatron.core.num_microbatches_calculator import (
 from ..errors import BridgeError, files_named
 from ..mcore.checkpoints import Saver, load_checkpoint
 from ..mcore.device import device
+from ..mcore.layers.context import over_ranks
 from ..mcore.metrics import collect
 from ..mcore.optim.param_gather import gather_all
-from ..mcore.schedule import Batch, forward_backward
+from ..mcore.schedule import Batch, cut, forward_backward
 from ..planning.peaks import mfu, peak_named, peak_tflops
 from ..spec.flops import flops_per_token
 from ..spec.spec import ModelSpec
@@ -193,12 +194,19 @@ def _step(trainer: Trainer, feed: Feed, state: State, size: int) -> dict[str, fl
     for chunk in trainer.wrapped:
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
-    batches = [_to_device(b) for b in feed.batches(state.rows, size, recipe.batch.micro, trainer.rank, trainer.ranks)]
+    batches = _batches(trainer, feed, state.rows, size)
     loss = _mean(forward_backward(trainer.wrapped, batches), batches, recipe.losses.per_token)
     _, norm, _ = trainer.optimizer.step()
     counted = collect(trainer.wrapped)
     rate = trainer.optimizer.param_groups[0]["lr"]
     return {"loss": loss, "grad_norm": float(norm or 0.0), "lr": float(rate)} | counted
+
+
+def _batches(trainer: Trainer, feed: Feed, consumed: int, size: int) -> list[Batch]:
+    """This rank's micro-batches: its rows, and of these its tokens."""
+    whole = feed.batches(consumed, size, trainer.recipe.batch.micro, trainer.rank, trainer.ranks)
+    group: Any = parallel_state.get_context_parallel_group()
+    return [_to_device(cut(batch, group.rank(), group.size())) for batch in whole]
 
 
 def _set_rates(trainer: Trainer, step: int) -> None:
@@ -234,7 +242,7 @@ def _validate(trainer: Trainer, feed: Feed) -> float:
     rows = _valid_rows(trainer)
     for chunk in trainer.wrapped:
         chunk.eval()
-    batches = [_to_device(b) for b in feed.batches(0, rows, recipe.batch.micro, trainer.rank, trainer.ranks)]
+    batches = _batches(trainer, feed, 0, rows)
     with torch.no_grad():
         losses = forward_backward(trainer.wrapped, batches, forward_only=True)
     for chunk in trainer.wrapped:
@@ -246,9 +254,12 @@ def _validate(trainer: Trainer, feed: Feed) -> float:
 def _mean(losses: list[torch.Tensor], batches: list[Batch], per_token: bool) -> float:
     """Of all micro-batches of all ranks that learn something, or of their learned tokens, on every rank."""
     total = torch.zeros(2, dtype=torch.float64, device=device())
-    for loss, batch in zip(losses, batches, strict=False):  # stages other than the last have no losses
-        learned = total.new_ones(()) if batch.loss_mask is None else batch.loss_mask.sum().double()
-        weight = learned if per_token and batch.loss_mask is not None else (learned > 0).double()
+    masks = [batch.loss_mask for batch in batches]
+    weights = torch.stack([total.new_ones(()) if mask is None else mask.sum().double() for mask in masks])
+    weights = over_ranks(weights, parallel_state.get_context_parallel_group())  # of whole rows, as losses are
+    if not per_token:
+        weights = (weights > 0).double()
+    for loss, weight in zip(losses, weights, strict=False):  # stages other than the last have no losses
         total += torch.stack([loss.double() * weight, weight])
     groups: tuple[Any, ...] = (
         parallel_state.get_pipeline_model_parallel_group(),

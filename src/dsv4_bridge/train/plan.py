@@ -53,12 +53,13 @@ def plan_recipe(recipe: Recipe, spec: ModelSpec, gpu_memory: float | None = None
         BridgeError: a layout that cannot work, and the nearest that does.
     """
     p = recipe.parallel
-    dp = max(1, p.gpus // (p.tp * p.pp))
+    dp = max(1, p.gpus // (p.tp * p.pp * p.cp))
     asked = Asked(
         tp=p.tp,
         pp=p.pp,
         ep=p.ep,
         etp=p.etp,
+        cp=p.cp,
         vp=p.vp,
         layout=p.layout or None,
         gpus=p.gpus,
@@ -117,6 +118,7 @@ def scaled_down(recipe: Recipe, given: Iterable[str] = ()) -> Recipe:
         "parallel.vp": 1,
         "parallel.ep": 1,
         "parallel.etp": 1,
+        "parallel.cp": 1,
         "parallel.gpus": 1,
         "batch.size": 2,
         "batch.ramp": "",

@@ -63,6 +63,7 @@ class Parallel:
         vp: chunks of layers a pipeline rank.
         ep: expert-parallel ranks.
         etp: tensor-parallel ranks of an expert.
+        cp: context-parallel ranks: each has 1/cp of the tokens of every row.
         layout: the pipeline in its written form; empty: solved.
         gpus: how many the recipe was made for; a dry run plans them, training takes those that are there.
         overlap: data-parallel ranks sum gradients bucket by bucket while the backward goes on, and gather what AdamW
@@ -76,6 +77,7 @@ class Parallel:
     vp: int = fact(1, BRIDGE, least=1)
     ep: int = fact(8, BRIDGE, least=1)
     etp: int = fact(1, BRIDGE, least=1)
+    cp: int = fact(1, BRIDGE, least=1)
     layout: str = fact("", OURS)
     gpus: int = fact(128, f"{OURS}: by dsv4 plan, for 80 GB", least=1)
     overlap: bool = fact(True, BRIDGE)
@@ -85,7 +87,7 @@ class Parallel:
     @property
     def sizes(self) -> Sizes:
         """Of the groups that cut the model."""
-        return Sizes(self.tp, self.pp, self.ep, self.etp, vp=self.vp)
+        return Sizes(self.tp, self.pp, self.ep, self.etp, self.cp, self.vp)
 
 
 @dataclass(frozen=True)

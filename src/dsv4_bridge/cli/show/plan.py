@@ -23,7 +23,8 @@ def ranks_table(report: RanksReport) -> Group:
     """Bytes of each stage, the estimate, and the layouts that fit."""
     plan, run, found = report.chosen.plan, report.chosen.plan.run, report.chosen
     t = plan.topology
-    sizes = f"tp {t.tp}, pp {t.pp}, ep {t.ep}, etp {t.etp}, dp {plan.dp} (experts: {plan.edp})"
+    cp = f", cp {t.cp}" if t.cp > 1 else ""
+    sizes = f"tp {t.tp}, pp {t.pp}{cp}, ep {t.ep}, etp {t.etp}, dp {plan.dp} (experts: {plan.edp})"
     title = f"ranks of {report.what}: {plan.gpus:,} GPUs, {sizes}"
     columns = ["stage", ">ranks", "layers", ">parameters", ">weights", ">gradients", ">optimizer", ">activations"]
     stepping = any(stage.step for stage in plan.stages)

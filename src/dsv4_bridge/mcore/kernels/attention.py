@@ -36,17 +36,19 @@ class Reach:
 
     Attributes:
         window: tokens of the sliding window, the query's own among them.
-        ratio: tokens a compressed block; query t sees block i if i < (t + 1) // ratio. 0: no blocks.
+        ratio: tokens a compressed block; query t sees block i if i < (start + t + 1) // ratio. 0: no blocks.
         chunk: queries at a time at most.
+        start: tokens of the document in front of the first query.
     """
 
     window: int
     ratio: int
     chunk: int
+    start: int = 0
 
     def blocks(self, queries: int) -> int:
         """Blocks that the last of so many queries sees."""
-        return queries // self.ratio if self.ratio else 0
+        return (self.start + queries) // self.ratio if self.ratio else 0
 
 
 def attend(
@@ -62,7 +64,7 @@ def attend(
 
     Args:
         q: [b, s, h, d].
-        kv: [b, s, d], keys and values of the window.
+        kv: [b, l + s, d], keys and values of the window; l of them are of tokens in front of the first query.
         blocks: [b, n, d] compressed entries, or None.
         chosen: [b, s, k] int64 indices of the blocks each query attends to, -1 for none; None: all visible.
         sink: [h] float32.
@@ -159,7 +161,7 @@ class _Part:
 
     start: int
     stop: int
-    first: int  # first window key
+    first: int  # place of the first window key
     seen: int  # blocks that are computed for all queries of the chunk
     keys: Tensor  # [b, window keys + seen, d]
     mask: Tensor  # [1 or b, c, keys], True: visible
@@ -207,7 +209,7 @@ class _Part:
         split = self.keys.shape[1]
         shared = torch.matmul(weights[..., :split].flatten(1, 2).mT, x.flatten(1, 2))
         wide = split - self.seen
-        grad_kv[:, self.first : self.stop] += shared[:, :wide]
+        grad_kv[:, self.first : self.first + wide] += shared[:, :wide]
         if grad_blocks is None:
             return
         if self.seen:
@@ -232,18 +234,25 @@ def _parts(q: Tensor, kv: Tensor, blocks: Tensor | None, chosen: Tensor | None, 
         keys = reach.window + (chosen.shape[2] if apart and chosen is not None else most)
         size = budget // (batch * heads * keys)
         stop = min(start + max(_LEAST, min(size, reach.chunk)), length)
-        yield _part(start, stop, kv, blocks, chosen, reach, apart)
+        yield _part(start, stop, kv, kv.shape[1] - length, blocks, chosen, reach, apart)
         start = stop
 
 
 def _part(
-    start: int, stop: int, kv: Tensor, blocks: Tensor | None, chosen: Tensor | None, reach: Reach, apart: bool
+    start: int,
+    stop: int,
+    kv: Tensor,
+    lead: int,
+    blocks: Tensor | None,
+    chosen: Tensor | None,
+    reach: Reach,
+    apart: bool,
 ) -> _Part:
-    first = max(0, start - reach.window + 1)
+    first = max(0, lead + start - reach.window + 1)
     query = torch.arange(start, stop, device=kv.device)[:, None]
-    token = torch.arange(first, stop, device=kv.device)
+    token = torch.arange(first - lead, stop, device=kv.device)
     mask = ((token <= query) & (token > query - reach.window)).unsqueeze(0)
-    keys = kv[:, first:stop]
+    keys = kv[:, first : lead + stop]
     if blocks is None:
         return _Part(start, stop, first, 0, keys, mask, None, None)
     if apart and chosen is not None:
@@ -253,7 +262,7 @@ def _part(
         return _Part(start, stop, first, 0, keys, mask, own, picked)
     seen = reach.blocks(stop)
     if chosen is None:
-        visible = torch.arange(seen, device=kv.device) < (query + 1) // reach.ratio
+        visible = torch.arange(seen, device=kv.device) < (reach.start + query + 1) // reach.ratio
         visible = visible.unsqueeze(0)
     else:
         picked = chosen[:, start:stop]

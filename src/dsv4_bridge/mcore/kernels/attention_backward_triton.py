@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .attention import Reach
 from .attention_keys_triton import Rows, grad_chosen, grad_shared
 from .attention_tiles import (
     ALL,
@@ -56,21 +57,21 @@ class Gradients(NamedTuple):
     sink: Tensor
 
 
-def gradients(saved: Saved, grad: Tensor, window: int, ratio: int, deterministic: bool) -> Gradients:
+def gradients(saved: Saved, grad: Tensor, reach: Reach, deterministic: bool) -> Gradients:
     """Of q, kv, blocks and sink, for the gradient of the output, [b, s, h, d] contiguous."""
     call = Rows(saved.q, grad, saved.lse, torch.empty_like(saved.lse))
-    of_q = _of_queries(call, saved, window, ratio)
+    of_q = _of_queries(call, saved, reach)
     of_sink = (saved.sink.float() * LOG2E.value - saved.lse).exp2_().mul_(call.delta).sum((0, 1)).neg_()
-    of_kv = grad_shared(call, saved.kv, window, 0)
+    of_kv = grad_shared(call, saved.kv, reach.window, 0, saved.kv.shape[1] - saved.q.shape[1])
     of_blocks = None
     if saved.blocks is not None and saved.chosen is None:
-        of_blocks = grad_shared(call, saved.blocks, 0, ratio)
+        of_blocks = grad_shared(call, saved.blocks, 0, reach.ratio, reach.start)
     elif saved.blocks is not None and saved.chosen is not None:
         of_blocks = grad_chosen(call, saved.blocks, saved.chosen, deterministic)
     return Gradients(of_q, of_kv, of_blocks, of_sink.to(saved.sink.dtype))
 
 
-def _of_queries(call: Rows, saved: Saved, window: int, ratio: int) -> Tensor:
+def _of_queries(call: Rows, saved: Saved, reach: Reach) -> Tensor:
     """Also fills delta."""
     batch, length, heads, width = call.q.shape
     kind = kind_of(saved.blocks, saved.chosen)
@@ -89,27 +90,31 @@ def _of_queries(call: Rows, saved: Saved, window: int, ratio: int) -> Tensor:
             saved.q if saved.chosen is None else saved.chosen,
             found,
             length,
+            saved.kv.shape[1] - length,
+            reach.start,
             0 if saved.blocks is None else saved.blocks.shape[1],
             0 if saved.chosen is None else saved.chosen.shape[2],
-            **constants(WINDOW=window, RATIO=max(1, ratio), KIND=kind),
+            **constants(WINDOW=reach.window, RATIO=max(1, reach.ratio), KIND=kind),
             **call.constants,
             **cut.constants,
         )
     return found
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lead", "past"])
 def _grad_queries(
     q,  # [b, s * h, d]
     apart,  # elements from q to the output's gradient, which is as q
     lse,  # [b, s * h]
     delta,  # [b, s * h], written
     out,  # as q
-    kv,  # [b, s, d]
+    kv,  # [b, lead + s, d]
     blocks,  # [b, n, d]
     chosen,  # [b, s, k]
     found,  # as q
     length,
+    lead,  # keys in front of the first query's
+    past,  # tokens of the document in front of it
     blocks_count,
     chosen_count,
     WINDOW: tl.constexpr,
@@ -138,16 +143,17 @@ def _grad_queries(
     pairs = load_rows(origin, batch * length * HEADS + double, double < stop, WIDTH, PADDED)
     acc = tl.zeros((ROWS, PADDED), tl.float32)
     begin, end = first // HEADS, (stop - 1) // HEADS + 1  # of queries
-    for start in range(tl.maximum(begin - WINDOW + 1, 0) if WINDOW else end, end, KEYS):
+    last = lead + end
+    for start in range(tl.maximum(lead + begin - WINDOW + 1, 0) if WINDOW else last, last, KEYS):
         token = start + tl.arange(0, KEYS)
-        keys = load_rows(kv, batch * length + token, token < end, WIDTH, PADDED)
-        seen = in_window(query[:, None], token[None, :], WINDOW)
+        keys = load_rows(kv, batch * (lead + length) + token, token < last, WIDTH, PADDED)
+        seen = in_window(lead + query[:, None], token[None, :], WINDOW)
         acc = _pulled_queries(pairs, level, mean, keys, seen, acc, SCALE, ROWS, KEYS)
     if KIND == ALL:
-        for start in range(0, tl.minimum(end // RATIO, blocks_count), KEYS):
+        for start in range(0, tl.minimum((past + end) // RATIO, blocks_count), KEYS):
             block = start + tl.arange(0, KEYS)
             keys = load_rows(blocks, batch * blocks_count + block, block < blocks_count, WIDTH, PADDED)
-            seen = (block[None, :] < (query[:, None] + 1) // RATIO) & (block < blocks_count)[None, :]
+            seen = (block[None, :] < (past + query[:, None] + 1) // RATIO) & (block < blocks_count)[None, :]
             acc = _pulled_queries(pairs, level, mean, keys, seen, acc, SCALE, ROWS, KEYS)
     if KIND == CHOSEN:
         own = chosen + (batch * length + begin) * chosen_count

@@ -48,8 +48,11 @@ class Rows(NamedTuple):
         return {"HEADS": heads, "WIDTH": width, "PADDED": padded(width), "SCALE": width**-0.5}
 
 
-def grad_shared(call: Rows, keys: Tensor, window: int, ratio: int) -> Tensor:
-    """Of keys [b, n, d] that all queries share, in their type: of the window, or blocks if the window is 0."""
+def grad_shared(call: Rows, keys: Tensor, window: int, ratio: int, shift: int = 0) -> Tensor:
+    """Of keys [b, n, d] that all queries share, in their type: of the window, or blocks if the window is 0.
+
+    `shift` is the first query's place: among the window's keys, or in its document.
+    """
     batch, length, heads, _ = call.q.shape
     cut = tiles(_ROWS, _KEYS, (0, 1), (2, 0), padded(call.q.shape[3]), call.q)
     count = triton.cdiv(keys.shape[1], cut.keys)
@@ -65,6 +68,7 @@ def grad_shared(call: Rows, keys: Tensor, window: int, ratio: int) -> Tensor:
             keys,
             found,
             length,
+            shift,
             keys.shape[1],
             **constants(WINDOW=window, RATIO=ratio),
             **call.constants,
@@ -133,6 +137,7 @@ def _pulled(
     low,
     high,
     past,  # rows of the batches before
+    shift,  # place of the first query
     q,
     apart,  # elements from q to its gradient
     lse,
@@ -162,7 +167,7 @@ def _pulled(
         level = tl.load(lse + past + row, mask=there, other=0.0)
         mean = tl.load(delta + past + row, mask=there, other=0.0)
         seen = valid[:, None] & there[None, :]
-        query = row // HEADS
+        query = shift + row // HEADS
         if WINDOW:
             seen = seen & in_window(query[None, :], key[:, None], WINDOW)
         elif RATIO:
@@ -179,7 +184,7 @@ def _pulled(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["shift"])
 def _grad_shared(
     q,  # [b, s * h, d]
     apart,  # elements from q to the output's gradient, which is as q
@@ -188,6 +193,7 @@ def _grad_shared(
     keys,  # [b, n, d]
     found,  # [parts, b, n, d] float32
     length,
+    shift,  # place of the first query: among the window's keys, or in its document
     count,
     WINDOW: tl.constexpr,
     RATIO: tl.constexpr,
@@ -204,16 +210,16 @@ def _grad_shared(
     key = begin + tl.arange(0, KEYS)
     tile = load_rows(keys, batch * count + key, key < count, WIDTH, PADDED)
     if WINDOW:
-        low, high = begin, tl.minimum(begin + KEYS - 1 + WINDOW, length)
+        low, high = begin - shift, tl.minimum(begin - shift + KEYS - 1 + WINDOW, length)
     else:
-        low, high = (begin + 1) * RATIO - 1, length
-    low, high = low * HEADS, high * HEADS
+        low, high = (begin + 1) * RATIO - 1 - shift, length
+    low, high = tl.maximum(low, 0) * HEADS, high * HEADS
     part = tl.cdiv(tl.maximum(high - low, 0), tl.num_programs(1))
     low += tl.program_id(1) * part
     high = tl.minimum(low + part, high)
     past = batch * length * HEADS
     acc = _pulled(
-        tile, key, key < count, low, high, past, q, apart, lse, delta,
+        tile, key, key < count, low, high, past, shift, q, apart, lse, delta,
         WINDOW, RATIO, HEADS, WIDTH, PADDED, SCALE, ROWS, KEYS,
     )  # fmt: skip
     column = tl.arange(0, PADDED)
@@ -254,7 +260,7 @@ def _grad_chosen(
     high = low + HEADS * (tl.max((block >= 0).to(tl.int32), 0))  # nothing to do for a tile of none
     past = batch * length * HEADS
     acc = _pulled(
-        tile, block, block >= 0, low, high, past, q, apart, lse, delta,
+        tile, block, block >= 0, low, high, past, 0, q, apart, lse, delta,
         _NO, _NO, HEADS, WIDTH, PADDED, SCALE, ROWS, KEYS,
     )  # fmt: skip
     if ORDERED:

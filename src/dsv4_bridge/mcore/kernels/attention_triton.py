@@ -58,7 +58,7 @@ class _Attend(torch.autograd.Function):
     def forward(ctx, q, kv, blocks, chosen, sink, reach, deterministic):  # type: ignore[override]
         q, kv, sink = q.contiguous(), kv.contiguous(), sink.contiguous()
         used, chosen = _used(blocks, chosen)
-        out, lse = forward(q, kv, used, chosen, sink, reach.window, reach.ratio)
+        out, lse = forward(q, kv, used, chosen, sink, reach)
         ctx.save_for_backward(q, kv, blocks, used, chosen, sink, out, lse)
         ctx.reach, ctx.deterministic = reach, deterministic
         return out
@@ -68,7 +68,7 @@ class _Attend(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[override]
         q, kv, blocks, used, chosen, sink, out, lse = ctx.saved_tensors
         saved = Saved(q, kv, used, chosen, sink, out, lse)
-        found = gradients(saved, grad.contiguous(), ctx.reach.window, ctx.reach.ratio, ctx.deterministic)
+        found = gradients(saved, grad.contiguous(), ctx.reach, ctx.deterministic)
         on_blocks = found.blocks
         if blocks is not None and on_blocks is None:
             on_blocks = torch.zeros_like(blocks)
@@ -83,7 +83,7 @@ def _used(blocks: Tensor | None, chosen: Tensor | None) -> tuple[Tensor | None, 
 
 
 def forward(
-    q: Tensor, kv: Tensor, blocks: Tensor | None, chosen: Tensor | None, sink: Tensor, window: int, ratio: int
+    q: Tensor, kv: Tensor, blocks: Tensor | None, chosen: Tensor | None, sink: Tensor, reach: Reach
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp, of base 2: [b, s, h, d] in q's type, [b, s, h] float32. All tensors contiguous."""
     batch, length, heads, width = q.shape
@@ -102,25 +102,29 @@ def forward(
             out,
             lse,
             length,
+            kv.shape[1] - length,
+            reach.start,
             0 if blocks is None else blocks.shape[1],
             0 if chosen is None else chosen.shape[2],
-            **constants(WINDOW=window, RATIO=max(1, ratio), KIND=kind),
+            **constants(WINDOW=reach.window, RATIO=max(1, reach.ratio), KIND=kind),
             **constants(HEADS=heads, WIDTH=width, PADDED=columns, SCALE=width**-0.5),
             **cut.constants,
         )
     return out, lse
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lead", "past"])
 def _forward(
     q,  # [b, s * h, d]
-    kv,  # [b, s, d]
+    kv,  # [b, lead + s, d]
     blocks,  # [b, n, d]
     chosen,  # [b, s, k]
     sink,  # [h]
     out,  # as q
     lse,  # [b, s * h]
     length,
+    lead,  # keys in front of the first query's
+    past,  # tokens of the document in front of it
     blocks_count,
     chosen_count,
     WINDOW: tl.constexpr,
@@ -147,16 +151,17 @@ def _forward(
     total = tl.exp2(on_sink - top)
     acc = tl.zeros((ROWS, PADDED), tl.float32)
     begin, end = first // HEADS, (stop - 1) // HEADS + 1  # of queries
-    for start in range(tl.maximum(begin - WINDOW + 1, 0) if WINDOW else end, end, KEYS):
+    last = lead + end
+    for start in range(tl.maximum(lead + begin - WINDOW + 1, 0) if WINDOW else last, last, KEYS):
         token = start + tl.arange(0, KEYS)
-        keys = load_rows(kv, batch * length + token, token < end, WIDTH, PADDED)
-        seen = in_window(query[:, None], token[None, :], WINDOW)
+        keys = load_rows(kv, batch * (lead + length) + token, token < last, WIDTH, PADDED)
+        seen = in_window(lead + query[:, None], token[None, :], WINDOW)
         top, total, acc = _meet(x, keys, seen, top, total, acc, SCALE)
     if KIND == ALL:
-        for start in range(0, tl.minimum(end // RATIO, blocks_count), KEYS):
+        for start in range(0, tl.minimum((past + end) // RATIO, blocks_count), KEYS):
             block = start + tl.arange(0, KEYS)
             keys = load_rows(blocks, batch * blocks_count + block, block < blocks_count, WIDTH, PADDED)
-            seen = (block[None, :] < (query[:, None] + 1) // RATIO) & (block < blocks_count)[None, :]
+            seen = (block[None, :] < (past + query[:, None] + 1) // RATIO) & (block < blocks_count)[None, :]
             top, total, acc = _meet(x, keys, seen, top, total, acc, SCALE)
     if KIND == CHOSEN:
         own = chosen + (batch * length + begin) * chosen_count

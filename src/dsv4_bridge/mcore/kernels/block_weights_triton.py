@@ -68,7 +68,7 @@ def fill_block_weights(
 
     Args:
         target: [b, c, m] float32 zeros; stays 0 where a query does not look.
-        attention: q [b, s, h, d], kv [b, s, d], blocks [b, n, d], d a power of two of at least 16, and the sink [h]
+        attention: q [b, s, h, d], kv [b, l + s, d], blocks [b, n, d], d a power of two of at least 16, and the sink [h]
             float32, all contiguous.
         picked: [b, c, m] indices of the blocks, contiguous, -1 for none; None: the first m.
         start: the chunk's first query.
@@ -86,6 +86,8 @@ def fill_block_weights(
         target if picked is None else picked,
         target,
         start,
+        kv.shape[1] - q.shape[1],
+        reach.start,
         q.shape[1],
         blocks.shape[1],
         rows,
@@ -105,7 +107,7 @@ def last_chosen(picked, columns, SLOTS: tl.constexpr):
     return tl.max(tl.where(place >= 0, slot + 1, 0), 0)
 
 
-@triton.jit(do_not_specialize=["start", "length", "count", "rows", "columns"])
+@triton.jit(do_not_specialize=["start", "lead", "past", "length", "count", "rows", "columns"])
 def _target(
     q,
     kv,
@@ -114,6 +116,8 @@ def _target(
     picked,
     out,
     start,
+    lead,  # keys in front of query 0's
+    past,  # tokens of the document in front of it
     length,
     count,
     rows,
@@ -137,8 +141,8 @@ def _target(
     if CHOSEN:
         end = last_chosen(picked + line * columns, columns, SLOTS)
     else:
-        end = tl.minimum(columns, (token + 1) // RATIO)
-    kv += batch * length * WIDTH
+        end = tl.minimum(columns, (past + token + 1) // RATIO)
+    kv += batch * (lead + length) * WIDTH
     blocks += batch * count * WIDTH
     for group in range(0, heads, HEADS):
         head = group + tl.arange(0, HEADS)
@@ -147,8 +151,8 @@ def _target(
         held = tl.load(at, mask=real[:, None], other=0.0)
         top = tl.load(sink + head, mask=real, other=0.0)
         total = tl.full((HEADS,), 1.0, tl.float32)
-        for back in range(0, tl.minimum(window, token + 1), BLOCKS):
-            place = token - back - each
+        for back in range(0, tl.minimum(window, lead + token + 1), BLOCKS):
+            place = lead + token - back - each
             seen = (place >= 0) & (back + each < window)
             key = kv + place.to(tl.int64)[None, :] * WIDTH + channel[:, None]
             if DEPTH == WIDTH:

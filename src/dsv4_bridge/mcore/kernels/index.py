@@ -27,9 +27,12 @@ class IndexTerms(NamedTuple):
     weights: Tensor
 
 
-def every_block(length: int, batch: int, count: int, device: torch.device) -> Tensor:
-    """All visible blocks of every query, [b, s, count] int64, -1 where a block is not complete yet."""
-    visible = (torch.arange(length, device=device) + 1) // 4
+def every_block(length: int, batch: int, count: int, device: torch.device, first: int = 0) -> Tensor:
+    """All visible blocks of every query, [b, s, count] int64, -1 where a block is not complete yet.
+
+    `first` is the place of the first query in its document.
+    """
+    visible = (torch.arange(length, device=device) + first + 1) // 4
     block = torch.arange(count, device=device)
     return torch.where(block < visible[:, None], block, -1).expand(batch, -1, -1)
 
@@ -40,8 +43,10 @@ def index_scores(q: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
     return torch.matmul(weights.unsqueeze(2) * q.shape[-1] ** -0.5, dots.relu_()).squeeze(2)
 
 
-def choose_blocks(terms: IndexTerms, topk: int, by: Choice = AUTO) -> Tensor:
+def choose_blocks(terms: IndexTerms, topk: int, by: Choice = AUTO, first: int = 0) -> Tensor:
     """The best visible blocks of every query: [b, s, topk] int64, -1 where a query sees fewer.
+
+    `first` is the place of the first query in its document.
 
     Where there are no more blocks than `topk`, all of them: [b, s, n]. Torch and Triton add a score up in different
     orders: where two differ by rounding alone they may choose another one.
@@ -50,18 +55,18 @@ def choose_blocks(terms: IndexTerms, topk: int, by: Choice = AUTO) -> Tensor:
     batch, length, heads = queries.shape[:3]
     count = keys.shape[1]
     if count <= topk:
-        return every_block(length, batch, count, keys.device)
+        return every_block(length, batch, count, keys.device, first)
     if by.fused(*terms):
         from . import index_triton
 
-        return index_triton.choose(terms, topk)
-    visible = (torch.arange(length, device=keys.device) + 1) // 4  # [s]
+        return index_triton.choose(terms, topk, first)
+    visible = (torch.arange(length, device=keys.device) + first + 1) // 4  # [s]
     times = 1 if keys.device.type == "cpu" else _GPU_TIMES
     chosen = queries.new_full((batch, length, topk), -1, dtype=torch.int64)
     start = 0
     while start < length:
         # No more blocks than the chunk's last query sees: over a sequence, half of all.
-        most = min(count, (start + times * _CHUNK) // 4)
+        most = min(count, (first + start + times * _CHUNK) // 4)
         size = times * _BUDGET // (batch * heads * max(1, most))
         stop = min(length, start + max(1, min(times * _CHUNK, size)))
         here, least = slice(start, stop), min(topk, most)

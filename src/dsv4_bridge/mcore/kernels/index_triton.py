@@ -81,31 +81,31 @@ def block_scores(terms: "IndexTerms") -> Tensor:
     return scores
 
 
-def choose(terms: "IndexTerms", topk: int) -> Tensor:
+def choose(terms: "IndexTerms", topk: int, first: int = 0) -> Tensor:
     """As `choose_blocks`, where there are more blocks than `topk`; a query's blocks are in ascending order."""
     batch, length, _, width = terms.queries.shape
     count, device = terms.keys.shape[1], terms.keys.device
-    visible = (torch.arange(length, device=device, dtype=torch.int32) + 1) // 4
+    visible = (torch.arange(length, device=device, dtype=torch.int32) + first + 1) // 4
     chosen = torch.empty((batch, length, topk), dtype=torch.int64, device=device)
     # Queries that see no more than `topk` blocks need no scores.
-    start = min(length, (4 * topk + 3) // _ALIGN * _ALIGN)
+    start = min(length, max(0, 4 * topk + 3 - first) // _ALIGN * _ALIGN)
     block = torch.arange(topk, device=device)
     chosen[:, :start] = torch.where(block < visible[:start, None], block, -1)
     terms = _laid(terms)
     while start < length:
-        stop, most = chunk(start, length, count, batch)
+        stop, most = chunk(start, length, count, batch, first)
         scores = terms.weights.new_empty((batch, stop - start, most))
-        _fill(scores, terms, start, width)
+        _fill(scores, terms, start, width, first)
         select(scores, visible[start:stop], topk, chosen[:, start:stop])
         start = stop
     return chosen
 
 
-def chunk(start: int, length: int, count: int, batch: int) -> tuple[int, int]:
+def chunk(start: int, length: int, count: int, batch: int, first: int = 0) -> tuple[int, int]:
     """Where a chunk of queries from `start` ends, and how many blocks its last query sees."""
     rows = _SCRATCH // (4 * batch * count)
     stop = min(length, start + max(_ALIGN, rows // _ALIGN * _ALIGN))
-    return stop, min(count, stop // 4)
+    return stop, min(count, (first + stop) // 4)
 
 
 def select(scores: Tensor, visible: Tensor, topk: int, out: Tensor, piece: int = _PIECE) -> None:
@@ -166,8 +166,11 @@ def _laid(terms: "IndexTerms") -> "IndexTerms":
     )
 
 
-def _fill(scores: Tensor, terms: "IndexTerms", start: int, width: int) -> None:
-    """Scores of the queries from `start` on, as many as `scores` has rows; those not visible are left."""
+def _fill(scores: Tensor, terms: "IndexTerms", start: int, width: int, first: int = 0) -> None:
+    """Scores of the queries from `start` on, as many as `scores` has rows; those not visible are left.
+
+    `first` is the place of query 0 in its document.
+    """
     queries, keys, weights = terms
     batch, rows, most = scores.shape
     tiles = score_tiles(queries.shape[3], queries.dtype, shared_memory(queries.device))
@@ -178,6 +181,7 @@ def _fill(scores: Tensor, terms: "IndexTerms", start: int, width: int) -> None:
         scores,
         start,
         start + rows,
+        first,
         most,
         queries.shape[2],
         width**-0.5,
@@ -193,7 +197,7 @@ def _fill(scores: Tensor, terms: "IndexTerms", start: int, width: int) -> None:
     )
 
 
-@triton.jit(do_not_specialize=["start", "stop", "most"])
+@triton.jit(do_not_specialize=["start", "stop", "past", "most"])
 def _score(
     queries,
     keys,
@@ -201,6 +205,7 @@ def _score(
     out,
     start,
     stop,
+    past,  # tokens of the document in front of query 0
     most,
     heads,
     scale,
@@ -221,7 +226,7 @@ def _score(
     batch = tl.program_id(2).to(tl.int64)
     first = start + tl.program_id(1) * QUERIES
     least = tl.program_id(0) * BLOCKS
-    if least < tl.minimum(first + QUERIES, stop) // 4:
+    if least < (past + tl.minimum(first + QUERIES, stop)) // 4:
         row = first + tl.arange(0, QUERIES)
         block = least + tl.arange(0, BLOCKS)
         channel = tl.arange(0, DEPTH)
@@ -244,7 +249,7 @@ def _score(
                     dots += dot(some, tl.load(key + part, mask=there[None, :], other=0.0))
                 scale_of = tl.load(weight + head, mask=here, other=0.0)
                 total += tl.maximum(dots, 0.0, propagate_nan=tl.PropagateNan.ALL) * scale_of[:, None]
-        seen = here[:, None] & (block[None, :] < (row[:, None] + 1) // 4)
+        seen = here[:, None] & (block[None, :] < (past + row[:, None] + 1) // 4)
         place = out + batch * out_batch + (row - start).to(tl.int64)[:, None] * out_row + block[None, :]
         tl.store(place, total * scale, mask=seen & there[None, :])
 

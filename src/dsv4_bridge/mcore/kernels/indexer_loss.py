@@ -39,7 +39,7 @@ def indexer_loss(
     Args:
         terms: the indexer's queries, keys and weights; they alone get gradients.
         q: [b, s, h, d], as `attend` gets it (this rank's heads), and so:
-        kv: [b, s, d].
+        kv: [b, l + s, d].
         blocks: [b, n, d].
         chosen: [b, s, k] blocks to compare, -1 for none; None: all visible.
         sink: [h].

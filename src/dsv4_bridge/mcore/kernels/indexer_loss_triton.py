@@ -93,9 +93,9 @@ def loss_and_gradients(
         fill_block_weights(target, attention, picked, start, reach, q.shape[3] ** -0.5)
         if over_ranks is not None:
             target = over_ranks(target)
-        _diverge(losses, target, indexer, grads, picked, counted, unit, start, reach.ratio, scale)
+        _diverge(losses, target, indexer, grads, picked, counted, unit, start, reach, scale)
         if picked is None:
-            _walk(target, indexer, grads.keys, unit, start, reach.ratio, scale)
+            _walk(target, indexer, grads.keys, unit, start, reach, scale)
     summed = grads.keys if unit is None else (grads.keys.double() / unit.double()).float()
     return losses.sum(), IndexTerms(grads.queries[..., :width], summed[..., :width], grads.weights)
 
@@ -120,7 +120,7 @@ def _diverge(
     counted: Tensor | None,
     unit: Tensor | None,
     start: int,
-    ratio: int,
+    reach: Reach,
     scale: float,
 ) -> None:
     """Losses of a chunk and its gradients; without `picked` those of keys are left, and `target` becomes the pull."""
@@ -138,6 +138,7 @@ def _diverge(
         losses,
         *grads,
         start,
+        reach.start,
         queries.shape[1],
         keys.shape[1],
         rows,
@@ -145,7 +146,7 @@ def _diverge(
         queries.shape[2],
         scale,
         **tiles.launch(
-            RATIO=ratio,
+            RATIO=reach.ratio,
             CHOSEN=picked is not None,
             SLOTS=slots_of(picked),
             COUNTED=counted is not None,
@@ -156,7 +157,7 @@ def _diverge(
 
 
 def _walk(
-    pull: Tensor, terms: IndexTerms, grad_keys: Tensor, unit: Tensor | None, start: int, ratio: int, scale: float
+    pull: Tensor, terms: IndexTerms, grad_keys: Tensor, unit: Tensor | None, start: int, reach: Reach, scale: float
 ) -> None:
     """Gradients of the keys, where each query sees all that are visible."""
     queries, keys, weights = terms
@@ -170,17 +171,18 @@ def _walk(
         pull if unit is None else unit,
         grad_keys,
         start,
+        reach.start,
         queries.shape[1],
         keys.shape[1],
         rows,
         columns,
         queries.shape[2],
         scale,
-        **tiles.launch(RATIO=ratio, FIXED=unit is not None, WIDTH=queries.shape[3], WALK=_WALK),
+        **tiles.launch(RATIO=reach.ratio, FIXED=unit is not None, WIDTH=queries.shape[3], WALK=_WALK),
     )
 
 
-@triton.jit(do_not_specialize=["start", "length", "count", "rows", "columns"])
+@triton.jit(do_not_specialize=["start", "past", "length", "count", "rows", "columns"])
 def _divergence(
     queries,
     keys,
@@ -194,6 +196,7 @@ def _divergence(
     grad_keys,
     grad_weights,
     start,
+    past,  # tokens of the document in front of query 0
     length,
     count,
     rows,
@@ -219,7 +222,7 @@ def _divergence(
     if CHOSEN:
         end = last_chosen(picked + line * columns, columns, SLOTS)
     else:
-        end = tl.minimum(columns, (start + row + 1) // RATIO)
+        end = tl.minimum(columns, (past + start + row + 1) // RATIO)
     query = queries + (token * heads + head[:, None]) * WIDTH
     held = tl.load(query + channel[None, :], mask=real[:, None], other=0.0)
     weight = tl.load(weights + token * heads + head, mask=real, other=0.0) * scale
@@ -297,7 +300,7 @@ def _divergence(
     tl.store(into, turned.to(grad_queries.dtype.element_ty), mask=real[:, None])
 
 
-@triton.jit(do_not_specialize=["start", "length", "count", "rows", "columns"])
+@triton.jit(do_not_specialize=["start", "past", "length", "count", "rows", "columns"])
 def _keys_gradient(
     queries,
     keys,
@@ -306,6 +309,7 @@ def _keys_gradient(
     unit,
     grad_keys,
     start,
+    past,  # tokens of the document in front of query 0
     length,
     count,
     rows,
@@ -328,13 +332,13 @@ def _keys_gradient(
     key = keys + (batch * count + block[:, None]) * WIDTH
     held = tl.load(key + channel[None, :], mask=there[:, None], other=0.0)
     total = tl.full((BLOCKS, WIDTH), 0.0, tl.float32)
-    # Query t sees block i from t = RATIO (i + 1) - 1 on.
-    begin = tl.maximum(first, RATIO * (least + 1) - 1 - start)
+    # Query t sees block i from past + t = RATIO (i + 1) - 1 on.
+    begin = tl.maximum(first, RATIO * (least + 1) - 1 - past - start)
     for row in range(begin, tl.minimum(first + WALK, rows)):
         token = batch * length + start + row
         pull = tl.load(
             pulls + (batch * rows + row) * columns + block,
-            mask=there & (block < (start + row + 1) // RATIO),
+            mask=there & (block < (past + start + row + 1) // RATIO),
             other=0.0,
         )
         weight = tl.load(weights + token * heads + head, mask=real, other=0.0) * scale

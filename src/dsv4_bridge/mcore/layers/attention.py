@@ -24,11 +24,13 @@ from torch.distributed import ProcessGroup
 
 from ..config import DeepSeekV4Config
 from ..kernels.attention import Reach, attend, attend_one
+from ..kernels.index import IndexTerms
 from ..kernels.rotary import norm_rotate, rotate
 from ..metrics import Tally
 from .basics import ColumnLinear, Linear, RMSNorm, RowLinear, new_parameter
 from .cache import Cache, LayerCache, Positions
 from .compressor import Compressor
+from .context import Share, over_ranks
 from .documents import Documents
 from .floats import KeepsFloat32
 from .indexer import Indexer
@@ -100,9 +102,56 @@ class CoreAttention(KeepsFloat32, MegatronModule):
         out = attend(q, kv, blocks, chosen, self.attn_sink, reach, by)
         if terms is None or blocks is None:
             return out, None
+        return out, self._loss(terms, q, kv, blocks, chosen, reach, counted)
+
+    def of_share(
+        self, q: Tensor, kv: Tensor, x: Tensor, qr: Tensor, turn: Tensor, counted: Tensor | None, share: Share
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of what this rank has of rows that are cut over ranks; arguments as in `forward`, s the rank's."""
+        count, config = len(share.segments), self.config
+        blocks: list[Tensor | None] = [None] * count
+        terms: list[IndexTerms | None] = [None] * count
+        chosen: list[Tensor | None] = [None] * count
+        if self.compressor is not None:
+            entries = observe("attn.compressor", self.block, self.compressor.of_share(x, share))
+            entries = copy_to_tensor_model_parallel_region(entries, self.tp_group)
+            blocks = list(entries.split(share.blocks[self.ratio].counts, 1))
+        if self.indexer is not None and (self.trains_indexer or not config.csa_dense_attention):
+            with torch.set_grad_enabled(self.trains_indexer):
+                terms = list(self.indexer.of_share(x.detach(), qr.detach(), turn, share))
+            if not config.csa_dense_attention:
+                chosen = [
+                    observe("attn.index", self.block, self.indexer.choose(of, s.start))
+                    for of, s in zip(terms, share.segments, strict=True)
+                    if of is not None
+                ]
+        queries, keys = q.split(share.sizes(), 1), share.with_window(kv, config.csa_window_size)
+        learned = [None] * count if counted is None else counted.split(share.sizes(), 1)
+        outs, losses = [], []
+        for number, segment in enumerate(share.segments):
+            reach = Reach(config.csa_window_size, self.ratio, config.attention_chunk, segment.start)
+            given = queries[number], keys[number], blocks[number], chosen[number]
+            outs.append(attend(*given, self.attn_sink, reach, config.kernel_choice))
+            if self.trains_indexer and (of := terms[number]) is not None:
+                losses.append(self._loss(of, *given, reach, learned[number]))
+        return torch.cat(outs, 1), torch.stack(losses).sum() if losses else None
+
+    def _loss(
+        self,
+        terms: IndexTerms,
+        q: Tensor,
+        kv: Tensor,
+        blocks: Tensor | None,
+        chosen: Tensor | None,
+        reach: Reach,
+        counted: Tensor | None,
+    ) -> Tensor:
+        """The indexer's, summed over queries."""
+        assert blocks is not None
         compared = chosen if self.config.dsa_indexer_use_sparse_loss else None
         q, kv, blocks, sink = (t.detach() for t in (q, kv, blocks, self.attn_sink))
-        return out, indexer_loss(terms, q, kv, blocks, compared, sink, reach, counted, self.tp_group, by)
+        by = self.config.kernel_choice
+        return indexer_loss(terms, q, kv, blocks, compared, sink, reach, counted, self.tp_group, by)
 
     @property
     def trains_indexer(self) -> bool:
@@ -182,7 +231,7 @@ class HybridAttention(MegatronModule):
         assert pg_collection is not None
         self.config: DeepSeekV4Config = config
         self.layer_number, self.attn_mask_type, self.block = layer_number, attn_mask_type, block
-        self.tp_group = pg_collection.tp
+        self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
         ranks = self.tp_group.size()
         self.heads, self.groups = config.num_attention_heads // ranks, config.o_groups // ranks
         self.width = config.v_head_dim
@@ -250,7 +299,9 @@ class HybridAttention(MegatronModule):
         else:
             q, kv = q.transpose(0, 1).contiguous(), kv.transpose(0, 1).contiguous()
             counted = None if padding_mask is None else ~padding_mask.bool()
-            if rotary.documents is None:
+            if rotary.share is not None:
+                out, loss = self.core_attention.of_share(q, kv, x, qr, turn, counted, rotary.share)
+            elif rotary.documents is None:
                 lengths = None if cache is None else cache.lengths
                 out, loss = self.core_attention(q, kv, x, qr, turn, counted, layer, lengths)
             else:
@@ -273,9 +324,13 @@ class HybridAttention(MegatronModule):
         """`out` [b, s, heads, d] as it is; its backward starts that of the indexer's loss, by megatron's device."""
         if loss is None:
             return out
-        queries = out.shape[0] * out.shape[1] if counted is None else counted.sum().clamp(min=1)
-        mean = loss / queries
-        self.tally[1].add(mean)
+        # Each of the ranks that rows are cut over has a part of the queries, of their loss and of its gradient.
+        ranks = self.cp_group.size()
+        if counted is None:
+            mean = loss / (out.shape[0] * out.shape[1] * ranks)
+        else:
+            mean = loss / over_ranks(counted.sum(), self.cp_group).clamp(min=1)
+        self.tally[1].add(mean * ranks)
         # A loss a token is divided by the count of tokens at the end of the step.
         summed = loss if self.config.calculate_per_token_loss else mean
         result = DSAIndexerLossAutoScaler.apply(out, summed * (self.config.dsa_indexer_loss_coeff or 0.0))

@@ -16,6 +16,7 @@ from ..kernels.pool import gated_mean, pool
 from ..kernels.rotary import rotate
 from .basics import Linear, RMSNorm, new_parameter
 from .cache import CompressorCache, Positions
+from .context import Share, of_all_ranks, with_tail
 from .floats import KeepsFloat32
 from .rope import turns
 
@@ -61,6 +62,30 @@ class Compressor(KeepsFloat32, MegatronModule):
         if cache is not None and lengths is not None:
             cache.fill(kv, gate, entries, lengths)
         return entries
+
+    def of_share(self, x: Tensor, share: Share) -> Tensor:
+        """Entries of all whole blocks of documents that lie across ranks.
+
+        Args:
+            x: [s, b, hidden], this rank's.
+            share: what it has of the row.
+
+        Returns:
+            [b, m, width], those that this rank's queries see: segment by segment, as `Blocks.counts` says.
+        """
+        blocks = share.blocks[self.ratio]
+        both = torch.cat([self.linear_wkv(x), self.linear_wgate(x)], -1).transpose(0, 1)  # [b, s, 2 * wide]
+        reach = self.ratio * (1 + self.overlaps) - 1
+        whole = with_tail(both, reach, share.group)
+        first, *others = share.sizes()
+        lead = blocks.leads[0]
+        parts = whole.split([reach - lead, lead + first, *others], 1)[1:]
+        pooled = []
+        for part, skipped in zip(parts, blocks.skipped, strict=True):
+            kv, gate = part.chunk(2, -1)
+            made = pool(kv, gate, self.ape, self.ratio, self.overlaps, self.config.kernel_choice)
+            pooled.append(made[:, skipped:])
+        return of_all_ranks(self._entries(torch.cat(pooled, 1), blocks.positions), blocks, share.group)
 
     def step(self, x: Tensor, cache: CompressorCache, positions: Positions) -> Tensor:
         """Take one token a row; a row that closes a block gets an entry.

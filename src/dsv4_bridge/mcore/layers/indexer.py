@@ -17,6 +17,7 @@ from ..kernels.rotary import rotate
 from .basics import Linear
 from .cache import CompressorCache, Positions
 from .compressor import Compressor
+from .context import Share
 
 
 class Indexer(MegatronModule):
@@ -57,6 +58,14 @@ class Indexer(MegatronModule):
                 return self.choose(self.terms(x, qr, turn, keys))
         return every_block(x.shape[0], x.shape[1], keys.shape[1], x.device)
 
+    def of_share(self, x: Tensor, qr: Tensor, turn: Tensor, share: Share) -> list["IndexTerms"]:
+        """What scores of each of a rank's segments are made of, with gradients; arguments as in `forward`."""
+        sizes = share.sizes()
+        queries = self._queries(qr, turn[:, None, None]).transpose(0, 1).split(sizes, 1)
+        keys = self.compressor.of_share(x, share).split(share.blocks[4].counts, 1)
+        weights = self._weights(x).transpose(0, 1).split(sizes, 1)
+        return [IndexTerms(*parts) for parts in zip(queries, keys, weights, strict=True)]
+
     def terms(self, x: Tensor, qr: Tensor, turn: Tensor, keys: Tensor | None = None) -> "IndexTerms":
         """What scores are made of, with gradients: x, qr and turn as in `forward`; `keys` where they are known."""
         queries = self._queries(qr, turn[:, None, None]).transpose(0, 1)
@@ -64,9 +73,9 @@ class Indexer(MegatronModule):
         return IndexTerms(queries, found, self._weights(x).transpose(0, 1))
 
     @torch.no_grad()
-    def choose(self, terms: "IndexTerms") -> Tensor:
-        """The best visible blocks of every query: [b, s, k] int64, -1 where a query sees fewer."""
-        return choose_blocks(terms, self.topk, self.config.kernel_choice)
+    def choose(self, terms: "IndexTerms", first: int = 0) -> Tensor:
+        """The best visible blocks of queries from place `first` on: [b, s, k] int64, -1 where one sees fewer."""
+        return choose_blocks(terms, self.topk, self.config.kernel_choice, first)
 
     @torch.no_grad()
     def step(self, x: Tensor, qr: Tensor, turn: Tensor, cache: CompressorCache, positions: Positions) -> Tensor:

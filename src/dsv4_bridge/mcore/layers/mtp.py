@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel import (
     scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.multi_token_prediction import roll_tensor
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor
@@ -24,9 +25,20 @@ from torch import Tensor
 from ..config import DeepSeekV4Config
 from .basics import RMSNorm
 from .block import layer_spec, sharded_head
+from .context import ahead
+from .documents import roll_boundaries
 from .floats import KeepsFloat32
 from .hyper_connection import HEAD_NAMES, collapse_by_head, new_head
 from .rope import Rotary
+
+
+def moved_ahead(x: Tensor, rotary: Rotary) -> Tensor:
+    """[b, s] of tokens one place ahead; 0 beyond the end of a document, as megatron has it."""
+    if rotary.share is not None:
+        return ahead(x, rotary.share.ends, rotary.share.group)
+    moved = roll_tensor(x, shifts=-1, dims=-1, packed_seq_params=roll_boundaries(rotary.documents))[0]
+    assert moved is not None
+    return moved
 
 
 class MTPLayer(KeepsFloat32, MegatronModule):

@@ -53,7 +53,7 @@ def with_draft_losses(
 
     Args:
         hidden: anything the main loss is made of.
-        losses: of `draft_losses`.
+        losses: of `draft_losses`; where rows are cut over ranks, a rank's sums, and weights of the whole rows.
         config: the model's.
         learned: sum of the weights of the main loss.
         share: of a depth, the factor of its mean in this micro-batch, or, with `calculate_per_token_loss`, of its
@@ -63,6 +63,8 @@ def with_draft_losses(
     for depth, (total, count) in enumerate(losses):
         mean = total / torch.where(count > 0, count, torch.ones_like(count))
         if not config.calculate_per_token_loss:
+            # Gradients are averaged over the ranks that rows are cut over, and each has a part of the mean.
+            mean = mean * config.context_parallel_size
             value = mean if share is None else mean * share[depth]
         else:  # megatron divides by the sum of the main loss's weights in the end
             value = mean * learned if share is None else total * share[depth]
@@ -76,14 +78,6 @@ def tally_drafts(tally: Tally, losses: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Add the sums of all depths: what is read is their mean over weights."""
     totals, counts = (torch.stack([pair[n].detach() for pair in losses]).sum() for n in (0, 1))
     tally.add(totals, counts)
-
-
-def ahead(weights: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """[b, s] one place ahead, 0 beyond the end of a document (b is 1 where there are several)."""
-    moved = torch.cat([weights[:, 1:], torch.zeros_like(weights[:, :1])], 1)
-    if cu_seqlens is not None:
-        moved[:, cu_seqlens[1:].to(moved.device, torch.int64) - 1] = 0
-    return moved
 
 
 def draft_shares(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..config import DeepSeekV4Config
+from .context import Share
 from .documents import Documents
 
 
@@ -65,20 +66,24 @@ class Rotary:
         window: [positions…, width/2] complex64, for window layers.
         compressed: the same for layers with compression.
         documents: slices of a packed row that attend each to itself; None: whole rows.
+        share: what this rank has of rows that are cut over ranks, and of their documents; None: it has all.
     """
 
     window: Tensor
     compressed: Tensor
     documents: Documents | None = None
+    share: Share | None = None
 
     def of(self, ratio: int) -> Tensor:
         """The turns of a layer with compress ratio `ratio`."""
         return self.compressed if ratio else self.window
 
 
-def make_rotary(config: DeepSeekV4Config, positions: Tensor, documents: Documents | None = None) -> Rotary:
+def make_rotary(
+    config: DeepSeekV4Config, positions: Tensor, documents: Documents | None = None, share: Share | None = None
+) -> Rotary:
     """Turns at `positions` (any shape, int64; in each of the `documents` they count from 0)."""
-    return Rotary(turns(config, 0, positions), turns(config, 4, positions), documents)
+    return Rotary(turns(config, 0, positions), turns(config, 4, positions), documents, share)
 
 
 def turns(config: DeepSeekV4Config, ratio: int, positions: Tensor) -> Tensor:
