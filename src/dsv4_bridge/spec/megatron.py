@@ -139,7 +139,7 @@ def regions(item: Item, spec: ModelSpec, naming: Naming = "gpt") -> tuple[Region
     if not names:
         return ()
     prefix = megatron_prefix(item, naming)
-    if len(names) > 1:
+    if len(names) != 1:
         part = (shape[0] // len(names), *shape[1:])
         zeros = (0,) * len(part)
         return tuple(Region(prefix + name, part, zeros, part) for name in names)

@@ -189,7 +189,8 @@ class MegatronValues:
     """Items of a torch_dist checkpoint."""
 
     def __init__(self, reader: TorchDistReader, spec: ModelSpec, naming: Naming = "gpt"):
-        self.reader, self.spec, self.naming = reader, spec, naming
+        self.reader, self.spec = reader, spec
+        self.naming: Naming = naming
 
     def encoding(self, item: Item) -> str:
         dtype = self.reader.tensors[regions(item, self.spec, self.naming)[0].key].dtype

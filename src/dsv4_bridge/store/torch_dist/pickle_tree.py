@@ -71,7 +71,8 @@ def read_tree(data: bytes, where: str) -> tuple[Any, int]:
 
 
 def _read(data: bytes) -> tuple[Any, int]:
-    stack, marks, memo, protocol = list[Any](), list[int](), dict[int, Any](), 2
+    stack, marks, memo = list[Any](), list[int](), dict[int, Any]()
+    protocol: int = 2
 
     def above_mark() -> list[Any]:
         at = marks.pop()
@@ -91,6 +92,7 @@ def _read(data: bytes) -> tuple[Any, int]:
         del stack[len(stack) - count :]
         return found
 
+    arg: Any
     for number, (opcode, arg, _) in enumerate(pickletools.genops(data)):
         if number > _MAX_NODES:
             raise ValueError("far too large for a stored state")
