@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from dsv4_bridge import BridgeError
+from fuzz_args import StoredArgs
 from fuzz_arrays import ChatStores, Indexed
 from fuzz_checkpoints import TARGETS, Fuzzer
 from fuzz_runs import Journals, Progress, RankFiles
@@ -84,6 +85,7 @@ LOADERS: dict[str, Callable[[Path, int], Loader]] = {
     "npy": ChatStores,
     "idx": Indexed,
     "tokenizer": Tokenizers,
+    "args": StoredArgs,
     "journal": Journals,
     "ranks": RankFiles,
     "state": Progress,

@@ -10,7 +10,7 @@ from fuzz_checkpoints import TARGETS, Fuzzer, Outcome
 from fuzz_loaders import LOADERS
 
 # Those that leave this process as it was; the others run in children alone.
-HERE = ("recipe", "npy", "tokenizer", "journal", "state", "chat", "text")
+HERE = ("recipe", "npy", "tokenizer", "args", "journal", "state", "chat", "text")
 
 
 @pytest.fixture(scope="module")
