@@ -12,7 +12,7 @@ SHARED := -n 2 --dist loadfile --no-loadscope-reorder
 $(VENV)/.ready: pyproject.toml constraints.txt
 	test -x $(PY) || python3.12 -m venv $(VENV) || python3 -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
-	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[megatron,hf,train,report,test,dev]'
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[megatron,hf,train,report,data,test,dev]'
 	touch $@
 
 demo: $(VENV)/.ready
@@ -35,7 +35,7 @@ $(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
 	test -x $(OLDEST)/bin/python || python3.12 -m venv $(OLDEST) || python3 -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
 	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt \
-		--editable '.[megatron,hf,train,report,test]'
+		--editable '.[megatron,hf,train,report,data,test]'
 	touch $@
 
 test-oldest: $(OLDEST)/.ready

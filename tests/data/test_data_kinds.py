@@ -1,7 +1,10 @@
 """What a file of training data is, by its content: never JSON taken for a text, never a field ignored."""
 
+import contextlib
 import gzip
 import json
+import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from dsv4_bridge.data.chat.prepare import prepare_chat
 from dsv4_bridge.data.chat.store import open_chat_data
 from dsv4_bridge.data.indexed import prepare_pretraining
 from dsv4_bridge.data.kinds import elements, look
+from dsv4_bridge.data.packed import opened
 from dsv4_bridge.lock import hold
 from dsv4_bridge.spec.spec import ModelSpec
 from dsv4_bridge.store.hf import open_hf
@@ -53,6 +57,13 @@ SAME_TALK: dict[str, dict[str, Any]] = {
 
 def write(path: Path, rows: list[Any], how: str) -> Path:
     lines = "\n".join(json.dumps(r, ensure_ascii=False) for r in rows)
+    if how == "parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        path = path.with_name(path.name + ".parquet")
+        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=2)
+        return path
     text = {
         "lines": lines,
         "array": json.dumps(rows),
@@ -60,8 +71,16 @@ def write(path: Path, rows: list[Any], how: str) -> Path:
         "bom": "\ufeff" + json.dumps(rows),
         "gz-lines": lines,
         "gz-array": json.dumps(rows),
+        "zst-lines": lines,
+        "zst-array": json.dumps(rows),
     }[how]
-    if how.startswith("gz"):
+    if how.startswith("zst"):
+        import zstandard
+
+        path = path.with_name(path.name + ".zst")
+        frames = [zstandard.compress(part) for part in (text.encode()[:7], text.encode()[7:])]
+        path.write_bytes(b"".join(frames))
+    elif how.startswith("gz"):
         path = path.with_name(path.name + ".gz")
         path.write_bytes(gzip.compress(text.encode()))
     else:
@@ -82,11 +101,13 @@ def documents(source: Path, toy: Path, spec: ModelSpec, out: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["c.json", "c.jsonl", "c.txt", "c"])
-@pytest.mark.parametrize("how", ["lines", "array", "pretty", "bom", "gz-lines", "gz-array"])
+@pytest.mark.parametrize(
+    "how", ["lines", "array", "pretty", "bom", "gz-lines", "gz-array", "zst-lines", "zst-array", "parquet"]
+)
 def test_documents_are_found_whatever_the_file_is_called(
     how: str, name: str, toy: Path, spec: ModelSpec, tmp_path: Path
 ) -> None:
-    if name == "c.jsonl" and how not in ("lines", "gz-lines"):
+    if name == "c.jsonl" and how not in ("lines", "gz-lines", "zst-lines", "parquet"):
         return  # its name says lines
     source = write(tmp_path / name, ROWS, how)
     assert documents(source, toy, spec, tmp_path / "out") == [r["text"] for r in ROWS[:2]]
@@ -94,12 +115,12 @@ def test_documents_are_found_whatever_the_file_is_called(
 
 
 @pytest.mark.parametrize("kind", SAME_TALK)
-@pytest.mark.parametrize("how", ["lines", "array", "pretty", "gz-array"])
+@pytest.mark.parametrize("how", ["lines", "array", "pretty", "gz-array", "zst-lines", "parquet"])
 def test_conversations_of_other_tools_are_the_same(how: str, kind: str, toy: Path, tmp_path: Path) -> None:
     made = []
     for number, (row, form) in enumerate(((TALK, "lines"), (SAME_TALK[kind], how))):
         source = write(tmp_path / f"chat{number}.json", [row, row], form)
-        assert look(source).chat or form.startswith("gz")
+        assert look(source).chat or form == "gz-array"
         prepare_chat(source, tmp_path / f"out{number}", toy, seq_length=64, thinking=False)
         made.append(open_chat_data(tmp_path / f"out{number}"))
     assert np.array_equal(made[0].tokens, made[1].tokens) and np.array_equal(made[0].mask, made[1].mask)
@@ -126,8 +147,9 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
         b'[{"prompt": "x", "chosen": "y", "rejected": "z"}]',
         "nothing here trains on preferences",
     ),
-    "parquet": ("c.parquet", b"PAR1 \x00\x01", "a Parquet file; write it as JSON"),
-    "zstd": ("c.jsonl.zst", b"\x28\xb5\x2f\xfd\x00", "compressed with zstd"),
+    "parquet": ("c.parquet", b"PAR1 \x00\x01", "Parquet"),
+    "zstd": ("c.jsonl.zst", b"\x28\xb5\x2f\xfd\x00", "zstd"),
+    "arrow": ("c.arrow", b"ARROW1\x00\x00", "an Arrow file; write it as JSON"),
     "table": ("c.csv", b"text,id\nhello,1\n", "a table; write it as JSON"),
     "cut": ("c.json", b'[{"text": "x"}, {"text": "y"', r"c\.json, element 2: no valid JSON"),
     "cut gzip": ("c.json.gz", gzip.compress(b'[{"text": "x"}]' * 99)[:-20], "gz"),
@@ -145,6 +167,74 @@ def test_what_is_no_text_is_refused_by_what_it_is(what: str, toy: Path, spec: Mo
     with pytest.raises(BridgeError, match=message):
         prepare_pretraining([source], tmp_path / "out", toy, spec)
     assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_several_files_of_conversations_are_one_behind_the_other(toy: Path, tmp_path: Path) -> None:
+    rows = [dict(TALK, messages=[*TALK["messages"], {"role": "user", "content": str(n)}]) for n in range(6)]  # type: ignore[misc]
+    parts = [write(tmp_path / f"part{n}.json", rows[2 * n : 2 * n + 2], how) for n, how in enumerate(HOW)]
+    whole = write(tmp_path / "whole.jsonl", rows, "lines")
+    options = ("--tokenizer", toy, "--seq-length", "64", "--no-thinking", "--no-pack")
+    for name, sources in (("parts", parts), ("one", [whole])):
+        done = dsv4("data", *sources, tmp_path / name, *options, "--workers", "2" if name == "parts" else "1")
+        assert done.returncode == 0, done.stderr
+    one, other = (open_chat_data(tmp_path / name) for name in ("parts", "one"))
+    assert np.array_equal(one.tokens, other.tokens) and np.array_equal(one.mask, other.mask)
+    parts[1].write_bytes(b'{"messages": 3}\n')
+    done = dsv4("data", *parts, tmp_path / "bad", *options)
+    assert done.returncode == 2 and "part1.json" in done.stderr and not (tmp_path / "bad").exists()
+    text = write(tmp_path / "text.json", ROWS, "lines")
+    mixed = dsv4("data", parts[0], text, tmp_path / "bad", *options)
+    assert mixed.returncode == 2 and "prepare them apart" in mixed.stderr
+
+
+HOW = ("lines", "gz-lines", "parquet")
+
+
+@pytest.mark.parametrize(("how", "library"), [("zst-lines", "zstandard"), ("parquet", "pyarrow")])
+def test_a_library_that_is_not_there_is_named(
+    how: str, library: str, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write(tmp_path / "c", ROWS, how)
+    for name in [m for m in sys.modules if m.split(".")[0] == library]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(BridgeError, match=rf"needs {library}.*dsv4-bridge\[data\]"):
+        look(source)
+
+
+@pytest.mark.parametrize("how", ["gz-lines", "zst-lines", "parquet"])
+def test_a_packed_file_that_was_harmed_is_refused(how: str, toy: Path, spec: ModelSpec, tmp_path: Path) -> None:
+    source = write(tmp_path / "c", [{"text": "word " * 50}] * 40, how)
+    sound, rng = source.read_bytes(), random.Random(7)
+    for number in range(25):
+        harmed = bytearray(sound[: rng.randrange(5, len(sound))] if number % 2 else sound)
+        for _ in range(1 + number % 3):
+            harmed[rng.randrange(4, len(harmed))] ^= 1 << rng.randrange(8)
+        source.write_bytes(harmed)
+        with contextlib.suppress(BridgeError):  # what still reads has a checksum that does not cover it
+            prepare_pretraining([source], tmp_path / f"out{number}", toy, spec)
+
+
+def test_a_row_has_what_is_in_it(tmp_path: Path) -> None:
+    """A table gives every row all columns and keys; those that a row lacks are null."""
+    import datetime
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{"text": "a", "when": datetime.date(2026, 1, 1), "n": None}, {"text": "b", "m": [{"x": 1}, {"y": None}]}]
+    schema = pa.schema(
+        [
+            ("text", pa.string()),
+            ("when", pa.date32()),
+            ("n", pa.int64()),
+            ("m", pa.list_(pa.struct([("x", pa.int64()), ("y", pa.int64())]))),
+        ]
+    )
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), tmp_path / "t")
+    with opened(tmp_path / "t") as file:
+        found = [json.loads(line) for line in file]
+    assert found == [{"text": "a", "when": None}, {"text": "b", "m": [{"x": 1}, {}]}]
 
 
 def test_a_folder_of_code_keeps_its_json_as_text(toy: Path, spec: ModelSpec, tmp_path: Path) -> None:

@@ -74,6 +74,7 @@ _EXTRAS = {
     **dict.fromkeys(("transformers", "peft", "accelerate", "tokenizers"), "hf"),
     "tensorboard": "train",
     "matplotlib": "report",
+    **dict.fromkeys(("pyarrow", "zstandard"), "data"),
 }
 
 

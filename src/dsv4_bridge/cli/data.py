@@ -52,14 +52,16 @@ def data(
     """Text or chats, as files or JSON -> training data.
 
     SRC are text files, folders of them, or JSON (lines or an array) with a text in each object; they become OUT.bin and
-    OUT.idx. One file of conversations (messages, ShareGPT, Alpaca, prompt and completion) becomes the folder OUT.
+    OUT.idx. Files of conversations (messages, ShareGPT, Alpaca, prompt and completion) become the folder OUT.
+    Any of them may be compressed with gzip or zstd, or be a Parquet table.
     """
-    from ..data.kinds import choose_shape, is_gzip, look, refuse_others
+    from ..data.kinds import choose_shape, look, refuse_others
+    from ..data.packed import packing
 
     if len(paths) < 2:
         raise BridgeError(f"preparing data: only {paths[0]} is named; give SRC and OUT")
     *sources, out = paths
-    zipped = any(path.is_file() and is_gzip(path) for path in sources)  # --seq-length says what is in it
+    zipped = any(path.is_file() and packing(path) for path in sources)  # an array in it is seen by --seq-length
     chats = [p for p in sources if key is None and p.is_file() and (look(p).chat or (zipped and seq_length))]
     of_chat: dict[str, Any] = {"--seq-length": seq_length, "--mask": mask, "--pack": pack, "--thinking": thinking}
     of_chat["--generation"] = generation
@@ -76,8 +78,9 @@ def data(
             f"preparing data: {said[0]} is not for {kind}, and {(chats or sources)[0]} holds such; leave it out, or "
             f"name a file of {'documents' if chats else 'conversations (messages)'}"
         )
-    if chats and len(sources) > 1:
-        raise BridgeError(f"preparing data: {chats[0]} holds conversations; give one such file alone")
+    if chats and len(chats) < len(sources):
+        other = next(path for path in sources if path not in chats)
+        raise BridgeError(f"preparing data: {chats[0]} holds conversations and {other} does not; prepare them apart")
     if chats and seq_length is None:
         raise BridgeError(f"preparing data: {chats[0]} holds conversations; give --seq-length, tokens of a pack")
     folder, spec = _tokenizer(tokenizer)
@@ -89,10 +92,10 @@ def data(
         if chats:
             from ..data.chat.prepare import prepare_chat
 
-            progress.start(label, chats[0].stat().st_size, 0)
+            progress.start(label, sum(path.stat().st_size for path in chats), 0)
             settings = {"mask": mask.value if mask else "assistant", "thinking": thinking, "pack": pack is not False}
             report: Any = prepare_chat(
-                chats[0],
+                chats,
                 out,
                 folder,
                 seq_length=seq_length or 0,

@@ -100,7 +100,7 @@ def prepare_pretraining(
     """Tokenize documents into `out`.bin, .idx and .json.
 
     Args:
-        named: text files, folders of them, JSON lines and arrays of objects; of any of them, gzip.
+        named: text files, folders of them, JSON lines and arrays of objects; of any of them, gzip or zstd; Parquet.
         out: the prefix.
         tokenizer_folder: where tokenizer.json is.
         spec: the model: its vocabulary, BOS and EOS.

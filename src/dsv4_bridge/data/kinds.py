@@ -1,12 +1,11 @@
 """What a file of training data is, told by its content: documents, conversations, or something else.
 
 A file that looks like JSON is never taken for one long text: it is read for what it holds, or refused with what it
-looks like. JSON arrays and gzip are unpacked into lines beside the output, so that everything behind reads lines.
+looks like. JSON arrays are unpacked into lines beside the output, so that everything behind reads lines; so is what
+lies packed (see `packed`).
 """
 
-import gzip
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,20 +13,18 @@ from typing import Any
 
 from ..errors import BridgeError, short
 from .chat.others import PREFERENCES, is_chat
+from .packed import opened, packing
 
 JSONL = (".jsonl", ".ndjson")
 _HEAD = 1 << 20  # bytes in which the first object of a file ends, nearly always
 _MOST = 1 << 26  # and always
 _PIECE = 1 << 22
 _MAGIC = {
-    b"PAR1": "a Parquet file",
-    b"\x28\xb5\x2f\xfd": "compressed with zstd",
     b"PK\x03\x04": "a zip archive",
     b"ARROW1": "an Arrow file",
     b"BZh": "compressed with bzip2",
     b"\xfd7zXZ": "compressed with xz",
 }
-_GZIP = b"\x1f\x8b"
 _TABLES = (".csv", ".tsv", ".xlsx")
 
 
@@ -57,7 +54,7 @@ def look(path: Path) -> Look:
     """
     head = _head(path, _HEAD)
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
-    if path.suffix.lower() in JSONL:
+    if path.suffix.lower() in JSONL or packing(path) == "Parquet":
         return Look("lines", _first_line(path, text, len(head)))
     if text[:1] == b"{":
         line = _first_line(path, text, len(head))
@@ -109,18 +106,14 @@ def refuse_others(path: Path) -> None:
         what = "a table"
     if what:
         raise BridgeError(
-            f"reading {path}: {what}; write it as JSON, an object a line, and name that (gzip is read too)"
+            f"reading {path}: {what}; write it as JSON, an object a line, and name that (gzip, zstd and Parquet are "
+            "read too)"
         )
 
 
 def is_array(path: Path) -> bool:
     """Whether a file begins like a JSON array."""
     return _head(path, 64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
-
-
-def is_gzip(path: Path) -> bool:
-    """Whether a file is compressed with gzip."""
-    return _head(path, 2) == _GZIP
 
 
 def elements(path: Path) -> Iterator[Any]:
@@ -190,31 +183,14 @@ def unpacked(path: Path, shape: str, folder: Path) -> Path:
     return lines
 
 
-def gunzipped(path: Path, folder: Path) -> Path:
-    """A file compressed with gzip as a copy in `folder`.
-
-    Raises:
-        BridgeError: damaged, or the disk is full.
-    """
-    plain = folder / f"{_free(folder)}-{path.name.removesuffix('.gz')}"
-    try:
-        with gzip.open(path) as packed, plain.open("wb") as file:
-            shutil.copyfileobj(packed, file, 1 << 20)
-    except (OSError, EOFError) as error:
-        raise BridgeError(f"reading {path}: {getattr(error, 'strerror', None) or error}") from None
-    return plain
-
-
 def _free(folder: Path) -> int:
     return sum(1 for _ in folder.iterdir())
 
 
 def _head(path: Path, size: int) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.read(size)
-    except OSError as error:
-        raise BridgeError(f"reading {path}: {error.strerror or error}") from None
+    """The first bytes of what a file holds."""
+    with opened(path) as file:
+        return file.read(size)
 
 
 def _first_line(path: Path, text: bytes, read: int) -> Mapping[str, Any] | None:

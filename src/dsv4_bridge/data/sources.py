@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import BridgeError, short
-from .kinds import choose_shape, gunzipped, is_array, is_gzip, refuse_others, unpacked
+from .kinds import choose_shape, is_array, refuse_others, unpacked
+from .packed import unwrapped
 
 _UNIT = 4 << 20  # bytes of a unit, about
 _BOM = b"\xef\xbb\xbf"
@@ -64,7 +65,7 @@ def find_sources(named: Sequence[Path], unpack: Path, suffixes: Sequence[str] = 
 
     Args:
         named: files and folders.
-        unpack: a folder for what must be unpacked: JSON arrays, gzip.
+        unpack: a folder for what must be unpacked: JSON arrays, gzip, zstd, Parquet.
         suffixes: of the files of folders, as `.py`; none takes all.
         key: where objects have their text.
 
@@ -95,11 +96,9 @@ def find_sources(named: Sequence[Path], unpack: Path, suffixes: Sequence[str] = 
 
 
 def _source(path: Path, unpack: Path, key: str, *, named: bool) -> Source:
-    plain = path
     if named:
         refuse_others(path)
-    if is_gzip(path):
-        plain = gunzipped(path, unpack)
+    plain = unwrapped(path, unpack)
     shape = choose_shape(plain, key, named=named).shape
     lines = unpacked(plain, shape, unpack)
     return Source(lines, lines.stat().st_size, shape in ("lines", "array", "object"), None if lines == path else path)

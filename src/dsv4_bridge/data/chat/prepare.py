@@ -14,10 +14,11 @@ import numpy as np
 
 from ...chat.encode import effort_text
 from ...chat.strings import EFFORTS
-from ...errors import BridgeError, files_named
+from ...errors import BridgeError, files_named, some
 from ...files import scratch_folder
 from ...lock import hold
-from ..kinds import gunzipped, is_array, is_gzip, look, refuse_others, unpacked
+from ..kinds import is_array, look, refuse_others, unpacked
+from ..packed import unwrapped
 from .jsonl import numbered_lines, read_line
 from .masks import ChatTokenizer, open_chat_tokenizer
 from .packing import plan_packs
@@ -76,7 +77,7 @@ class ChatReport:
 
 @files_named("preparing conversations")
 def prepare_chat(
-    src: Path,
+    src: Path | Sequence[Path],
     out: Path,
     tokenizer_folder: Path,
     *,
@@ -92,7 +93,8 @@ def prepare_chat(
     """Tokenize, mask, cut and pack a file of conversations; the same input gives the same bytes.
 
     Args:
-        src: an object a line or an array of them, see `jsonl.read_chat_jsonl`; gzip too.
+        src: one file or several, in their order: an object a line or an array of them, see `jsonl.read_chat_jsonl`;
+            gzip, zstd and Parquet too.
         out: a folder that is empty or does not exist; see `store` for what is in it.
         tokenizer_folder: a checkpoint, for its tokenizer.json.
         seq_length: most tokens of a sample and of a pack.
@@ -110,6 +112,7 @@ def prepare_chat(
             `out` exists, or the disk is full.
     """
     check_options(seq_length, mask)
+    sources = [src] if isinstance(src, Path) else list(src)
     tokenizer = open_chat_tokenizer(tokenizer_folder)
     generation = generation or find_generation(tokenizer_folder)
     effort_text(None, generation)
@@ -117,8 +120,7 @@ def prepare_chat(
     options = {"seq_length": seq_length, "mask": mask, "thinking": thinking, "generation": generation}
     # The order of the packs is known once all lengths are: until then samples lie beside it.
     with hold(out, f"preparing {out}"), scratch_folder(out.with_name(out.name + ".samples.part")) as part:
-        with _shown(src, lines := _as_lines(src, part)):
-            samples, counts = _spill(_batches(lines, tokenizer, options, workers, advance), part, src)
+        samples, counts = _spill(_of_all(sources, part, tokenizer, options, workers, advance), part, sources)
         lengths = np.diff(samples.offsets).tolist()
         packing = plan_packs(lengths, seq_length) if pack else one_a_pack(lengths, seq_length)
         facts = {
@@ -127,17 +129,33 @@ def prepare_chat(
             "thinking": thinking,
             "generation": generation,
             "packed": pack,
-            "source": src.name,
+            "source": ", ".join(path.name for path in sources),
             "counts": asdict(counts),
         }
         write_chat_data(out, samples, packing, facts, overwrite=overwrite)
     return ChatReport(str(out), seq_length, mask, len(packing.packs), packing.fill_rate, counts)
 
 
+def _of_all(
+    sources: Sequence[Path],
+    part: Path,
+    tokenizer: ChatTokenizer,
+    options: dict[str, Any],
+    workers: int,
+    advance: Callable[[int], object],
+) -> Iterator["_Batch"]:
+    """Batches of one file behind the other."""
+    for src in sources:
+        with _shown(src, lines := _as_lines(src, part)):
+            yield from _batches(lines, tokenizer, options, workers, advance)
+        if lines != src:
+            lines.unlink()
+
+
 def _as_lines(src: Path, part: Path) -> Path:
     """The conversations an object a line, unpacked where they are not."""
     refuse_others(src)
-    plain = gunzipped(src, part) if is_gzip(src) else src
+    plain = unwrapped(src, part)
     return unpacked(plain, look(plain).shape, part)
 
 
@@ -191,7 +209,7 @@ class _Spilled(Sequence[Sample]):
         return Sample(self._tokens[begun:end], self._mask[begun:end], int(self._lines[i]))
 
 
-def _spill(batches: Iterator[_Batch], part: Path, src: Path) -> tuple[_Spilled, SampleCounts]:
+def _spill(batches: Iterator[_Batch], part: Path, sources: Sequence[Path]) -> tuple[_Spilled, SampleCounts]:
     lengths, lines, counts = [np.zeros(1, np.int64)], [], SampleCounts()
     with (part / "tokens").open("wb") as tokens, (part / "mask").open("wb") as mask:
         for batch in batches:
@@ -202,8 +220,8 @@ def _spill(batches: Iterator[_Batch], part: Path, src: Path) -> tuple[_Spilled, 
             counts.add(batch.counts)
     if not counts.samples:
         raise BridgeError(
-            f"preparing {src}: none of {counts.conversations} conversations has a learned token within the length;"
-            " give a larger seq_length or another mask"
+            f"preparing {some(map(str, sources))}: none of {counts.conversations} conversations has a learned token "
+            "within the length; give a larger seq_length or another mask"
         )
     return _Spilled(part, np.cumsum(np.concatenate(lengths)), np.concatenate(lines)), counts
 
