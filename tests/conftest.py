@@ -68,6 +68,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_configure() -> None:
+    from disk import do_not_wait
+
+    do_not_wait()
     gc.set_threshold(200_000, 20, 100)  # as the command does: the objects of tests are many, and few are cycles
 
 
