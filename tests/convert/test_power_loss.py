@@ -63,9 +63,7 @@ def killed(toy_flash: Path, other_flash: Path, tmp_path: Path) -> Iterator[Path]
     yield out
 
 
-def test_an_old_file_is_not_taken_for_a_finished_one(
-    killed: Path, other_flash: Path, expected: Path
-) -> None:
+def test_an_old_file_is_not_taken_for_a_finished_one(killed: Path, other_flash: Path, expected: Path) -> None:
     """The line in the journal is there and the file is not, as where a name was not on the disk yet."""
     done = [line["file"] for line in journal.lines(killed / ".dsv4-partial")]
     assert len(done) == 3
