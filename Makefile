@@ -28,8 +28,9 @@ test-all: $(VENV)/.ready
 # The oldest versions that pyproject.toml allows, and what of the tests meets other libraries most.
 OLDEST := .venv-oldest
 OLDEST_TESTS := tests/test_versions.py tests/codec tests/convert/test_roundtrip.py tests/convert/test_transformers.py \
-	$(addprefix tests/mcore/test_, forward.py generate.py attend.py names.py weights.py) tests/parity/test_parity.py \
-	tests/lora $(addprefix tests/store/test_, config.py hub.py torch_dist_megatron.py torch_dist_writing.py)
+	$(addprefix tests/mcore/test_, forward.py generate.py attend.py names.py weights.py index_triton.py pool_triton.py) \
+	tests/parity/test_parity.py tests/lora tests/train/test_after_training.py \
+	$(addprefix tests/store/test_, config.py hub.py torch_dist_megatron.py torch_dist_writing.py)
 
 $(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
 	test -x $(OLDEST)/bin/python || python3.12 -m venv $(OLDEST) || python3 -m venv $(OLDEST)

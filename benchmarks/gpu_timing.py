@@ -21,7 +21,7 @@ class Times:
         self.tiny = tiny
         self.dtype = torch.float32 if tiny else torch.bfloat16
         self.sides = ("ours", "transformers") if tiny else SIDES
-        self.lengths = (48,) if tiny else (4096, 16384)
+        self.lengths = (36,) if tiny else (4096, 16384)
         self.rounds, self.seconds = (1, 0.0) if tiny else (15, 1.5)
         self.experts = None if tiny else 64  # of the model that generates
         self.prompt, self.new = (24, 4) if tiny else (1024, 48)

@@ -1,8 +1,10 @@
 """Who may import whom: downwards only, and each library in its own rooms."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
+import conftest
 import dsv4_bridge
 
 ROOT = Path(dsv4_bridge.__file__).parent
@@ -44,13 +46,19 @@ ONLY = {  # a library -> the rooms that may import it, at the top of a file or i
 }
 
 
+@cache
+def statements(path: Path) -> list[ast.Import | ast.ImportFrom]:
+    """Those of a file that import, anywhere in it."""
+    return [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Import | ast.ImportFrom)]
+
+
 def imports(path: Path, within: tuple[str, ...]) -> list[tuple[str, ...]]:
     """Every module that a file imports, lazily or not: ("dsv4_bridge", "spec", "table"), ("torch",)…"""
     found: list[tuple[str, ...]] = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in statements(path):
         if isinstance(node, ast.Import):
             found += [tuple(alias.name.split(".")) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
+        else:
             start = within[: len(within) - node.level + 1] if node.level else ()
             base = (*start, *(node.module.split(".") if node.module else ()))
             found += [(*base, alias.name) for alias in node.names]
@@ -106,5 +114,11 @@ def test_a_module_keeps_its_private_names() -> None:
 
 def test_the_package_imports_itself_relatively() -> None:
     for path in sorted(ROOT.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in statements(path):
             assert not isinstance(node, ast.ImportFrom) or node.level or (node.module or "").split(".")[0] != ROOT.name
+
+
+def test_the_long_files_of_tests_are_there() -> None:
+    """Their order speeds a run of several processes up; a name that is no file has no place in it."""
+    names = [Path(conftest.__file__).parent / name for name in conftest.LONG]
+    assert [str(path) for path in names if not path.is_file()] == [] and len(set(names)) == len(names)

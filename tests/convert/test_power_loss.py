@@ -23,6 +23,14 @@ def other_flash(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_toy(tmp_path_factory.mktemp("other") / "flash", "Flash", 99)
 
 
+@pytest.fixture(scope="module")
+def expected(other_flash: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The new bytes."""
+    out = tmp_path_factory.mktemp("expected") / "megatron"
+    import_hf(other_flash, out)
+    return out
+
+
 def test_what_the_power_leaves_of_an_overwrite(toy_flash: Path, other_flash: Path, tmp_path: Path) -> None:
     trial = Trial(
         lambda out, on: import_hf(other_flash, out, Options(overwrite=True, resume=on)),
@@ -55,43 +63,38 @@ def killed(toy_flash: Path, other_flash: Path, tmp_path: Path) -> Iterator[Path]
     yield out
 
 
-def test_an_old_file_is_not_taken_for_a_finished_one(
-    killed: Path, toy_megatron: Path, other_flash: Path, tmp_path: Path
-) -> None:
+def test_an_old_file_is_not_taken_for_a_finished_one(killed: Path, other_flash: Path, expected: Path) -> None:
     """The line in the journal is there and the file is not, as where a name was not on the disk yet."""
     done = [line["file"] for line in journal.lines(killed / ".dsv4-partial")]
     assert len(done) == 3
     (killed / ".dsv4-partial" / done[1]).unlink()
     assert (killed / done[1]).stat().st_size > 0  # the old one, of the same size
-    import_hf(other_flash, tmp_path / "expected")
     import_hf(other_flash, killed, Options(resume=True))
-    assert same_files(killed, tmp_path / "expected") == []
+    assert same_files(killed, expected) == []
 
 
 def test_a_file_of_the_same_size_that_was_written_again_is_not_taken(
-    killed: Path, other_flash: Path, tmp_path: Path
+    killed: Path, other_flash: Path, expected: Path
 ) -> None:
     done = [line["file"] for line in journal.lines(killed / ".dsv4-partial")]
     shutil.copyfile(killed / done[0], killed / ".dsv4-partial" / done[0])
-    import_hf(other_flash, tmp_path / "expected")
     import_hf(other_flash, killed, Options(resume=True))
-    assert same_files(killed, tmp_path / "expected") == []
+    assert same_files(killed, expected) == []
 
 
 def test_overwrite_with_resume_ends_in_the_new_bytes_from_any_state(
-    killed: Path, toy_flash: Path, other_flash: Path, tmp_path: Path
+    killed: Path, toy_flash: Path, other_flash: Path, expected: Path
 ) -> None:
     both = Options(overwrite=True, resume=True)
-    import_hf(other_flash, tmp_path / "expected")
     import_hf(other_flash, killed, both)
-    assert same_files(killed, tmp_path / "expected") == []
+    assert same_files(killed, expected) == []
     import_hf(toy_flash, killed, both)  # nothing to resume: it replaces
     work = killed / ".dsv4-partial"
     work.mkdir()  # killed before the journal was there
     with pytest.raises(BridgeError, match=r"stopped before it had written anything.*--overwrite replaces it"):
         import_hf(other_flash, killed, Options(resume=True))
     import_hf(other_flash, killed, both)
-    assert same_files(killed, tmp_path / "expected") == []
+    assert same_files(killed, expected) == []
 
 
 @pytest.mark.parametrize(
@@ -108,18 +111,16 @@ def test_overwrite_with_resume_ends_in_the_new_bytes_from_any_state(
         b"\xff\xfe\x00",
     ],
 )
-def test_lines_that_are_none_do_not_count(killed: Path, other_flash: Path, tmp_path: Path, line: bytes) -> None:
+def test_lines_that_are_none_do_not_count(killed: Path, other_flash: Path, expected: Path, line: bytes) -> None:
     path = killed / ".dsv4-partial/journal.jsonl"
     before = path.read_bytes().splitlines()
     path.write_bytes(b"\n".join([before[0], line, *before[1:3], line]) + b"\n")
-    import_hf(other_flash, tmp_path / "expected")
     import_hf(other_flash, killed, Options(resume=True))
-    assert same_files(killed, tmp_path / "expected") == []
+    assert same_files(killed, expected) == []
 
 
-def test_a_journal_without_its_head_is_begun_again(killed: Path, other_flash: Path, tmp_path: Path) -> None:
+def test_a_journal_without_its_head_is_begun_again(killed: Path, other_flash: Path, expected: Path) -> None:
     path = killed / ".dsv4-partial/journal.jsonl"
     path.write_bytes(b"\n".join([json.dumps({"identity": 7}).encode(), *path.read_bytes().splitlines()[1:]]) + b"\n")
-    import_hf(other_flash, tmp_path / "expected")
     import_hf(other_flash, killed, Options(resume=True))
-    assert same_files(killed, tmp_path / "expected") == []
+    assert same_files(killed, expected) == []

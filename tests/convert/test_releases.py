@@ -4,6 +4,7 @@ import hashlib
 import json
 import random
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -39,9 +40,15 @@ def facts_of(folder: Path, variant: str) -> Release:
     return Release(kind, "0" * 40, files, shards, ordered=False)
 
 
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_toy(tmp_path_factory.mktemp("release") / "toy", "Flash", random.randrange(1000))
+
+
 @pytest.fixture
-def toy(tmp_path: Path) -> Path:
-    return make_toy(tmp_path / "toy", "Flash", random.randrange(1000))
+def toy(sound: Path, tmp_path: Path) -> Path:
+    """To be damaged."""
+    return Path(shutil.copytree(sound, tmp_path / "toy"))
 
 
 def test_the_very_bytes(toy: Path) -> None:

@@ -4,8 +4,10 @@ The rules are those of vLLM 0.33, SGLang 0.5.23, transformers 5.23, DeepSeek's c
 converter, written down here as far as they decide a number; docs/guides/export-and-serve.md has the table.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -99,7 +101,7 @@ VARIANTS = ("Flash", "Flash-Base", "Flash-0731", "Flash-FP8", "Flash-BF16")
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
-def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
     base = tmp_path_factory.mktemp("served")
     source = make_toy(base / "source", request.param, 41)
     lossy = request.param in ("Flash-Base", "Flash-BF16")
@@ -110,24 +112,30 @@ def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     import_hf(source, base / "megatron", allow_lossy=lossy)
     export_hf(base / "megatron", base / "exported", source, "fp8", allow_lossy=lossy)
     made["exported fp8"] = base / "exported"
-    return made | {"variant": Path(request.param)}
+    yield made | {"variant": Path(request.param)}
+    meant.cache_clear()
+
+
+@cache
+def meant(folder: Path) -> tuple[Folder, dict[str, Any], dict[str, Tensor]]:
+    """What a folder holds, its config.json, and the matrices that it means, by the names of their weights."""
+    tensors, checkpoint = load(folder), open_hf(folder)
+    coded = [item for item in checkpoint.plan.items if item.row.encoding in ("linear", "expert")]
+    names = [checkpoint.bound[item.name].weight_name for item in coded]
+    checkpoint.close()
+    return tensors, read_config(folder / "config.json"), {name: decoded(tensors, name) for name in names}
 
 
 def right(folder: Path, server: str) -> str:
     """What a server makes of a folder: `right`, or the first thing that is wrong."""
-    tensors, config = load(folder), read_config(folder / "config.json")
-    checkpoint = open_hf(folder)
-    for item in checkpoint.plan.items:
-        if item.row.encoding not in ("linear", "expert"):
-            continue
-        name = checkpoint.bound[item.name].weight_name
+    tensors, config, matrices = meant(folder)
+    for name, matrix in matrices.items():
         try:
             served = SERVERS[server](tensors, config, name)
         except RefusedError as error:
             return f"refused: {error}"
-        if not torch.equal(served, decoded(tensors, name)):
+        if not torch.equal(served, matrix):
             return f"wrong: {name}"
-    checkpoint.close()
     return "right"
 
 

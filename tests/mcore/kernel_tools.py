@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from dsv4_bridge.mcore.kernels.choice import Choice
+from quick_interpreter import quicken
 
+quicken()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TORCH, TRITON, IN_ORDER = Choice("torch"), Choice("triton"), Choice("triton", deterministic=True)
 # Of the largest value. The interpreter cuts a float32 off to bfloat16 instead of rounding it.

@@ -6,7 +6,7 @@ from kernel_tools import DEVICE, TORCH, TRITON
 
 from dsv4_bridge.errors import BridgeError
 from dsv4_bridge.mcore import build_model
-from dsv4_bridge.mcore.kernels.choice import AUTO, Choice
+from dsv4_bridge.mcore.kernels.choice import AUTO, Choice, interpreted
 from dsv4_bridge.spec.variants import VARIANTS, tiny
 
 pytestmark = pytest.mark.megatron
@@ -33,3 +33,17 @@ def test_the_setting_reaches_the_layers() -> None:
     assert build_model(spec, kernels="torch", deterministic_mode=False).config.kernel_choice == Choice("torch")
     with pytest.raises(BridgeError, match="kernels='cuda': expected one of auto, torch, triton"):
         build_model(spec, kernels="cuda")
+
+
+@pytest.mark.skipif(not interpreted(), reason="Triton compiles here")
+def test_launches_in_the_interpreter_leave_the_language_as_it_was() -> None:
+    """`quick_interpreter` makes it the interpreter's own once a launch, behind one that failed as well."""
+    import triton.language as tl
+    from small_triton import broken, gram
+
+    x = torch.randn(24, 24, generator=torch.Generator().manual_seed(1))
+    for _ in range(2):
+        assert torch.allclose(gram(x), x @ x.T, atol=1e-4)
+        with pytest.raises(Exception, match=r"broadcast|shape"):
+            broken(x)
+        assert all(tl.core.is_builtin(function) for function in (tl.load, tl.dot, tl.math.exp, tl.tensor.to))

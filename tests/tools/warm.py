@@ -18,6 +18,8 @@ from pathlib import Path
 from types import ModuleType
 from unittest.mock import patch
 
+from disk import do_not_wait
+
 _SERVER = multiprocessing.get_context("forkserver")
 
 
@@ -114,6 +116,7 @@ def _run(command: list[str], env: dict[str, str], out: Path, err: Path | None, n
         with path.open("wb") as file:
             os.dup2(file.fileno(), stream)
     warnings.simplefilter("ignore")
+    do_not_wait()
     kind, *rest = command
     if kind == "-c":
         sys.argv = ["-c", *rest[1:]]
