@@ -10,7 +10,7 @@ import dsv4_bridge
 ROOT = Path(dsv4_bridge.__file__).parent
 # From the ground up. A room imports itself and lower lines; rooms of one line do not know each other.
 LAYERS = (
-    "errors",
+    "errors threads",
     "strict_json strict_yaml files ranks progress free_memory",
     "lock",
     "spec codec",

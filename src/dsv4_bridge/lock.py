@@ -15,6 +15,7 @@ from typing import Any
 
 from .errors import BridgeError
 from .ranks import BEAT, HERE, introduction, read, take
+from .threads import ended
 
 _NAME = ".{}.dsv4-lock"
 
@@ -51,12 +52,12 @@ def hold(out: Path, what: str) -> Iterator[None]:
     HERE.add(entry["word"])
     closing = threading.Event()
     beats = threading.Thread(target=_beat, args=(path, entry, closing), daemon=True, name=f"lock {out.name}")
-    beats.start()
     try:
+        beats.start()
         yield
     finally:
         closing.set()
-        beats.join()
+        ended(beats)
         HERE.discard(entry["word"])
         mine = read(path)
         if mine and mine["word"] == entry["word"]:

@@ -6,6 +6,8 @@ import warnings
 from collections.abc import Callable
 from typing import Protocol
 
+from .threads import ended
+
 
 class Progress(Protocol):
     """Told what is about to be written and every piece that was."""
@@ -70,8 +72,7 @@ class _Background:
         if self._thread is None:
             self._send(lambda: None)
         self._wake.set()
-        if self._thread:
-            self._thread.join(_PATIENCE)
+        ended(self._thread, _PATIENCE)
 
     def _send(self, call: Callable[[], None]) -> None:
         with self._lock:

@@ -59,6 +59,13 @@ def main() -> None:
     except OSError as error:
         _refused(f"{verb()}: {os_error(error)}")
         code = 2
+    except RuntimeError as error:
+        if str(error) != "can't start new thread":  # of Python's threading
+            raise
+        _refused(
+            f"{verb()}: the system gives this process no more threads; raise its limit (ulimit -u, or a container's)"
+        )
+        code = 2
     if code in (130, 143):  # typer turns Ctrl-C into its code
         _say(f"interrupted; {_GO_ON.get(verb(), 'nothing is left half written')}")
     with contextlib.suppress(OSError, ValueError):

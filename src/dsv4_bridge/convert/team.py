@@ -33,6 +33,7 @@ from typing import Any
 
 from ..errors import BridgeError
 from ..ranks import BEAT, HERE, Ranks, alive, introduction, known, read, take, who
+from ..threads import ended
 
 _PARTING = 20.0  # how long rank 0 waits for the others to take note of the end
 _PAUSE = 0.1
@@ -104,7 +105,11 @@ class Team:
             )
         HERE.add(self._mine["word"])
         self._thread = threading.Thread(target=self._run, daemon=True, name="ranks")
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:  # nobody will tell that this rank lives
+            self.close()
+            raise
 
     def meet(self) -> None:
         """Wait until every rank is here.
@@ -272,8 +277,7 @@ class Team:
     def _fall_silent(self) -> None:
         """No more beats: after its last word a rank writes nothing into a folder that may go at any moment."""
         self._closing.set()
-        if self._thread:
-            self._thread.join()
+        ended(self._thread)
 
     def _part(self) -> None:
         """Wait until the others have left, failed or are gone."""

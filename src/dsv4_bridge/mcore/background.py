@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCaller, AsyncCallsQueue
 
+from ..threads import ended
+
 
 class BackgroundQueue(AsyncCallsQueue):
     """megatron-core's queue of checkpoints being written, each by a thread of this process."""
@@ -47,9 +49,8 @@ class _Thread(AsyncCaller):
         return False
 
     def close(self, abort: bool = False) -> None:
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        ended(self._thread)
+        self._thread = None
 
     def __del__(self) -> None:
         pass

@@ -14,6 +14,8 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Final
 
+from ..threads import ended
+
 _DROP_FROM: Final = 512 << 10  # smaller reads are headers and scales, which are read again
 _ASK: Final = 2 << 20
 _kept: ContextVar[bool] = ContextVar("kept", default=False)
@@ -59,14 +61,15 @@ class Readahead:
             return
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, daemon=True, name="readahead")
-            self._thread.start()
+            with contextlib.suppress(RuntimeError):  # no thread, no reading ahead
+                self._thread.start()
         self._queue.put((fd, offset, nbytes))
 
     def close(self) -> None:
         """End the thread."""
         if self._thread:
             self._queue.put(None)
-            self._thread.join()
+            ended(self._thread)
             self._thread = None
 
     def _run(self) -> None:

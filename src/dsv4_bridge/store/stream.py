@@ -16,6 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
+from ..threads import ended
 from .checksum import Bytes, Checksum, as_bytes
 
 _ALIGN = 4096
@@ -120,7 +121,7 @@ class FileStream:
         if not self._joined:
             self._joined = True
             self._full.put(None)
-            self._thread.join()
+            ended(self._thread)
             self._buffers.free.put(self._buffer)
 
     def _shut(self) -> None:
