@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 from ..errors import BridgeError
 from ..parallel.topology import Topology
 from ..spec.megatron_config import megatron_model
+from ..spec.plan import check_computed
 from ..spec.spec import ModelSpec
 from .kernels.choice import KERNELS, Choice
 
@@ -220,6 +221,7 @@ def model_config(
     """
     if dtype not in (torch.float32, torch.bfloat16):
         raise BridgeError(f"configuring the model: parameters of {dtype}, expected torch.float32 or torch.bfloat16")
+    check_computed(spec, "configuring the model")
     on_gpu = torch.cuda.is_available()
     numbers = {name: value for name, value in megatron_model(spec).items() if name not in _OF_DEV_ALONE}
     fields: dict[str, Any] = numbers | {

@@ -46,8 +46,8 @@ class Architecture:
         shards: of a spec: how many there are.
         namings: how Megatron names its tensors; the first is meant where nothing is said.
         schemes: how its tensors may be named in a Hugging Face folder.
-        sorted_shards: whether data lies in a released shard by type and name, as the safetensors library has it;
-            else in the order of the rows.
+        unsorted: what `when` of rows asks for whose shards hold them in the order of the rows; all others are sorted
+            by type and name, as the safetensors library does.
         why_not: why no such model is computed here; empty where one is.
     """
 
@@ -60,5 +60,5 @@ class Architecture:
     shards: Callable[[Any], int]
     namings: tuple[str, ...]
     schemes: tuple[str, ...]
-    sorted_shards: bool = True
+    unsorted: frozenset[str] = frozenset()
     why_not: str = ""

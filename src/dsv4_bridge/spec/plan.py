@@ -11,6 +11,7 @@ from functools import cached_property
 from itertools import groupby
 from typing import NamedTuple
 
+from ..errors import BridgeError
 from .architecture import Architecture, Block
 from .encodings import ENCODINGS, Stored
 from .spec import ModelSpec
@@ -62,6 +63,17 @@ class Plan:
 def architecture_of(spec: ModelSpec) -> Architecture:
     """The architecture of a model of these numbers."""
     return V41 if isinstance(spec, V41Spec) else V4
+
+
+def check_computed(spec: ModelSpec, doing: str) -> None:
+    """Raise where no such model is computed here.
+
+    Raises:
+        BridgeError: it is one whose checkpoints are converted only.
+    """
+    architecture = architecture_of(spec)
+    if architecture.why_not:
+        raise BridgeError(f"{doing}: {architecture.name} is not computed here: {architecture.why_not}")
 
 
 def blocks(spec: ModelSpec, own_mtp_head: bool = False) -> tuple[Block, ...]:
@@ -132,6 +144,11 @@ def stored(item: Item, encoding: str) -> tuple[Stored, ...]:
 def shard_of(item: Item, spec: ModelSpec) -> int:
     """Number of the released shard that holds an item, from 1."""
     return architecture_of(spec).shard(item.row, item.block, spec)
+
+
+def in_row_order(item: Item, spec: ModelSpec) -> bool:
+    """Whether a released shard holds an item in the order of the rows, not sorted by type and name."""
+    return item.row.when in architecture_of(spec).unsorted
 
 
 def shard_name(number: int, spec: ModelSpec) -> str:

@@ -123,6 +123,6 @@ V41 = Architecture(
     shards=lambda spec: spec.num_hidden_layers + 3 + spec.draft_blocks + len(spec.engram.layer_ids),
     namings=("hybrid",),
     schemes=("released",),
-    sorted_shards=False,
+    unsorted=frozenset({"engram"}),
     why_not=WHY_NOT,
 )

@@ -192,7 +192,7 @@ def recognise(spec: ModelSpec, encodings: Mapping[str, str], own_mtp_head: bool)
             return variant.name + (" (float32 expert scales)" if served else "")
     size = f"{family} numbers" if family else "other size"
     stored = f"stored like {alike[0].name}" if alike else f"experts {encodings.get('expert')}"
-    return f"custom ({size}, {stored}, linears {encodings.get('linear')})"
+    return f"custom ({size}, {stored}, linears {encodings.get('linear') or encodings.get('linear32')})"
 
 
 def family_of(spec: ModelSpec) -> str | None:

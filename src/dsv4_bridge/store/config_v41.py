@@ -108,12 +108,15 @@ def spec_v41(config: Mapping[str, Any], where: str) -> V41Spec:
     values |= {name: lists[name] for name in ("kv_source_layer_ids", "index_source_layer_ids")}
     values |= _rope(text, inside)
     values["num_hash_layers"] = 0
-    values["dspark"] = DSparkSpec(
-        block_size=take(text, "dspark_block_size", int, inside),
-        noise_token_id=take(text, "dspark_noise_token_id", int, inside),
-        target_layer_ids=integers(text, "dspark_target_layer_ids", inside),
-        markov_rank=take(text, "dspark_markov_rank", int, inside),
-    )
+    # Without stages only where they were left out on purpose.
+    values["dspark"] = None
+    if values["num_nextn_predict_layers"] or "dspark_block_size" in text:
+        values["dspark"] = DSparkSpec(
+            block_size=take(text, "dspark_block_size", int, inside),
+            noise_token_id=take(text, "dspark_noise_token_id", int, inside),
+            target_layer_ids=integers(text, "dspark_target_layer_ids", inside),
+            markov_rank=take(text, "dspark_markov_rank", int, inside),
+        )
     values["compress_ratios"] = _ratios(text, inside, values)
     values["engram"] = EngramSpec(
         lists["engram_layer_ids"],
@@ -133,8 +136,9 @@ def _rope(text: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _ratios(text: Mapping[str, Any], where: str, values: Mapping[str, Any]) -> tuple[int, ...]:
-    layers, stages = values["num_hidden_layers"], len(values["dspark"].target_layer_ids)
-    if not 0 < layers <= MAX_COUNT["num_hidden_layers"] or not 0 < stages <= 64:
+    dspark: DSparkSpec | None = values["dspark"]
+    layers, stages = values["num_hidden_layers"], dspark.stages if dspark else 0
+    if not 0 < layers <= MAX_COUNT["num_hidden_layers"] or not bool(dspark) <= stages <= 64:
         raise BridgeError(
             f"{where}: num_hidden_layers is {short(layers)} and dspark_target_layer_ids has {stages}, expected 1 to "
             f"{MAX_COUNT['num_hidden_layers']} and 1 to 64"
@@ -205,7 +209,6 @@ def released_config_v41(spec: V41Spec, expert_dtype: str | None, tile: tuple[int
         tile: of the FP8 linear maps; None: nothing is quantised.
     """
     engram, dspark = spec.engram, spec.dspark
-    assert dspark
     quantised = {"quantization_config": QUANTIZATION_V41 | {"weight_block_size": list(tile or (32, 32))}}
     if expert_dtype:
         quantised["quantization_config"]["expert_dtype"] = expert_dtype
@@ -230,10 +233,7 @@ def released_config_v41(spec: V41Spec, expert_dtype: str | None, tile: tuple[int
     text |= {f"engram_{f.name}": _listed(getattr(engram, f.name)) for f in fields(EngramSpec)}
     text |= {
         "num_nextn_predict_layers": spec.num_nextn_predict_layers,
-        "dspark_block_size": dspark.block_size,
-        "dspark_noise_token_id": dspark.noise_token_id,
-        "dspark_target_layer_ids": list(dspark.target_layer_ids),
-        "dspark_markov_rank": dspark.markov_rank,
+        **({f"dspark_{f.name}": _listed(getattr(dspark, f.name)) for f in fields(DSparkSpec)} if dspark else {}),
         "dspark_n_routed_experts": spec.dspark_n_routed_experts,
         "dspark_num_experts_per_tok": spec.dspark_num_experts_per_tok,
     }

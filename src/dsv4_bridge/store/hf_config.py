@@ -346,6 +346,29 @@ def released_config(
     return dict(sorted(config.items()))
 
 
+def requantised(
+    config: Mapping[str, Any], spec: ModelSpec, expert_dtype: str | None, tile: tuple[int, int] | None
+) -> dict[str, Any]:
+    """A released config.json that says of the encodings what now is so.
+
+    Args:
+        config: as released.
+        spec: its numbers.
+        expert_dtype: what experts are stored as.
+        tile: of FP8 linear maps; None: nothing is quantised.
+    """
+    changed = {key: value for key, value in config.items() if key not in ("quantization_config", "expert_dtype")}
+    if tile is None:
+        return changed
+    new = released_config(spec, expert_dtype, quantized=True, tile=tile)
+    if isinstance(spec, V41Spec):
+        return {
+            k: new[k] if k == "quantization_config" else v for k, v in ({"quantization_config": 0} | config).items()
+        }
+    old = config.get("quantization_config", QUANTIZATION_CONFIG)
+    return changed | {"quantization_config": old, "expert_dtype": expert_dtype}
+
+
 QUANTIZATION_CONFIG = {
     "activation_scheme": "dynamic",
     "fmt": "e4m3",
