@@ -1,10 +1,10 @@
 """FP8: E4M3 codes with one scale for a block, E8M0 or float32; of 128 x 128 where nothing else is said.
 
-Shapes: codes uint8 [R, K], scale uint8 or float32 [ceil(R/128), ceil(K/128)] (blocks at the edges
-may be smaller; `Blocks` has the same for others), values uint16 [R, K] (bf16 bit patterns). With an E8M0 scale decoding is exact for
-scale bytes 3..246. With a float32 scale it is defined as the product in float32, rounded to nearest
-even to bf16; encoding such values with the same scale still returns the same codes, because the
-relative error of 2^-8 is far below half the spacing of E4M3.
+Shapes: codes uint8 [R, K], scale uint8 or float32 [ceil(R/128), ceil(K/128)] (blocks at the edges may be smaller;
+`Blocks` has the same for others), values uint16 [R, K] (bf16 bit patterns). With an E8M0 scale decoding is exact for
+scale bytes 3..246. With a float32 scale it is defined as the product in float32, rounded to nearest even to bf16;
+encoding such values with the same scale still returns the same codes, because the relative error of 2^-8 is far below
+half the spacing of E4M3.
 
 Both kinds of scale share the kernels: an E8M0 scale is the float32 power of two. Everything is
 plain float32 and integer arithmetic without branches, which vectorises; torch's own conversion of

@@ -3,7 +3,8 @@
 What follows from the exact tensors of a release is not typed here but derived (`convert.releases`): the names of its
 shards, which tensors lie in each and, as the order of their data is known, the size of each shard to the byte. The
 derived sizes add up to the published 159,617,149,040 (Flash), 166,886,535,336 (Flash-0731), 864,721,029,744 (Pro) and
-892,744,322,880 (Pro-0813) bytes; those of V4.1-Flash, one by one, to the listed ones. Of the Base releases no exact total is published.
+892,744,322,880 (Pro-0813) bytes; those of V4.1-Flash are the listed ones, one by one. Of the Base releases no exact
+total is published.
 
 | fact | source |
 |---|---|

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from ..errors import short
 from .spec import MAX_DIM, ModelSpec
 
 MAX_ROWS = 1 << 32  # of an Engram table; the released ones have 384 million
@@ -88,22 +89,35 @@ class V41Spec(ModelSpec):
             *(
                 (
                     all(0 <= i < layers for i in ids) and list(ids) == sorted(set(ids)),
-                    f"{name} is {list(ids)[:64]}, expected layers in their order",
+                    f"{name} is {short(list(ids))}, expected layers of {layers}, in order",
                 )
                 for name, ids in within.items()
             ),
-            *((0 < value <= MAX_DIM * 64, f"{name} is {value}, out of range") for name, value in sizes.items()),
-            (vision.num_hidden_layers <= 1024, f"vision_config.num_hidden_layers is {vision.num_hidden_layers}"),
-            (engram.max_ngram_size > 1, f"engram_max_ngram_size is {engram.max_ngram_size}, expected 2 or more"),
+            *((0 < value <= MAX_DIM * 64, f"{name} is {short(value)}, out of range") for name, value in sizes.items()),
+            (
+                vision.num_hidden_layers <= 1024,
+                "vision_config.num_hidden_layers is above 1024",
+            ),
+            (
+                0 <= engram.pad_token_id < self.vocab_size and self.image_token_id < self.vocab_size,
+                "engram_pad_token_id or image_token_id is no token of the vocabulary",
+            ),
+            (engram.max_ngram_size > 1, f"engram_max_ngram_size is {short(engram.max_ngram_size)}, expected 2 or more"),
             (
                 len(engram.num_embeddings) == len(engram.layer_ids)
                 and all(0 < n <= MAX_ROWS for n in engram.num_embeddings),
-                f"engram_num_embeddings is {list(engram.num_embeddings)[:8]}, expected rows for each of "
+                f"engram_num_embeddings is {short(list(engram.num_embeddings))}, expected rows for each of "
                 f"{len(engram.layer_ids)} layers, up to {MAX_ROWS}",
             ),
             (
-                all(self.ratio(i) for i in {*self.kv_source_layer_ids, *self.index_source_layer_ids}),
+                all(
+                    self.ratio(i) for i in {*self.kv_source_layer_ids, *self.index_source_layer_ids} if 0 <= i < layers
+                ),
                 "a source of keys or of indices is a window layer; expected compressed ones",
+            ),
+            (
+                bool(self.kv_source_layer_ids and self.index_source_layer_ids) or not any(self.compress_ratios),
+                "kv_source_layer_ids or index_source_layer_ids is empty; expected the sources of compressed layers",
             ),
             (
                 self.dspark_num_experts_per_tok <= self.dspark_n_routed_experts,

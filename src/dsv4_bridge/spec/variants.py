@@ -297,8 +297,8 @@ def shortened(variant: Variant, layers: int) -> ModelSpec:
     spec = variant.spec
     if isinstance(spec, V41Spec):
         raise BridgeError(
-            f"{layers} layers of {variant.name}: it is not shortened, its layers take keys, indices and candidates from "
-            "others; take the tiny width"
+            f"{layers} layers of {variant.name}: it is not shortened, for its layers take keys, indices and candidates "
+            "from others; take the tiny width"
         )
     if not 1 <= layers <= spec.num_hidden_layers:
         raise BridgeError(f"{layers} layers of {variant.name}: it has {spec.num_hidden_layers}, expected 1 to that")

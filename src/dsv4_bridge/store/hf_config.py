@@ -138,6 +138,11 @@ def refuse_other_models(config: Mapping[str, Any], where: str) -> None:
     if dialect_of_v41(config):
         return
     kind = config.get("model_type")
+    if strange := [k for k in ("engram_layer_ids", "engram_vocab_size") if k in config]:
+        raise BridgeError(
+            f"{where}: it has keys of DeepSeek-V4.1 ({', '.join(strange)}), and model_type {short(kind)}; take the "
+            "config.json of the release"
+        )
     vision = sorted(k for k in config if isinstance(k, str) and k.startswith("vision"))
     if vision:
         raise BridgeError(
