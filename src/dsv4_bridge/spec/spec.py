@@ -111,7 +111,7 @@ class ModelSpec:
         """Compress ratio of decoder layer `layer`; draft block k is layer `num_hidden_layers + k`."""
         return self.compress_ratios[layer]
 
-    def rules(self) -> tuple[tuple[bool, str], ...]:
+    def _rules(self) -> tuple[tuple[bool, str], ...]:
         """What must hold of a later architecture's numbers, and what to say where it does not."""
         return ()
 
@@ -199,7 +199,7 @@ def validated(spec: ModelSpec, where: str) -> ModelSpec:
             f"{spec.draft_blocks} draft blocks",
         ),
     )
-    for good, message in (*rules, *(spec.rules() if all(good for good, _ in rules) else ())):
+    for good, message in (*rules, *(spec._rules() if all(good for good, _ in rules) else ())):
         if not good:
             raise BridgeError(f"{where}: {message}")
     if spec.dspark:

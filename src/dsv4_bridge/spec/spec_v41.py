@@ -74,7 +74,7 @@ class V41Spec(ModelSpec):
     engram: EngramSpec = field(kw_only=True)
     vision: VisionSpec = field(kw_only=True)
 
-    def rules(self) -> tuple[tuple[bool, str], ...]:
+    def _rules(self) -> tuple[tuple[bool, str], ...]:
         """What must hold beside the rules of V4, and what to say where it does not."""
         layers, engram, vision = self.num_hidden_layers, self.engram, self.vision
         within = {
