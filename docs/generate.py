@@ -3,7 +3,7 @@
 import ast
 import inspect
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from dsv4_bridge.planning.ranks import GIB
 from dsv4_bridge.spec.encodings import ALLOWED, ENCODINGS
 from dsv4_bridge.spec.plan import expand, shard_name
 from dsv4_bridge.spec.table import ROWS, Row
+from dsv4_bridge.spec.table_v41 import ROWS_V41
 from dsv4_bridge.spec.variants import VARIANTS
 from dsv4_bridge.train.choose import choose
 from dsv4_bridge.train.plan import plan_recipe, recipe_spec
@@ -82,11 +83,9 @@ def _listed(names: str | tuple[str, ...] | None) -> str:
     return ", ".join(_code(n) for n in (names if isinstance(names, tuple) else (names,)))
 
 
-def _tensors() -> str:
-    head = ("row", "released", "Megatron on disk", "in a HybridModel", "transformers module", "shape", "class")
-    head += ("role", "where", "cut")
-    rows = (
-        (
+def _rows_of(rows: Iterable[Row]) -> Iterator[tuple[str, ...]]:
+    for row in rows:
+        yield (
             row.key,
             _code(row.released),
             _megatron(row),
@@ -98,8 +97,12 @@ def _tensors() -> str:
             row.scope if row.when == "always" else f"{row.scope}, {row.when}",
             row.cut,
         )
-        for row in ROWS
-    )
+
+
+def _tensors() -> str:
+    head = ("row", "released", "Megatron on disk", "in a HybridModel", "transformers module", "shape", "class")
+    head += ("role", "where", "cut")
+    rows, newer = _rows_of(ROWS), _rows_of(ROWS_V41)
     encodings = ((name, ", ".join(f"`{e}`" for e in allowed)) for name, allowed in ALLOWED.items())
     stored = (
         (f"`{e.name}`", e.dtype, e.scale_dtype or "-", f"{e.block[0]}x{e.block[1]}" if e.scale_dtype else "-")
@@ -118,6 +121,13 @@ def _tensors() -> str:
             "`decoder.layers.{2i+1}.` and `mtp.layers.{k}.mtp_model_layer.layers.1.`.",
             "",
             _table(head, rows),
+            "## DeepSeek-V4.1",
+            "",
+            "Its Megatron names stand behind `decoder.layers.{2i}.` (attention, Engram) and `decoder.layers.{2i+1}.`",
+            "(MoE), those of the vision tower behind `vision.blocks.{i}.`; draft blocks are passengers. See",
+            "[DeepSeek-V4.1-Flash](../concepts/v41.md).",
+            "",
+            _table(head, newer),
             "## What each class may be stored as",
             "",
             _table(("class", "encodings read"), encodings),
@@ -140,7 +150,7 @@ def _variants() -> str:
                 variant.name,
                 _code(variant.hub_id),
                 variant.encodings["expert"],
-                variant.encodings["linear"],
+                variant.encodings.get("linear") or variant.encodings["linear32"],
                 draft + (" with its own embedding and head" if variant.own_mtp_head else ""),
                 f"{len(facts):,}",
                 f"{sum(f.nbytes for f in facts):,}",
@@ -148,7 +158,8 @@ def _variants() -> str:
                 f"{sum(i.numel for i in plan.items if i.row.encoding != 'int'):,}",
             )
         )
-    return "\n".join((_NOTE, "# Variants", "", _table(head, rows)))
+    more = "What is new in V4.1-Flash, and what of it is known: [DeepSeek-V4.1-Flash](../concepts/v41.md)."
+    return "\n".join((_NOTE, "# Variants", "", _table(head, rows), more))
 
 
 def _recipes() -> str:

@@ -89,14 +89,19 @@ def pytest_unconfigure() -> None:
     gc.unfreeze()  # libraries complain of what is left of them at the end
 
 
+def of_release(name: str, kind: str) -> Path:
+    """Reference data of a variant, by its short name."""
+    return DATA / f"DeepSeek-{name if name.startswith('V4.1') else f'V4-{name}'}.{kind}.json"
+
+
 def config_path(name: str) -> Path:
-    return DATA / f"DeepSeek-V4-{name}.config.json"
+    return of_release(name, "config")
 
 
 def inventory(name: str) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Every tensor of a released variant: name -> (dtype, shape)."""
     expanded = {}
-    for entry in json.loads((DATA / f"DeepSeek-V4-{name}.tensors.json").read_text())["tensors"]:
+    for entry in json.loads(of_release(name, "tensors").read_text())["tensors"]:
         for layer in entry.get("layers", [None]):
             for expert in range(entry["experts"]) if "experts" in entry else [None]:
                 expanded[entry["name"].format(layer=layer, expert=expert)] = (entry["dtype"], tuple(entry["shape"]))

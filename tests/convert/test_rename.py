@@ -23,6 +23,9 @@ from dsv4_bridge.store.torch_dist.reader import open_torch_dist
 
 ITERATION = "iter_0000000"
 
+# V4.1 has tests of its own: it has one naming, and no shorter form.
+V4 = [name for name in VARIANTS if not name.startswith("V4.1")]
+
 
 @pytest.fixture(scope="module")
 def hybrid(toy_flash: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -32,7 +35,7 @@ def hybrid(toy_flash: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("payload", ["natural", "extreme"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", V4)
 def test_there_and_back_is_every_byte(variant: str, payload: str, tmp_path: Path) -> None:
     ragged = payload == "extreme"
     spec = replace_spec(tiny(VARIANTS[variant], ragged), n_routed_experts=4)

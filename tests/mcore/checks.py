@@ -278,6 +278,8 @@ def mtp_has_gradients() -> None:
 
 def ratios_are_those_of_every_release() -> None:
     for variant in VARIANTS.values():
+        if variant.name.startswith("V4.1"):  # no model is built of it
+            continue
         spec = variant.spec
         made = model_config(spec)
         pro = spec.num_hidden_layers == 61

@@ -12,6 +12,9 @@ from dsv4_bridge.spec.megatron_config import layer_pattern, megatron_model, nami
 from dsv4_bridge.spec.plan import Plan, expand
 from dsv4_bridge.spec.variants import VARIANTS, tiny
 
+# V4.1 has tests of its own: it has one naming, and no shorter form.
+V4 = [name for name in VARIANTS if not name.startswith("V4.1")]
+
 OTHER = {"gpt": "hybrid", "hybrid": "gpt"}
 CORE = "inner_layer.self_attention.core_attention"
 # As Megatron-LM main's HybridModel and Megatron-Bridge's mapping have it (pull request 5860): released name behind
@@ -97,7 +100,7 @@ def plan_of(name: str, *, full: bool = False) -> Plan:
     return expand(variant.spec if full else tiny(variant), variant.own_mtp_head)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", V4)
 def test_hybrid_names_are_those_of_the_table_spelt_out(variant: str) -> None:
     plan, kinds = plan_of(variant), set[str]()
     for item in plan.items:
@@ -114,7 +117,7 @@ def test_hybrid_names_are_those_of_the_table_spelt_out(variant: str) -> None:
     assert kinds >= {"embed", "hc_attn_scale", "attn.indexer.compressor.ape", "ffn.gate.tid2eid", "hc_head_fn"}
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", V4)
 def test_every_key_is_renamed_both_ways(variant: str) -> None:
     plan = plan_of(variant)
     keys = {n: [r.key for i in plan.items for r in regions(i, plan.spec, n)] for n in NAMINGS}
@@ -183,7 +186,7 @@ def test_pattern_of_layers() -> None:
     assert len(main) == 2 * 61 and draft == "WE"
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", V4)
 def test_settings_go_both_ways(variant: str) -> None:
     spec = VARIANTS[variant].spec
     gpt, hybrid = (megatron_model(spec, naming) for naming in NAMINGS)

@@ -6,22 +6,23 @@ import sys
 
 import pytest
 
-from conftest import DATA, inventory
+from conftest import inventory, of_release
 from dsv4_bridge.codec import CODECS, RECODERS
 from dsv4_bridge.spec.encodings import ENCODINGS, QUANTISED
-from dsv4_bridge.spec.megatron import extra_state_keys, regions
+from dsv4_bridge.spec.megatron import extra_state_keys, naming_for, regions
 from dsv4_bridge.spec.plan import expand
 from dsv4_bridge.spec.table import ROWS
 from dsv4_bridge.spec.variants import VARIANTS
 
 RELEASED = ["Flash", "Flash-Base", "Flash-0731", "Pro", "Pro-Base", "Pro-0813"]
+ALL = [*RELEASED, "V4.1-Flash"]
 
 
-@pytest.mark.parametrize("name", RELEASED)
+@pytest.mark.parametrize("name", ALL)
 def test_plan_reproduces_the_inventory(name: str) -> None:
     variant = VARIANTS[name]
     found = list(expand(variant.spec, variant.own_mtp_head).stored(variant.encodings))
-    stated = json.loads((DATA / f"DeepSeek-V4-{name}.tensors.json").read_text())
+    stated = json.loads(of_release(name, "tensors").read_text())
     assert {f.name: (f.dtype, f.shape) for f in found} == inventory(name)
     assert len(found) == stated["tensor_count"]  # no name twice
     assert sum(f.nbytes for f in found) == stated["total_size"]
@@ -55,15 +56,16 @@ def test_trap31_hash_layers_have_a_table_and_no_bias() -> None:
     assert "mtp.0.ffn.gate.bias" in names
 
 
-@pytest.mark.parametrize("name", RELEASED)
+@pytest.mark.parametrize("name", ALL)
 def test_regions_tile_every_megatron_tensor_once(name: str) -> None:
     variant = VARIANTS[name]
     plan = expand(variant.spec, variant.own_mtp_head)
+    naming = naming_for(plan.spec, None, "")
     volume: dict[str, int] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     boxes = set()
     for item in plan.items:
-        for region in regions(item, plan.spec):
+        for region in regions(item, plan.spec, naming):
             size = 1
             for n in region.sizes:
                 size *= n

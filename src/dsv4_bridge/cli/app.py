@@ -76,8 +76,10 @@ class NamingOption(StrEnum):
 
 
 Named = Annotated[
-    NamingOption,
-    typer.Option("--naming", help="Megatron's names: of GPTModel (dev, and here) or of HybridModel (main)."),
+    NamingOption | None,
+    typer.Option(
+        "--naming", help="Megatron's names: of GPTModel (dev, and here; default) or HybridModel (main, V4.1)."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Workers = Annotated[int, typer.Option("--workers", min=1, max=256, help="Files written at a time.")]

@@ -36,7 +36,7 @@ DropPassengers = Annotated[
 def import_(
     hf: str,
     out: Path,
-    naming: Named = NamingOption.gpt,
+    naming: Named = None,
     workers: Workers = 1,
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -55,7 +55,7 @@ def import_(
         resolve(hf, revision),
         out,
         options,
-        naming=naming.value,
+        naming=naming and naming.value,
         drop_passengers=drop_passengers,
         allow_lossy=allow_lossy,
     )

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import BridgeError
-from .app import Dtype, Json, Named, NamingOption, Revision, app, finish, put
+from .app import Dtype, Json, Named, Revision, app, finish, put
 
 
 class Mode(StrEnum):
@@ -25,7 +25,7 @@ def _size(name: str, text: str) -> Any:
 @app.command()
 def plan(
     ckpt: str,
-    naming: Named = NamingOption.gpt,
+    naming: Named = None,
     names: Annotated[bool, typer.Option("--names", help="Every released name, a tab, and its Megatron names.")] = False,
     tp: Annotated[int | None, _size("tp", "Tensor-parallel ranks; this and the next plan ranks.")] = None,
     pp: Annotated[int | None, _size("pp", "Pipeline ranks.")] = None,
@@ -80,13 +80,13 @@ def plan(
     if names:
         from ..planning.tensors import megatron_names_of
 
-        listed = megatron_names_of(found[0], naming=naming.value)
+        listed = megatron_names_of(found[0], naming=naming and naming.value)
         put({"names": listed}, as_json, "\n".join(f"{name}\t{' '.join(keys) or '-'}" for name, keys in listed.items()))
         return
     if all(value is None for value in (*sizes.values(), *run.values())):
         from .show.plan import plan_table
 
-        report = make_plan(*found, naming=naming.value)
+        report = make_plan(*found, naming=naming and naming.value)
         put(report.to_json() if as_json else {}, as_json, "" if as_json else plan_table(report))
         finish(not report.findings)
         return

@@ -5,6 +5,7 @@
 | MXFP4    | E2M1, uint8 [R, K/2], 2 a byte | E8M0 uint8 [R, K/32]                     | E 0..252       |
 | FP8      | E4M3, uint8 [R, K]             | E8M0 uint8 [ceil(R/128), ceil(K/128)]    | E 3..246       |
 | FP8      | E4M3, uint8 [R, K]             | float32 [ceil(R/128), ceil(K/128)]       | one rounding   |
+| FP8 (V4.1) | E4M3, uint8 [R, K]           | E8M0 uint8 [ceil(R/32), ceil(K/32)], or [R, ceil(K/32)] | E 3..246 |
 | bf16     | uint16 bit patterns [R, K]     | none                                     |                |
 
 E2M1 codes 0..7 are 0, .5, 1, 1.5, 2, 3, 4, 6 and 8..15 the same negated (8 is -0); the low nibble
@@ -15,7 +16,7 @@ is the scale 2^(E-127).
   -> the way from one to the other that does not pass through bf16.
 - `mxfp4`, `fp8`: fast `decode` and `encode` between numpy arrays. The caller supplies the output
   buffers (reusing them matters more than the kernel) and the threads (kernels release the GIL).
-- `recode`: MXFP4 to FP8 without going through bf16, with a certificate of losslessness.
+- `recode`: MXFP4, and FP8 of smaller blocks, to FP8 of 128 x 128, with a certificate of losslessness.
 - `multiply`: weights as they are stored, multiplied by without decoding them; for one vector or a few.
 - `reference`: the readable definition, in torch, that the fast codecs are held equal to.
 
@@ -30,7 +31,7 @@ from typing import Protocol
 import numpy as np
 
 from . import fp8, mxfp4, recode
-from .recode import Certificate, mxfp4_to_fp8
+from .recode import Certificate, Regrouped, mxfp4_to_fp8
 from .report import CodecError, EncodeStats, Problem
 
 
@@ -47,8 +48,12 @@ class Codec(Protocol):
         ...
 
 
-CODECS: Mapping[str, Codec] = {"mxfp4": mxfp4, "fp8": fp8, "fp8_f32": fp8, "fp8_pow2": fp8}
-RECODERS: Mapping[tuple[str, str], Callable[..., Certificate]] = {("mxfp4", "fp8"): mxfp4_to_fp8}
+_SMALL = {"fp8_32x32": fp8.Blocks(32, 32), "fp8_1x32": fp8.Blocks(1, 32)}
+CODECS: Mapping[str, Codec] = {"mxfp4": mxfp4, "fp8": fp8, "fp8_f32": fp8, "fp8_pow2": fp8, **_SMALL}
+RECODERS: Mapping[tuple[str, str], Callable[..., Certificate]] = {
+    ("mxfp4", "fp8"): mxfp4_to_fp8,
+    **{(name, "fp8"): Regrouped(blocks) for name, blocks in _SMALL.items()},
+}
 
 __all__ = [
     "CODECS",
@@ -58,6 +63,7 @@ __all__ = [
     "CodecError",
     "EncodeStats",
     "Problem",
+    "Regrouped",
     "fp8",
     "mxfp4",
     "mxfp4_to_fp8",

@@ -1,15 +1,17 @@
-"""FP8: E4M3 codes with one scale for a block of 128 x 128, E8M0 or float32.
+"""FP8: E4M3 codes with one scale for a block, E8M0 or float32; of 128 x 128 where nothing else is said.
 
-Shapes: codes uint8 [R, K], scale uint8 or float32 [ceil(R/128), ceil(K/128)] (blocks at the edges
-may be smaller), values uint16 [R, K] (bf16 bit patterns). With an E8M0 scale decoding is exact for
-scale bytes 3..246. With a float32 scale it is defined as the product in float32, rounded to nearest
-even to bf16; encoding such values with the same scale still returns the same codes, because the
-relative error of 2^-8 is far below half the spacing of E4M3.
+Shapes: codes uint8 [R, K], scale uint8 or float32 [ceil(R/128), ceil(K/128)] (blocks at the edges may be smaller;
+`Blocks` has the same for others), values uint16 [R, K] (bf16 bit patterns). With an E8M0 scale decoding is exact for
+scale bytes 3..246. With a float32 scale it is defined as the product in float32, rounded to nearest even to bf16;
+encoding such values with the same scale still returns the same codes, because the relative error of 2^-8 is far below
+half the spacing of E4M3.
 
 Both kinds of scale share the kernels: an E8M0 scale is the float32 power of two. Everything is
 plain float32 and integer arithmetic without branches, which vectorises; torch's own conversion of
 E4M3 is several times slower, and placing the code's bits in a bf16 fails for E > 134 and NaN.
 """
+
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -30,99 +32,124 @@ _SUMS = {"reassoc", "contract", "nsz"}
 SKIP, FIT, ROUND = 0, 1, 2
 
 
-def scale_shape(rows: int, columns: int) -> tuple[int, int]:
-    """Shape of the scale of a weight [rows, columns]."""
-    return -(-rows // BLOCK), -(-columns // BLOCK)
+@dataclass(frozen=True)
+class Blocks:
+    """FP8 with one scale for a block of `high` rows and `wide` columns, both powers of two.
 
-
-def first_problem(codes: np.ndarray, scale: np.ndarray) -> Problem | None:
-    """The first illegal scale or else the first NaN code (0x7F, 0xFF), if any.
-
-    A float32 scale s is legal if the smallest code, 2^-9 * s, is a normal bf16 and the largest,
-    448 * s, a finite one.
+    Its functions are those of an encoding's module; stripes start at multiples of `high` rows.
     """
-    rows, columns = rows_columns("codes", codes)
-    problem = scale_problem(_given_scale(scale, rows, columns))
-    if problem is not None:
-        return problem
-    bad = np.flatnonzero((codes & 0x7F) == 0x7F)
-    if bad.size == 0:
-        return None
-    row, column = divmod(int(bad[0]), columns)
-    seen = int(codes[row, column])
-    return Problem(row, column, f"FP8 code is 0x{seen:02X} (NaN); only finite codes are legal")
 
+    high: int = BLOCK
+    wide: int = BLOCK
 
-def decode(codes: np.ndarray, scale: np.ndarray, out: np.ndarray) -> None:
-    """Decode into bf16; exact with E8M0 scales, one rounding with float32 scales.
+    def scale_shape(self, rows: int, columns: int) -> tuple[int, int]:
+        """Shape of the scale of a weight [rows, columns]."""
+        return -(-rows // self.high), -(-columns // self.wide)
 
-    Args:
-        codes: uint8 [R, K].
-        scale: uint8 or float32 [ceil(R/128), ceil(K/128)].
-        out: uint16 [R, K], overwritten (also where the codes turn out to be illegal).
+    def first_problem(self, codes: np.ndarray, scale: np.ndarray) -> Problem | None:
+        """The first illegal scale or else the first NaN code (0x7F, 0xFF), if any.
 
-    Raises:
-        CodecError: An illegal scale or a NaN code.
-    """
-    rows, columns = rows_columns("codes", codes)
-    codes = given("codes", codes, u8, (rows, columns))
-    scale = _given_scale(scale, rows, columns)
-    output("out", out, u16, (rows, columns))
-    problem = scale_problem(scale)
-    if problem is None and _decode(codes, as_float32(scale), out) == 0x7F:
-        problem = first_problem(codes, scale)
-    if problem is not None:
-        raise CodecError(problem)
+        A float32 scale s is legal if the smallest code, 2^-9 * s, is a normal bf16 and the largest,
+        448 * s, a finite one.
+        """
+        rows, columns = rows_columns("codes", codes)
+        problem = self.scale_problem(self._given_scale(scale, rows, columns))
+        if problem is not None:
+            return problem
+        bad = np.flatnonzero((codes & 0x7F) == 0x7F)
+        if bad.size == 0:
+            return None
+        row, column = divmod(int(bad[0]), columns)
+        seen = int(codes[row, column])
+        return Problem(row, column, f"FP8 code is 0x{seen:02X} (NaN); only finite codes are legal")
 
+    def decode(self, codes: np.ndarray, scale: np.ndarray, out: np.ndarray) -> None:
+        """Decode into bf16; exact with E8M0 scales, one rounding with float32 scales.
 
-def encode(values: np.ndarray, like_scale: np.ndarray | None, out: np.ndarray, out_scale: np.ndarray) -> EncodeStats:
-    """Encode bf16; keep a block's source scale where it reproduces every value bit for bit.
+        Args:
+            codes: uint8 [R, K].
+            scale: uint8 or float32 [ceil(R/high), ceil(K/wide)].
+            out: uint16 [R, K], overwritten (also where the codes turn out to be illegal).
 
-    Elsewhere the scale is the smallest power of two with amax <= 448 * 2^k, within 3..246 as an
-    E8M0 byte (127 for a block of zeros), and values round to the nearest code, ties to even,
-    saturating at 448.
-
-    Args:
-        values: uint16 [R, K] bf16 bit patterns.
-        like_scale: The source's scale, of the type of out_scale, or None for fresh scales everywhere.
-        out: uint8 [R, K], overwritten.
-        out_scale: uint8 (E8M0) or float32 [ceil(R/128), ceil(K/128)], overwritten.
-
-    Raises:
-        CodecError: A NaN or infinite value, or an illegal source scale.
-    """
-    rows, columns = rows_columns("values", values)
-    values = given("values", values, u16, (rows, columns))
-    output("out", out, u8, (rows, columns))
-    output("out_scale", out_scale, out_scale.dtype.type, scale_shape(rows, columns))
-    chosen = np.zeros(out_scale.shape, f32)
-    if like_scale is not None:
-        like_scale = given("like_scale", like_scale, out_scale.dtype.type, out_scale.shape)
-        if (problem := scale_problem(_given_scale(like_scale, rows, columns))) is not None:
+        Raises:
+            CodecError: An illegal scale or a NaN code.
+        """
+        rows, columns = rows_columns("codes", codes)
+        codes = given("codes", codes, u8, (rows, columns))
+        scale = self._given_scale(scale, rows, columns)
+        output("out", out, u16, (rows, columns))
+        problem = self.scale_problem(scale)
+        if problem is None and _decode(codes, as_float32(scale), out, u64(self.high), u64(self.wide)) == 0x7F:
+            problem = self.first_problem(codes, scale)
+        if problem is not None:
             raise CodecError(problem)
-        np.copyto(chosen, as_float32(like_scale))
-    totals = np.zeros(6)
-    if not _encode(values, like_scale is not None, out, chosen, totals):
-        problem = first_bad_value(values)
-        assert problem is not None
-        raise CodecError(problem)
-    np.copyto(out_scale, chosen if out_scale.dtype == f32 else (chosen.view(u32) >> 23).astype(u8))
-    kept, fresh_exact, rounded, max_error, sum_sq_error, sum_sq = totals.tolist()
-    return EncodeStats(
-        blocks=out_scale.size,
-        kept=int(kept),
-        fresh=out_scale.size - int(kept),
-        fresh_exact=int(fresh_exact),
-        rounded_values=int(rounded),
-        max_abs_error=max_error,
-        sum_sq_error=sum_sq_error,
-        sum_sq=sum_sq,
-    )
 
+    def encode(
+        self, values: np.ndarray, like_scale: np.ndarray | None, out: np.ndarray, out_scale: np.ndarray
+    ) -> EncodeStats:
+        """Encode bf16; keep a block's source scale where it reproduces every value bit for bit.
 
-def _given_scale(scale: np.ndarray, rows: int, columns: int) -> np.ndarray:
-    dtype = f32 if scale.dtype == f32 else u8
-    return given("scale", scale, dtype, scale_shape(rows, columns))
+        Elsewhere the scale is the smallest power of two with amax <= 448 * 2^k, within 3..246 as an
+        E8M0 byte (127 for a block of zeros), and values round to the nearest code, ties to even,
+        saturating at 448.
+
+        Args:
+            values: uint16 [R, K] bf16 bit patterns.
+            like_scale: The source's scale, of the type of out_scale, or None for fresh scales everywhere.
+            out: uint8 [R, K], overwritten.
+            out_scale: uint8 (E8M0) or float32 [ceil(R/high), ceil(K/wide)], overwritten.
+
+        Raises:
+            CodecError: A NaN or infinite value, or an illegal source scale.
+        """
+        rows, columns = rows_columns("values", values)
+        values = given("values", values, u16, (rows, columns))
+        output("out", out, u8, (rows, columns))
+        output("out_scale", out_scale, out_scale.dtype.type, self.scale_shape(rows, columns))
+        chosen = np.zeros(out_scale.shape, f32)
+        if like_scale is not None:
+            like_scale = given("like_scale", like_scale, out_scale.dtype.type, out_scale.shape)
+            if (problem := self.scale_problem(self._given_scale(like_scale, rows, columns))) is not None:
+                raise CodecError(problem)
+            np.copyto(chosen, as_float32(like_scale))
+        totals = np.zeros(6)
+        if not _encode(values, like_scale is not None, out, chosen, totals, self.high, u64(self.wide)):
+            problem = first_bad_value(values)
+            assert problem is not None
+            raise CodecError(problem)
+        np.copyto(out_scale, chosen if out_scale.dtype == f32 else (chosen.view(u32) >> 23).astype(u8))
+        kept, fresh_exact, rounded, max_error, sum_sq_error, sum_sq = totals.tolist()
+        return EncodeStats(
+            blocks=out_scale.size,
+            kept=int(kept),
+            fresh=out_scale.size - int(kept),
+            fresh_exact=int(fresh_exact),
+            rounded_values=int(rounded),
+            max_abs_error=max_error,
+            sum_sq_error=sum_sq_error,
+            sum_sq=sum_sq,
+        )
+
+    def scale_problem(self, scale: np.ndarray) -> Problem | None:
+        """The first illegal scale, if any; see `first_problem`."""
+        if scale.dtype == f32:
+            with np.errstate(all="ignore"):
+                # 0x7F7F8000 is where rounding to bf16 reaches infinity; NaN compares false throughout.
+                largest = f32(448) * scale
+                legal = (f32(2.0**-9) * scale >= f32(2.0**-126)) & (largest < u32(0x7F7F8000).view(f32))
+            rule = "legal are finite s > 0 with 2^-9 * s a normal bf16 and 448 * s a finite one"
+        else:
+            legal = (scale >= MIN_SCALE) & (scale <= MAX_SCALE)
+            rule = f"legal are {MIN_SCALE}..{MAX_SCALE}"
+        if legal.all():
+            return None
+        row, column = divmod(int(np.argmin(legal)), scale.shape[1])
+        kind = "scale" if scale.dtype == f32 else "scale byte"
+        return Problem(row * self.high, column * self.wide, f"FP8 {kind} is {scale[row, column]}; {rule}")
+
+    def _given_scale(self, scale: np.ndarray, rows: int, columns: int) -> np.ndarray:
+        dtype = f32 if scale.dtype == f32 else u8
+        return given("scale", scale, dtype, self.scale_shape(rows, columns))
 
 
 def as_float32(scale: np.ndarray) -> np.ndarray:
@@ -130,33 +157,21 @@ def as_float32(scale: np.ndarray) -> np.ndarray:
     return scale if scale.dtype == f32 else (scale.astype(u32) << 23).view(f32)
 
 
-def scale_problem(scale: np.ndarray) -> Problem | None:
-    """The first illegal scale, if any; see `first_problem`."""
-    if scale.dtype == f32:
-        with np.errstate(all="ignore"):
-            # 0x7F7F8000 is where rounding to bf16 reaches infinity; NaN compares false throughout.
-            largest = f32(448) * scale
-            legal = (f32(2.0**-9) * scale >= f32(2.0**-126)) & (largest < u32(0x7F7F8000).view(f32))
-        rule = "legal are finite s > 0 with 2^-9 * s a normal bf16 and 448 * s a finite one"
-    else:
-        legal = (scale >= MIN_SCALE) & (scale <= MAX_SCALE)
-        rule = f"legal are {MIN_SCALE}..{MAX_SCALE}"
-    if legal.all():
-        return None
-    row, column = divmod(int(np.argmin(legal)), scale.shape[1])
-    kind = "scale" if scale.dtype == f32 else "scale byte"
-    return Problem(row * BLOCK, column * BLOCK, f"FP8 {kind} is {scale[row, column]}; {rule}")
+_TILES = Blocks()
+scale_shape, scale_problem, first_problem = _TILES.scale_shape, _TILES.scale_problem, _TILES.first_problem
+decode, encode = _TILES.decode, _TILES.encode
 
 
 @kernel()
-def _decode(codes, scale, out):
+def _decode(codes, scale, out, high, wide):
     """Decode; returns the largest magnitude code met (0x7F: a NaN)."""
     columns = u64(codes.shape[1])
     largest = u8(0)
     for r in range(u64(codes.shape[0])):
+        band = r // high
         for b in range(u64(scale.shape[1])):
-            s = scale[r >> u64(7), b]
-            for k in range(b * u64(128), min((b + u64(1)) * u64(128), columns)):
+            s = scale[band, b]
+            for k in range(b * wide, min((b + u64(1)) * wide, columns)):
                 code = u8(codes[r, k])
                 m = i32(code & u8(0x7F))
                 largest = max(largest, u8(m))
@@ -170,7 +185,7 @@ def _decode(codes, scale, out):
 
 
 @kernel()
-def _fit_row(values, r, scale, todo, misfit, out):
+def _fit_row(values, r, scale, todo, misfit, out, wide):
     """Codes of row r in the blocks to FIT, whose scale is a power of two from 2^-117 on.
 
     Sets misfit where a value is off the grid. Integers only: `normal` counts bf16 steps from where
@@ -184,7 +199,7 @@ def _fit_row(values, r, scale, todo, misfit, out):
         e = u16(np.float32(scale[b]).view(u32) >> u32(23))
         start, smallest = u16((e - u16(7)) << u16(7)), u16((e - u16(9)) << u16(7))
         missed = u16(0)
-        for k in range(b * u64(128), min((b + u64(1)) * u64(128), columns)):
+        for k in range(b * wide, min((b + u64(1)) * wide, columns)):
             x = u16(values[r, k])
             a = u16(x & u16(0x7FFF))
             normal = u16(a - start)
@@ -207,7 +222,7 @@ def _fit_row(values, r, scale, todo, misfit, out):
 
 
 @kernel()
-def _round_row(values, r, scale, todo, misfit, out):
+def _round_row(values, r, scale, todo, misfit, out, wide):
     """Nearest codes of row r in the blocks to ROUND; sets misfit where one does not decode to itself."""
     columns = u64(values.shape[1])
     for b in range(u64(len(scale))):
@@ -216,7 +231,7 @@ def _round_row(values, r, scale, todo, misfit, out):
         s = scale[b]
         inverse = f32(1) / s
         missed = u32(0)
-        for k in range(b * u64(128), min((b + u64(1)) * u64(128), columns)):
+        for k in range(b * wide, min((b + u64(1)) * wide, columns)):
             x = u16(values[r, k])
             v = np.uint32(u32(x & u16(0x7FFF)) << u32(16))
             y = np.float32(v.view(f32) * inverse)
@@ -238,13 +253,13 @@ def _round_row(values, r, scale, todo, misfit, out):
 
 
 @kernel()
-def _largest_row(values, r, todo, top):
+def _largest_row(values, r, todo, top, wide):
     """Raise top[b] to the largest magnitude bits of row r in the blocks to ROUND."""
     columns = u64(values.shape[1])
     for b in range(u64(len(todo))):
         if todo[b] == ROUND:
             largest = top[b]
-            for k in range(b * u64(128), min((b + u64(1)) * u64(128), columns)):
+            for k in range(b * wide, min((b + u64(1)) * wide, columns)):
                 largest = max(largest, u16(values[r, k] & u16(0x7FFF)))
             top[b] = largest
 
@@ -259,7 +274,7 @@ def _sum_sq_row(values, r):
 
 
 @kernel(fastmath=_SUMS)
-def _add_errors_row(values, r, scale, misfit, codes, totals):
+def _add_errors_row(values, r, scale, misfit, codes, totals, wide):
     """Errors of row r in the blocks that misfit under a power of two, whose decoding is exact."""
     columns = u64(values.shape[1])
     for b in range(u64(len(scale))):
@@ -267,7 +282,7 @@ def _add_errors_row(values, r, scale, misfit, codes, totals):
             continue
         s = scale[b]
         count, largest, total = u32(0), u32(0), 0.0
-        for k in range(b * u64(128), min((b + u64(1)) * u64(128), columns)):
+        for k in range(b * wide, min((b + u64(1)) * wide, columns)):
             v = np.uint32(u32(values[r, k] & u16(0x7FFF)) << u32(16)).view(f32)
             m = i32(codes[r, k] & u8(0x7F))
             placed = np.int32(i32(m << i32(20)) + i32(120 << 23)).view(f32)
@@ -282,10 +297,10 @@ def _add_errors_row(values, r, scale, misfit, codes, totals):
 
 
 @kernel()
-def _encode(values, like, out, scales, totals):
+def _encode(values, like, out, scales, totals, high, wide):
     """Encode; `scales` holds the source's scales if `like`. False on a NaN or infinite value.
 
-    Row by row across all blocks of a band of 128 rows: going block by block would jump by a whole
+    Row by row across all blocks of a band of `high` rows: going block by block would jump by a whole
     row between short pieces and miss the cache. A block is left alone once it has misfitted.
     totals: kept, fresh_exact, rounded values, largest error, sum of squared errors, of squares.
     """
@@ -293,7 +308,7 @@ def _encode(values, like, out, scales, totals):
     todo, misfit, top = np.empty(blocks, u8), np.empty(blocks, u32), np.empty(blocks, u16)
     for band in range(scales.shape[0]):
         scale = scales[band]
-        first, last = band * 128, min(band * 128 + 128, values.shape[0])
+        first, last = band * high, min(band * high + high, values.shape[0])
         misfit[:] = u32(0) if like else u32(1)
         if like:
             for b in range(blocks):
@@ -302,8 +317,8 @@ def _encode(values, like, out, scales, totals):
                 todo[b] = FIT if power else ROUND
         for r in range(u64(first), u64(last)):
             if like:
-                _fit_row(values, r, scale, todo, misfit, out)
-                _round_row(values, r, scale, todo, misfit, out)
+                _fit_row(values, r, scale, todo, misfit, out, wide)
+                _round_row(values, r, scale, todo, misfit, out, wide)
                 for b in range(blocks):
                     if misfit[b]:
                         todo[b] = SKIP
@@ -317,7 +332,7 @@ def _encode(values, like, out, scales, totals):
             todo[b] = ROUND if misfit[b] else SKIP
         top[:] = u16(0)
         for r in range(u64(first), u64(last)):
-            _largest_row(values, r, todo, top)
+            _largest_row(values, r, todo, top, wide)
         for b in range(blocks):
             if todo[b] == ROUND:
                 amax = np.int64(top[b])
@@ -328,8 +343,8 @@ def _encode(values, like, out, scales, totals):
                 scale[b] = np.uint32(u32(e) << u32(23)).view(f32)
         misfit[:] = u32(0)
         for r in range(u64(first), u64(last)):
-            _round_row(values, r, scale, todo, misfit, out)
-            _add_errors_row(values, r, scale, misfit, out, totals)
+            _round_row(values, r, scale, todo, misfit, out, wide)
+            _add_errors_row(values, r, scale, misfit, out, totals, wide)
             totals[5] += _sum_sq_row(values, r)
         totals[1] += ((todo == ROUND) & (misfit == 0)).sum()
     return True

@@ -5,6 +5,9 @@ power of two S with amax <= 448 * S. The step is lossless iff every nonzero valu
 2^-9 * S, the smallest E4M3 magnitude: E2M1 values have two significant bits and E4M3 has four, so
 nothing else can go wrong. With any codes this holds for scale spreads (largest minus smallest
 scale byte in the block) up to 14 and may fail beyond; groups of zeros do not count.
+
+FP8 in smaller blocks -> FP8 in blocks of 128 x 128: the same rule, and values of four significant bits already, so
+that it is lossless only where the smaller blocks' scales are alike or their codes have low bits of zero.
 """
 
 from dataclasses import dataclass, replace
@@ -61,7 +64,7 @@ _NO_SPREADS = (0,) * 16
 
 @dataclass(frozen=True)
 class Certificate:
-    """What recoding MXFP4 to FP8 did, block by block of 128 x 128; add stripes up with `+`.
+    """What recoding to FP8 did, block by block of 128 x 128; add stripes up with `+`.
 
     Attributes:
         blocks: All blocks.
@@ -162,6 +165,79 @@ def mxfp4_to_fp8(
         sum_sq_error=sum_sq_error,
         sum_sq=sum_sq,
     )
+
+
+@dataclass(frozen=True)
+class Regrouped:
+    """The way from FP8 in small blocks, with E8M0 scales, to FP8 in blocks of 128 x 128.
+
+    Attributes:
+        blocks: the small ones; 128 is a multiple of both sides.
+    """
+
+    blocks: fp8.Blocks
+
+    def __call__(
+        self,
+        codes: np.ndarray,
+        scale: np.ndarray,
+        out_codes: np.ndarray,
+        out_scale: np.ndarray,
+        allow_lossy: bool = False,
+    ) -> Certificate:
+        """Recode a tensor or a stripe of it; blocks that are not exact are treated as by `mxfp4_to_fp8`.
+
+        Args:
+            codes: uint8 [R, K].
+            scale: uint8 [ceil(R/high), ceil(K/wide)].
+            out_codes: uint8 [R, K], overwritten.
+            out_scale: uint8 [ceil(R/128), ceil(K/128)], overwritten.
+            allow_lossy: Round blocks that are not exact.
+
+        Raises:
+            CodecError: An illegal scale or a NaN code.
+        """
+        rows, columns = rows_columns("codes", codes)
+        values = np.empty((rows, columns), u16)
+        self.blocks.decode(codes, scale, values)
+        stats = fp8.encode(values, None, out_codes, out_scale)
+        spreads = self._spreads(codes, scale)
+        failing = None
+        if stats.rounded_values:
+            back = np.empty_like(values)
+            fp8.decode(out_codes, out_scale, back)
+            wrong = _largest(back != values, fp8.BLOCK, fp8.BLOCK)
+            first = np.argwhere(wrong)[0]
+            failing = int(first[0]), int(first[1])
+            if not allow_lossy:
+                out_codes[wrong.repeat(fp8.BLOCK, 0)[:rows].repeat(fp8.BLOCK, 1)[:, :columns]] = 0x7F
+        return Certificate(
+            blocks=stats.blocks,
+            exact=stats.fresh_exact,
+            spread=int(spreads.max(initial=0)),
+            spreads=tuple(np.bincount(np.minimum(spreads.reshape(-1), 15), minlength=16).tolist()),
+            first_failing_block=failing,
+            rounded_values=stats.rounded_values,
+            max_abs_error=stats.max_abs_error,
+            sum_sq_error=stats.sum_sq_error,
+            sum_sq=stats.sum_sq,
+        )
+
+    def _spreads(self, codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
+        """Of every block of 128 x 128: largest minus smallest scale byte of the small blocks that hold a value."""
+        high, wide = self.blocks.high, self.blocks.wide
+        held = _largest((codes & 0x7F) != 0, high, wide)
+        across = fp8.BLOCK // high, fp8.BLOCK // wide
+        most = _largest(np.where(held, scale, 0), *across).astype(np.int64)
+        least = 255 - _largest(np.where(held, 255 - scale, 0), *across).astype(np.int64)
+        return np.maximum(most - least, 0)
+
+
+def _largest(values: np.ndarray, high: int, wide: int) -> np.ndarray:
+    """The largest of every block of a matrix, smaller at the edges."""
+    rows, columns = values.shape
+    down = np.maximum.reduceat(values, np.arange(0, rows, high), axis=0) if high > 1 else values
+    return np.maximum.reduceat(down, np.arange(0, columns, wide), axis=1)
 
 
 @kernel()

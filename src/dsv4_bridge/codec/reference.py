@@ -34,9 +34,9 @@ def decode_mxfp4(packed: Tensor, scale: Tensor) -> Tensor:
     return _decode(codes & 7, codes >= 8, e2m1_magnitudes(packed.device), scale, MXFP4_BLOCK)
 
 
-def decode_fp8(codes: Tensor, scale: Tensor) -> Tensor:
-    """E4M3 uint8 [R, K] and uint8 or float32 [ceil(R/128), ceil(K/128)] -> bf16 [R, K]."""
-    return _decode(codes & 0x7F, codes >= 0x80, e4m3_magnitudes(codes.device), scale, FP8_BLOCK)
+def decode_fp8(codes: Tensor, scale: Tensor, block: tuple[int, int] = FP8_BLOCK) -> Tensor:
+    """E4M3 uint8 [R, K] and uint8 or float32 [ceil(R/high), ceil(K/wide)] -> bf16 [R, K]."""
+    return _decode(codes & 0x7F, codes >= 0x80, e4m3_magnitudes(codes.device), scale, block)
 
 
 def encode_mxfp4(values: Tensor, like_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -48,13 +48,18 @@ def encode_mxfp4(values: Tensor, like_scale: Tensor | None = None) -> tuple[Tens
     return codes[:, 0::2] | (codes[:, 1::2] << 4), scale
 
 
-def encode_fp8(values: Tensor, like_scale: Tensor | None = None, scale_dtype: str = "F8_E8M0") -> tuple[Tensor, Tensor]:
+def encode_fp8(
+    values: Tensor,
+    like_scale: Tensor | None = None,
+    scale_dtype: str = "F8_E8M0",
+    block: tuple[int, int] = FP8_BLOCK,
+) -> tuple[Tensor, Tensor]:
     """bf16 [R, K] -> E4M3 uint8 [R, K], scale of `scale_dtype` ("F8_E8M0" or "F32"); see `_encode`."""
     magnitudes = e4m3_magnitudes(values.device)
-    fresh = fresh_exponent(block_amax(values, FP8_BLOCK), 448.0, 3, 246)
+    fresh = fresh_exponent(block_amax(values, block), 448.0, 3, 246)
     if scale_dtype == "F32":
         fresh = _power_of_two(fresh)
-    codes, negative, scale = _encode(values, magnitudes, like_scale, fresh, FP8_BLOCK)
+    codes, negative, scale = _encode(values, magnitudes, like_scale, fresh, block)
     return codes | (negative.to(torch.uint8) << 7), scale
 
 

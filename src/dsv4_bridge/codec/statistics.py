@@ -62,16 +62,17 @@ def count_words(data: np.ndarray, counts: np.ndarray) -> None:
         counts[data[i]] += 1
 
 
-def weak_blocks(encoding: str, codes: np.ndarray) -> tuple[int, int]:
+def weak_blocks(encoding: str, codes: np.ndarray, block: tuple[int, int] = (128, 128)) -> tuple[int, int]:
     """Blocks that hold a value, and those of them whose largest code is smaller than the released rule makes it.
 
     Args:
         encoding: `mxfp4`, or `fp8` with scales of any kind.
         codes: rows of a tensor, contiguous, from the first row of a block on: uint8 [R, K/2] of MXFP4, else [R, K].
+        block: rows and columns of one scale of FP8.
     """
     if encoding == "mxfp4":
         return _weak_groups(codes.reshape(-1).view(u64), u64(8 - LEAST[encoding]))
-    return _weak_tiles(codes, LEAST[encoding])
+    return _weak_tiles(codes, LEAST[encoding], *block)
 
 
 @kernel()
@@ -89,18 +90,18 @@ def _weak_groups(words, lift):
 
 
 @kernel()
-def _weak_tiles(codes, least):
-    """Of tiles of 128 x 128 codes, smaller at the edges."""
+def _weak_tiles(codes, least, high, wide):
+    """Of tiles of codes, smaller at the edges."""
     rows, columns = codes.shape
-    across = -(-columns // 128)
+    across = -(-columns // wide)
     tops = np.zeros(across, u8)
     held = weak = 0
-    for start in range(0, rows, 128):
+    for start in range(0, rows, high):
         tops[:] = 0
-        for row in range(start, min(rows, start + 128)):
+        for row in range(start, min(rows, start + high)):
             for tile in range(across):
                 top = u8(0)
-                for column in range(u64(tile * 128), min(u64(columns), u64(tile * 128 + 128))):
+                for column in range(u64(tile * wide), min(u64(columns), u64(tile * wide + wide))):
                     top = max(top, u8(codes[row, column] & u8(0x7F)))
                 tops[tile] = max(tops[tile], top)
         for tile in range(across):

@@ -209,11 +209,9 @@ def _quantised(item: Item, bound: Bound, source: HFValues, scratch: Scratch) -> 
         raw = source.raw(bound, first, last, scratch).view(np.uint8)
         count_bytes(raw.reshape(-1), counts)
         checksum.add(raw)
-        held, small = weak_blocks(codes, raw)
+        held, small = weak_blocks(codes, raw, encoding.block)
         blocks, weak = blocks + held, weak + small
-    scale = source.scale(bound, 0, item.shape[0], scratch)
-    checksum.add(scale)
-    scales = _scales(scale, codes)
+    scales = _scales(source, bound, codes, checksum, scratch)
     negative = 0
     if codes == "mxfp4":
         counts, values = nibbles(counts), e2m1_values()
@@ -225,13 +223,23 @@ def _quantised(item: Item, bound: Bound, source: HFValues, scratch: Scratch) -> 
     return facts.with_blocks(blocks, weak if scales.powers else 0, negative)
 
 
-def _scales(scale: np.ndarray, codes: str) -> Scales:
-    """What is known of a tensor's scales: E8M0 bytes or float32."""
-    if scale.dtype == np.uint8:
+def _scales(source: HFValues, bound: Bound, codes: str, checksum: Checksum, scratch: Scratch) -> Scales:
+    """What is known of a tensor's scales: E8M0 bytes, some at a time, or float32."""
+    assert bound.scale
+    rows, width = bound.scale.shape
+    if bound.scale.dtype == "F8_E8M0":
+        counts = np.zeros(256, np.int64)
+        for first, last in cuts(0, rows, max(1, (4 << 20) // max(1, width))):
+            piece = source.scale_rows(bound, first, last, scratch)
+            checksum.add(piece)
+            count_bytes(piece.reshape(-1), counts)
         # For which bf16 holds every value.
         low, high = (0, mxfp4.MAX_SCALE) if codes == "mxfp4" else (fp8.MIN_SCALE, fp8.MAX_SCALE)
-        nonfinite, outside = int(np.count_nonzero(scale == 255)), int(np.count_nonzero((scale < low) | (scale > high)))
-        return Scales(nonfinite, outside - nonfinite, float(scale.mean()) - 127.0 if scale.size else 0.0, True, False)
+        outside = int(counts[:low].sum() + counts[high + 1 : 255].sum())
+        mean = float(counts @ np.arange(256)) / (rows * width) if rows * width else 127.0
+        return Scales(int(counts[255]), outside, mean - 127.0, True, False)
+    scale = source.scale_rows(bound, 0, rows, scratch)
+    checksum.add(scale)
     values = scale.view(np.float32)
     good = np.isfinite(values) & (values > 0)
     level = float(np.log2(values[good].astype(np.float64)).mean()) if good.any() else 0.0

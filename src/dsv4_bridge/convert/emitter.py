@@ -25,6 +25,7 @@ from ..store.stream import Bytes, CountingStream, Stream, as_bytes
 from ..store.torch_dist.boxes import Extent
 from ..store.values import EncodedRows, EncodingValues, HFValues, Scratch, Values, cuts, stripe_rows, to_plain
 from .report import Report
+from .scales import LARGE, Made, StoredScale, mend, put, whole
 from .segments import Copy, File, Frame, Literal, Rows, Scale, Segment, Weight
 
 # Input is read ahead in bursts: a disk that reads and writes at once does both slowly.
@@ -86,8 +87,8 @@ class Emitter:
         """
         report = Report()
         offset = 0
-        scales: dict[str, bytes] = {}  # made, and not yet at their place
-        waiting: dict[str, tuple[int, bytes]] = {}  # written as in `like`: offset and bytes
+        scales: dict[str, Made] = {}  # made, and not yet at their place
+        waiting: dict[str, tuple[int, Made]] = {}  # written as in `like`: offset and bytes
         here = {s.item.name for s in segments if isinstance(s, Weight)}
         ahead = Ahead(self, segments)
         for segment in segments:
@@ -111,20 +112,18 @@ class Emitter:
                     report.lacking += item.name in self.lacking
                     scale = self._weight(item, encoding, stream, report)
                     if item.name in waiting:
-                        at, written = waiting.pop(item.name)
-                        if scale != written:
-                            stream.patch(at, written, scale)
+                        mend(stream, *waiting.pop(item.name), scale)
                     elif encoding in QUANTISED:
                         scales[item.name] = scale
                 case Scale(item, encoding, _):
                     if item.name in scales:
-                        stream.write(scales.pop(item.name))
+                        put(scales.pop(item.name), stream)
                     elif item.name not in here:  # its weight is in another shard
-                        stream.write(self._weight(item, encoding, CountingStream(), Report()))
+                        put(self._weight(item, encoding, CountingStream(), Report()), stream)
                     else:
                         provisional = self._expected_scale(item, encoding) or bytes(segment.nbytes)
                         waiting[item.name] = (offset, provisional)
-                        stream.write(provisional)
+                        put(provisional, stream)
             offset += segment.nbytes
         report.bytes_written = offset
         return report
@@ -164,27 +163,27 @@ class Emitter:
     def _may_round(self, item: Item) -> bool:
         return self.allow_lossy or (self.changes is not None and item.name in self.changes.names)
 
-    def _weight(self, item: Item, encoding: str, stream: Stream, report: Report) -> bytes:
+    def _weight(self, item: Item, encoding: str, stream: Stream, report: Report) -> Made:
         """Write a weight; its scale is returned."""
         if self.changes is None or item.name not in self.changes.names:
             return self._stored(item, encoding, stream, report)
         how = ENCODINGS[encoding]
         kept = _Kept(stream, math.prod(how.weight_shape(item.shape)) * DTYPES[how.dtype].itemsize)
-        scale = self._stored(item, encoding, kept, Report())
+        scale = whole(self._stored(item, encoding, kept, Report()))
         self.changes.written(item, encoding, kept.data, scale)
         return scale
 
-    def _stored(self, item: Item, encoding: str, stream: Stream, report: Report) -> bytes:
+    def _stored(self, item: Item, encoding: str, stream: Stream, report: Report) -> Made:
         """Write a weight the shortest exact way: copied, recoded, or decoded and encoded."""
         if narrow := ENCODINGS[encoding].widened:
-            return as_float32(self._stored(item, narrow, stream, report))
+            return as_float32(whole(self._stored(item, narrow, stream, report)))
         source = self.source(item)
         stored = source.encoding(item)
         if isinstance(source, HFValues):
             bound = source.checkpoint.bound[item.name]
             if stored == encoding:
                 self._copy(source.checkpoint.folder, bound.weight, stream)
-                return self._whole_scale(source, item) if bound.scale else b""
+                return self._own_scale(source, item) if bound.scale else b""
             if (stored, encoding) in RECODERS:
                 return self._recode(item, encoding, source, stream, report)
             if ENCODINGS[stored].scale_dtype == "F32":
@@ -194,10 +193,11 @@ class Emitter:
         self._plain(item, encoding, 0, item.shape[0], stream, report)
         return b""
 
-    def _encode(self, item: Item, encoding: str, source: Values, stream: Stream, report: Report) -> bytes:
+    def _encode(self, item: Item, encoding: str, source: Values, stream: Stream, report: Report) -> Made:
         like = self._like(item, encoding)
+        own = self._own_scale(like, item) if like else b""
         scales: list[bytes] = []
-        total = EncodeStats()
+        total, first = EncodeStats(), 0
 
         def old_scale(first: int, last: int) -> np.ndarray | None:
             bound = like.checkpoint.bound[item.name] if like else None
@@ -215,14 +215,18 @@ class Emitter:
                 self._count_rounding(item, part.rounded, report)
             total = total + part.stats
             stream.write(part.codes)
-            scales.append(part.scale.tobytes())
+            if isinstance(own, StoredScale):
+                own.note(ENCODINGS[encoding].scale_rows(first, first)[0], part.scale)
+            else:
+                scales.append(part.scale.tobytes())
+            first += len(part.codes)
         _add(report.encoded, item.row.key, total)
         if total.rounded_values and not self._may_round(item) and (like is None or not self.keep_rounding):
             raise BridgeError(
                 f"encoding {item.name} as {encoding} would change {total.rounded_values} of {item.numel} values "
                 f"(largest error {total.max_abs_error:.3g}); --allow-lossy accepts that and reports the error"
             )
-        return b"".join(scales)
+        return own if isinstance(own, StoredScale) else b"".join(scales)
 
     def _host_parts(
         self, item: Item, source: Values, on_host: Callable[[int, np.ndarray], EncodedRows]
@@ -279,13 +283,18 @@ class Emitter:
         bound = self.like.bound.get(item.name) if self.like else None
         return HFValues(self.like) if self.like and bound and bound.encoding == encoding else None
 
-    def _expected_scale(self, item: Item, encoding: str) -> bytes | None:
+    def _expected_scale(self, item: Item, encoding: str) -> Made | None:
         """The scale an item will most likely have: its own if it is copied, else that of `like`."""
         source = self.source(item)
         if isinstance(source, HFValues) and source.encoding(item) == encoding:
-            return self._whole_scale(source, item)
+            return self._own_scale(source, item)
         like = self._like(item, encoding)
-        return self._whole_scale(like, item) if like else None
+        return self._own_scale(like, item) if like else None
+
+    def _own_scale(self, source: HFValues, item: Item) -> Made:
+        bound = source.checkpoint.bound[item.name]
+        large = bound.scale is not None and bound.scale.nbytes > LARGE
+        return StoredScale(source, bound) if large else self._whole_scale(source, item)
 
     def _whole_scale(self, source: HFValues, item: Item) -> bytes:
         bound = source.checkpoint.bound[item.name]

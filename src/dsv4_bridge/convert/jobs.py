@@ -10,12 +10,12 @@ from typing import Any
 
 from ..errors import BridgeError, files_named
 from ..files import AnyPath
-from ..spec.encodings import ENCODINGS, QUANTISED, TARGETS
-from ..spec.megatron import Naming, check_naming
+from ..spec.encodings import ENCODINGS, QUANTISED, TARGETS, TILE
+from ..spec.megatron import Naming, check_naming, naming_for
 from ..spec.plan import Item, Plan, expand, target_encoding
 from ..spec.spec import ModelSpec, differing
 from ..store.hf import HFCheckpoint, open_hf
-from ..store.hf_config import QUANTIZATION_CONFIG, dialect_of, released_config
+from ..store.hf_config import dialect_of, released_config, requantised
 from ..store.hub import resolve
 from ..store.megatron import ALONG, PASSENGERS, TRACKER, MegatronCheckpoint, open_along, open_megatron
 from ..store.run_config import FILE as RUN_CONFIG
@@ -37,7 +37,7 @@ def import_hf(
     out: AnyPath,
     options: Options | None = None,
     *,
-    naming: Naming = "gpt",
+    naming: Naming | None = None,
     drop_passengers: bool = False,
     allow_lossy: bool = False,
 ) -> Report:
@@ -47,7 +47,8 @@ def import_hf(
         source: the folder, in any naming scheme and encoding, or `owner/name` on the Hub.
         out: the new checkpoint root.
         options: workers, resume, overwrite, progress.
-        naming: `gpt`, as the model here and Megatron-LM dev have it, or `hybrid`, as Megatron-LM main.
+        naming: `gpt`, as the model here and Megatron-LM dev have it, or `hybrid`, as Megatron-LM main; by default
+            `gpt`, of V4.1 `hybrid`, which alone has it.
         drop_passengers: leave out what Megatron has no place for, instead of carrying it along.
         allow_lossy: permit float32 weights that bf16 cannot hold.
 
@@ -68,11 +69,12 @@ def import_hf(
 def import_job(
     checkpoint: HFCheckpoint,
     *,
-    naming: Naming = "gpt",
+    naming: Naming | None = None,
     drop_passengers: bool = False,
     allow_lossy: bool = False,
 ) -> Job:
     """The job that `import_hf` runs."""
+    naming = naming_for(checkpoint.spec, naming, f"importing {checkpoint.folder.path}")
     common_state = {"iteration": 0, "checkpoint_version": 3.0}
     layout = megatron_layout(checkpoint.plan, common_state, f"{ITERATION}/", naming)
     along = None if drop_passengers else passengers_file(checkpoint, f"{ITERATION}/{ALONG}/{PASSENGERS}")
@@ -307,19 +309,15 @@ def _config_bytes(plan: Plan, like: HFCheckpoint | None, encoding: str, encode: 
     if unchanged and like:
         return (like.folder.path / "config.json").read_bytes()
     used = {item.row.encoding: encode(item) for item in plan.items if not item.passenger}
-    quantised = bool({used["linear"], used["expert"]} & QUANTISED)
     expert = ENCODINGS[used["expert"]].expert_dtype
+    linear = next((ENCODINGS[e] for e in used.values() if e in QUANTISED and e != used["expert"]), None)
+    tile = linear.block if linear else (TILE, TILE) if used["expert"] in QUANTISED else None
     if like is None or dialect_of(like.config) != "released" or plan.spec != like.spec:
-        config = released_config(plan.spec, expert, quantised)
-    else:
+        config = released_config(plan.spec, expert, tile is not None, tile)
+    elif encoding == "source":
         config = dict(like.config)
-        for key in ("quantization_config", "expert_dtype"):
-            config.pop(key, None)
-        if encoding == "source":
-            config |= {k: like.config[k] for k in ("quantization_config", "expert_dtype") if k in like.config}
-        elif quantised:
-            config["quantization_config"] = like.config.get("quantization_config", QUANTIZATION_CONFIG)
-            config["expert_dtype"] = expert
+    else:
+        config = requantised(like.config, plan.spec, expert, tile)
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
 

@@ -28,7 +28,7 @@ from ..files import AnyPath
 from ..lora.adapters import Adapter, Adapters, check_shapes, updated
 from ..lora.peft_reading import open_adapters
 from ..spec.encodings import ENCODINGS, QUANTISED, TARGETS
-from ..spec.plan import Item
+from ..spec.plan import Item, check_computed
 from ..store.hf import HFCheckpoint, open_hf
 from ..store.hub import resolve
 from ..store.safetensors import INDEX
@@ -191,6 +191,7 @@ def merge(
         raise BridgeError(f"merging {adapter}: a merge is not resumed, for its report would lack what was done before")
     checkpoint = open_hf(source)
     try:
+        check_computed(checkpoint.spec, f"merging into {source}")
         adapters = open_adapters(adapter, checkpoint.spec, merging=True)
         for one in (source, adapter):
             apart(one, out)

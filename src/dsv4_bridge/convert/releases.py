@@ -17,7 +17,7 @@ from ..errors import BridgeError, files_named, some
 from ..files import AnyPath
 from ..progress import Progress, Silent, in_background
 from ..spec.encodings import Stored
-from ..spec.plan import expand, shard_name, shard_of, stored
+from ..spec.plan import expand, in_row_order, shard_name, shard_of, stored
 from ..spec.releases import RELEASES, Published, Release
 from ..spec.spec import differing
 from ..spec.variants import Variant, known_variant
@@ -28,7 +28,8 @@ from ..store.safetensors import INDEX, make_header, read_header, read_index
 from ..store.small_files import is_small
 
 _CONFIG = "config.json"
-# In this order the data of a shard lies in all releases whose sizes are known; then by name.
+# In this order the data of a shard lies in all releases whose sizes are known; then by name. V4.1's Engram shards are
+# in the order of the rows (`in_row_order`).
 _ORDER = ("I64", "F32", "BF16", "F8_E8M0", "F8_E4M3", "I8")
 
 
@@ -181,11 +182,15 @@ def _shards(variant: Variant) -> dict[str, list[Stored]]:
     """File name -> the tensors in it, in the order of their data."""
     plan = expand(variant.spec, variant.own_mtp_head)
     found: dict[int, list[Stored]] = {}
+    unsorted: set[int] = set()
     for item in plan.items:
-        facts = stored(item, variant.encodings[item.row.encoding])
-        found.setdefault(shard_of(item, plan.spec), []).extend(facts)
+        facts, number = stored(item, variant.encodings[item.row.encoding]), shard_of(item, plan.spec)
+        found.setdefault(number, []).extend(facts)
+        unsorted |= {number} if in_row_order(item, plan.spec) else set()
     return {
-        shard_name(number, plan.spec): sorted(facts, key=lambda f: (_ORDER.index(f.dtype), f.name))
+        shard_name(number, plan.spec): facts
+        if number in unsorted
+        else sorted(facts, key=lambda f: (_ORDER.index(f.dtype), f.name))
         for number, facts in sorted(found.items())
     }
 
@@ -266,8 +271,10 @@ def _looked(root: Path, name: str, variant: Variant, shards: Mapping[str, list[S
         config = read_config(root / name)
         if numbers := differing(variant.spec, spec_from_config(config, str(root / name))):
             raise _Other(f"other numbers (release against this): {'; '.join(numbers[:3])}")
-        if config.get("expert_dtype") != variant.expert_dtype:
-            raise _Other(f"expert_dtype is {config.get('expert_dtype')!r}, published is {variant.expert_dtype!r}")
+        inside = config.get("quantization_config")
+        stated = config.get("expert_dtype") or (inside.get("expert_dtype") if isinstance(inside, dict) else None)
+        if stated != variant.expert_dtype:
+            raise _Other(f"expert_dtype is {stated!r}, published is {variant.expert_dtype!r}")
         return "its numbers are the release's; no digest is known"
     return "no digest is known"
 

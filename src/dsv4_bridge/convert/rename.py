@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..errors import BridgeError, files_named, short
 from ..files import AnyPath
-from ..spec.megatron import STATES_OF, Naming, check_naming, renamed
+from ..spec.megatron import STATES_OF, Naming, check_naming, naming_for, renamed
 from ..store.checkpoint import open_megatron_beside
 from ..store.hub import resolve
 from ..store.megatron import TRACKER, MegatronCheckpoint, config_file
@@ -67,6 +67,7 @@ def rename(
     beside = resolve(os.fspath(like)) if like is not None else None
     checkpoint = open_megatron_beside(source, beside)
     try:
+        naming_for(checkpoint.spec, naming, f"renaming {source}")
         if checkpoint.naming == naming:
             raise BridgeError(f"renaming {source}: its tensors have {naming} names already")
         apart(source, out)

@@ -10,7 +10,7 @@ from ..errors import BridgeError
 from ..free_memory import free_memory, held_memory
 from ..parallel.topology import make_topology
 from ..ranks import Ranks
-from ..spec.plan import expand
+from ..spec.plan import check_computed, expand
 from ..spec.spec import ModelSpec
 from ..store.checkpoint import open_checkpoint
 
@@ -50,6 +50,7 @@ def loaded(
     path: Path, spec: ModelSpec, dtype: str, stream: bool | None, memory: int | None
 ) -> "Iterator[tuple[DeepSeekV4Model, Callable[[], Streamed] | None]]":
     """The model, and what tells of weights that stay in the checkpoint."""
+    check_computed(spec, f"generating with {path}")
     try:
         from .. import mcore
     except ImportError as error:

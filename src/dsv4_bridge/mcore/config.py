@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 from ..errors import BridgeError
 from ..parallel.topology import Topology
 from ..spec.megatron_config import megatron_model
+from ..spec.plan import check_computed
 from ..spec.spec import ModelSpec
 from .kernels.choice import KERNELS, Choice
 
@@ -219,6 +220,7 @@ def model_config(
     """
     if dtype not in (torch.float32, torch.bfloat16):
         raise BridgeError(f"configuring the model: parameters of {dtype}, expected torch.float32 or torch.bfloat16")
+    check_computed(spec, "configuring the model")
     cut, asked = 1 if topology is None else topology.cp, settings.get("context_parallel_size")
     if asked not in (None, cut):
         raise BridgeError(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import BridgeError, files_named
 from ..files import AnyPath
-from ..spec.plan import Plan, expand
+from ..spec.plan import Plan, check_computed, expand
 from ..spec.spec import ModelSpec
 from .inputs import Inputs, token_ids
 from .memory import check_memory, needed, needed_streamed
@@ -65,6 +65,7 @@ def parity(
         raise BridgeError(f"comparing in {dtype!r}: expected one of {', '.join(DTYPES)}")
     ours, theirs = Path(checkpoint), Path(reference_checkpoint or checkpoint)
     spec = spec_of(ours)
+    check_computed(spec, f"comparing {ours}")
     _check_same(spec, ours, theirs)
     part = _part(layers, spec)
     if not stream and (part or work):

@@ -6,6 +6,7 @@ from typing import Any
 from ..errors import BridgeError
 from ..parallel.notation import parse_layout
 from ..parallel.topology import Sizes
+from ..spec.plan import check_computed
 from ..spec.spec import ModelSpec
 from .memory import Run, make_run_topology, plan_memory
 from .search import USABLE, Ranked, Search, micro_batches, ranked, search
@@ -95,6 +96,7 @@ def plan_ranks(what: str, spec: ModelSpec, asked: Asked) -> RanksReport:
     Raises:
         BridgeError: what cannot work, with the rule and the nearest that does.
     """
+    check_computed(spec, f"planning ranks of {what}")
     for name in ("dp", "gpus", "global_batch", "gpu_memory"):
         if (value := getattr(asked, name)) is not None and not value > 0:
             raise BridgeError(f"planning ranks: {name} is {value}, expected more than 0")

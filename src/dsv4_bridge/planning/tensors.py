@@ -9,7 +9,15 @@ from typing import Any
 from ..errors import BridgeError, files_named
 from ..files import AnyPath
 from ..spec.dtypes import DTYPES
-from ..spec.megatron import Naming, check_naming, megatron_dtype, megatron_names, megatron_prefix, regions
+from ..spec.megatron import (
+    Naming,
+    check_naming,
+    megatron_dtype,
+    megatron_names,
+    megatron_prefix,
+    naming_for,
+    regions,
+)
 from ..spec.megatron_config import layer_pattern
 from ..spec.plan import Plan, expand, shard_name, shard_of, stored
 from ..spec.variants import VARIANTS, Variant, guess, known_variant, nearest_variant
@@ -82,13 +90,13 @@ class PlanReport:
 
 
 @files_named("planning")
-def plan(what: AnyPath, headers: Mapping[str, Shard] | None = None, *, naming: Naming = "gpt") -> PlanReport:
+def plan(what: AnyPath, headers: Mapping[str, Shard] | None = None, *, naming: Naming | None = None) -> PlanReport:
     """Plan a checkpoint: a folder with config.json (and shards, then compared), a repository, or a variant's name.
 
     Args:
         what: folder, `owner/name` on the Hub, or name.
         headers: headers of its shards, where they are not in the folder (see `hub.describe`).
-        naming: of the Megatron names: `gpt` or `hybrid`.
+        naming: of the Megatron names: `gpt` or `hybrid`; by default the first that the model has.
 
     Raises:
         BridgeError: neither, or unusable.
@@ -135,12 +143,12 @@ def _found(
 
 
 @files_named("planning")
-def megatron_names_of(what: AnyPath, *, naming: Naming = "gpt") -> dict[str, tuple[str, ...]]:
+def megatron_names_of(what: AnyPath, *, naming: Naming | None = None) -> dict[str, tuple[str, ...]]:
     """Released name of every weight -> keys of the Megatron tensors that hold it, on disk; none for a passenger.
 
     Args:
         what: folder, `owner/name` on the Hub, or a variant's name.
-        naming: `gpt` or `hybrid`.
+        naming: `gpt` or `hybrid`; by default the first that the model has.
 
     Raises:
         BridgeError: there is none, or its config.json is unusable.
@@ -152,7 +160,8 @@ def megatron_names_of(what: AnyPath, *, naming: Naming = "gpt") -> dict[str, tup
     else:
         spec = spec_from_config(config := read_config(path / "config.json"), str(path / "config.json"))
         planned = expand(spec, guess(config, spec).own_mtp_head)
-    return {item.name: tuple(r.key for r in regions(item, planned.spec, naming)) for item in planned.items}
+    chosen = naming_for(planned.spec, naming, f"planning {what}")
+    return {item.name: tuple(r.key for r in regions(item, planned.spec, chosen)) for item in planned.items}
 
 
 def _report(
@@ -160,12 +169,13 @@ def _report(
     variant: str,
     plan: Plan,
     by_class: dict[str, str],
-    naming: Naming,
+    asked: Naming | None,
     encodings: dict[str, str] | None = None,
     findings: tuple[Finding, ...] = (),
     *,
     compared: bool = False,
 ) -> PlanReport:
+    naming = naming_for(plan.spec, asked, f"planning {what}")
     rows: dict[str, list[Any]] = {}
     shards: dict[int, int] = {}
     tensors = passengers = 0

@@ -6,6 +6,8 @@
 | fp8 | F8_E4M3 | F8_E8M0 | a tile of 128x128 |
 | fp8_f32 | F8_E4M3 | F32 | a tile of 128x128 |
 | fp8_pow2 | F8_E4M3 | F32, a power of two as in fp8 | a tile of 128x128 |
+| fp8_32x32 | F8_E4M3 | F8_E8M0 | a tile of 32x32 (V4.1) |
+| fp8_1x32 | F8_E4M3 | F8_E8M0 | 32 values of a row (Engram tables of V4.1) |
 | bf16, f32, i64, i32 | plain | - | - |
 
 Geometry only; codec/ holds the arithmetic by the same names. `fp8_pow2` is a way to write: on disk it is `fp8_f32`,
@@ -79,6 +81,8 @@ ENCODINGS: dict[str, Encoding] = {
         Encoding("fp8", "F8_E4M3", "F8_E8M0", expert_dtype="fp8"),
         Encoding("fp8_f32", "F8_E4M3", "F32", expert_dtype="fp8"),
         Encoding("fp8_pow2", "F8_E4M3", "F32", widened="fp8", expert_dtype="fp8"),
+        Encoding("fp8_32x32", "F8_E4M3", "F8_E8M0", (GROUP, GROUP)),
+        Encoding("fp8_1x32", "F8_E4M3", "F8_E8M0", (1, GROUP)),
         Encoding("bf16", "BF16"),
         Encoding("f32", "F32"),
         Encoding("i64", "I64"),
@@ -89,6 +93,8 @@ ENCODINGS: dict[str, Encoding] = {
 ALLOWED: Mapping[str, tuple[str, ...]] = {
     "linear": ("bf16", "fp8", "fp8_f32", "f32"),
     "expert": ("bf16", "mxfp4", "fp8", "fp8_f32", "f32"),
+    "linear32": ("bf16", "fp8_32x32", "fp8", "fp8_f32", "f32"),
+    "engram": ("bf16", "fp8_1x32", "fp8", "f32"),
     "plain": ("bf16", "f32"),
     "f32": ("f32", "bf16"),
     "int": ("i32", "i64"),
@@ -96,6 +102,27 @@ ALLOWED: Mapping[str, tuple[str, ...]] = {
 # What a folder can be written as: each tensor as its source stores it, or throughout.
 TARGETS = ("source", "fp8", "bf16")
 QUANTISED = frozenset(e.name for e in ENCODINGS.values() if e.scale_dtype)
+
+
+def of_shapes(
+    allowed: tuple[str, ...], shape: tuple[int, ...], dtype: str, scale: tuple[str, tuple[int, ...]] | None
+) -> str | None:
+    """The allowed encoding of a tensor of logical `shape`: of those of its types, the one whose scale fits.
+
+    Args:
+        allowed: encodings, see `ALLOWED`.
+        shape: of its values.
+        dtype: of its elements, as stored.
+        scale: type and shape of its scale.
+
+    Returns:
+        The first of its types where no scale fits, for that is then what is wrong; None where no type does.
+    """
+    kinds = [e for e in ENCODINGS.values() if e.name in allowed and e.dtype == dtype]
+    kinds = [e for e in kinds if e.scale_dtype is None or (scale and e.scale_dtype == scale[0])]
+    fits = (e for e in kinds if e.scale_dtype is None or (scale and e.scale_shape(shape) == scale[1]))
+    best = next(fits, kinds[0] if kinds else None)
+    return best.name if best else None
 
 
 def of_dtype(dtype: str, scale_dtype: str | None) -> str | None:

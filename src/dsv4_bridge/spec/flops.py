@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from ..errors import BridgeError, short
 from .lora import Lora, targets
+from .plan import check_computed
 from .spec import ModelSpec, replace_spec
 
 RECOMPUTE = (None, "full", "moe")
@@ -128,6 +129,7 @@ def count_flops(
     Raises:
         BridgeError: lengths that are none, or an unknown recompute or adapter target.
     """
+    check_computed(spec, "counting FLOPs")
     lengths = _checked(lengths)
     if recompute not in RECOMPUTE:
         raise BridgeError(f"counting FLOPs: recompute is {short(recompute)}, expected full, moe or None")

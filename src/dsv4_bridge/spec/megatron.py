@@ -5,7 +5,7 @@ from functools import cache
 from typing import Literal, NamedTuple
 
 from ..errors import BridgeError, short
-from .plan import Item, Plan
+from .plan import Item, Plan, architecture_of
 from .spec import ModelSpec
 from .table import ROWS
 
@@ -15,9 +15,9 @@ Naming = Literal["gpt", "hybrid"]
 NAMINGS: tuple[Naming, ...] = ("gpt", "hybrid")
 
 
-def check_naming(naming: str, doing: str) -> None:
-    """Refuse what is no naming; `doing` says what was being done."""
-    if naming not in NAMINGS:
+def check_naming(naming: str | None, doing: str) -> None:
+    """Refuse what is no naming; `doing` says what was being done. None leaves the choice to the model."""
+    if naming is not None and naming not in NAMINGS:
         raise BridgeError(f"{doing}: naming {short(naming)} is not one of {', '.join(NAMINGS)}")
 
 
@@ -53,6 +53,24 @@ _EXPERTS = "mlp.experts."  # on disk, all experts of a layer are one tensor of `
 def of_model(key: str) -> bool:
     """Whether a checkpoint's key is the model's: not a training state, nor an extra state, whatever its form."""
     return not key.startswith(_NOT_MODEL) and "_extra_state" not in key.split("/", maxsplit=1)[0].split(".")
+
+
+def naming_for(spec: ModelSpec, naming: Naming | None, doing: str) -> Naming:
+    """The naming that was asked for, or where nothing was said the first that such a model has.
+
+    Raises:
+        BridgeError: Megatron has no such model under that naming.
+    """
+    architecture = architecture_of(spec)
+    known = [n for n in NAMINGS if n in architecture.namings]
+    if naming is None:
+        return known[0]
+    if naming not in known:
+        raise BridgeError(
+            f"{doing}: naming {short(naming)} is not one of {', '.join(known)}, by which Megatron-LM names the tensors "
+            f"of {architecture.name}; leave --naming out, or take --naming {known[0]}"
+        )
+    return naming
 
 
 def naming_of(keys: Iterable[str]) -> Naming:
@@ -100,8 +118,8 @@ def megatron_prefix(item: Item, naming: Naming = "gpt", first_layer: int = 0, bo
             model.
     """
     kind, index = item.block.kind, item.block.index
-    if kind == "model":
-        return ""
+    if kind not in ("layer", "mtp"):
+        return item.block.prefix
     hybrid = naming == "hybrid"
     if kind == "layer":
         layer = index - first_layer

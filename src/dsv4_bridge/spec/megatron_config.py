@@ -87,8 +87,13 @@ def megatron_model(spec: ModelSpec, naming: Naming = "gpt") -> dict[str, Any]:
 
 
 def layer_pattern(spec: ModelSpec) -> str:
-    """The layers of a HybridModel as a word: W, C, H for attention of ratio 0, 4, 128, E for MoE, `/` before MTP."""
+    """The layers of a HybridModel as a word: W, C, H for attention of ratio 0, 4, 128, E for MoE, `/` before MTP.
+
+    Empty where attention has other ratios: what Megatron writes for those of V4.1 is not known.
+    """
     count, ratios = spec.num_hidden_layers, spec.compress_ratios
+    if not set(ratios) <= set(_SYMBOLS):
+        return ""
     return _MTP.join((_symbols(ratios[:count]), *(_symbols([r]) for r in ratios[count : count + spec.mtp_layers])))
 
 

@@ -11,31 +11,14 @@ from functools import cached_property
 from itertools import groupby
 from typing import NamedTuple
 
+from ..errors import BridgeError
+from .architecture import Architecture, Block
 from .encodings import ENCODINGS, Stored
 from .spec import ModelSpec
+from .spec_v41 import V41Spec
 from .table import ROWS, Row
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """A place that rows are expanded for: the model itself, a decoder layer, a draft block.
-
-    Attributes:
-        kind: `model`, `layer`, `mtp` or `dspark`.
-        index: layer or draft block number (0 for the model).
-        ratio: compress ratio of its attention.
-        hashed: routes by token id.
-    """
-
-    kind: str
-    index: int
-    ratio: int
-    hashed: bool
-
-    @property
-    def prefix(self) -> str:
-        """Prefix of its released names."""
-        return {"model": "", "layer": f"layers.{self.index}."}.get(self.kind, f"mtp.{self.index}.")
+from .v4 import V4
+from .v41 import V41
 
 
 class Item(NamedTuple):
@@ -50,7 +33,7 @@ class Item(NamedTuple):
     @property
     def passenger(self) -> bool:
         """Whether Megatron's model has no place for it."""
-        return self.row.megatron is None or self.block.kind == "dspark"
+        return (self.row.megatron or self.row.hybrid) is None or self.block.kind == "dspark"
 
     @property
     def numel(self) -> int:
@@ -77,27 +60,30 @@ class Plan:
             yield from stored(item, encodings[item.row.encoding])
 
 
-def blocks(spec: ModelSpec) -> tuple[Block, ...]:
-    """Model, decoder layers and draft blocks in checkpoint order."""
-    count = spec.num_hidden_layers
-    draft = "dspark" if spec.dspark else "mtp"
-    return (
-        Block("model", 0, 0, False),
-        *(Block("layer", i, spec.ratio(i), i < spec.num_hash_layers) for i in range(count)),
-        *(Block(draft, k, spec.ratio(count + k), False) for k in range(spec.draft_blocks)),
-    )
+def architecture_of(spec: ModelSpec) -> Architecture:
+    """The architecture of a model of these numbers."""
+    return V41 if isinstance(spec, V41Spec) else V4
+
+
+def check_computed(spec: ModelSpec, doing: str) -> None:
+    """Raise where no such model is computed here.
+
+    Raises:
+        BridgeError: it is one whose checkpoints are converted only.
+    """
+    architecture = architecture_of(spec)
+    if architecture.why_not:
+        raise BridgeError(f"{doing}: {architecture.name} is not computed here: {architecture.why_not}")
+
+
+def blocks(spec: ModelSpec, own_mtp_head: bool = False) -> tuple[Block, ...]:
+    """Every place of rows in checkpoint order: model, decoder layers, draft blocks."""
+    return architecture_of(spec).blocks(spec, own_mtp_head)
 
 
 def layer_kinds(spec: ModelSpec) -> dict[str, int]:
     """How many decoder layers there are of each kind of attention and of routing, and how many draft blocks."""
-    layers = [b for b in blocks(spec) if b.kind == "layer"]
-    attention = {name: sum(b.ratio == ratio for b in layers) for name, ratio in _ATTENTION.items()}
-    hashed = sum(b.hashed for b in layers)
-    draft = {"MTP": spec.mtp_layers, "DSpark": spec.dspark.stages if spec.dspark else 0}
-    return attention | {"hash": hashed, "routed": len(layers) - hashed} | draft
-
-
-_ATTENTION = {"window": 0, "CSA": 4, "HCA": 128}
+    return architecture_of(spec).kinds(spec)
 
 
 def expand(spec: ModelSpec, own_mtp_head: bool = False) -> Plan:
@@ -107,59 +93,24 @@ def expand(spec: ModelSpec, own_mtp_head: bool = False) -> Plan:
         spec: its numbers.
         own_mtp_head: whether the first MTP block ships its own embedding and head (Base).
     """
-    items: list[Item] = []
-    for block in blocks(spec):
-        sizes = _symbols(spec, block.ratio)
-        rows = [r for r in ROWS if _applies(r, block, spec, own_mtp_head)]
-        for per_expert, group in groupby(rows, key=lambda r: r.per_expert):
-            facts = [(r, block.prefix + r.released, tuple(_size(d, sizes) for d in r.shape)) for r in group]
-            if not per_expert:
-                items += [Item(row, block, None, name, shape) for row, name, shape in facts]
-                continue
-            halves = [(row, *name.split("{expert}"), shape) for row, name, shape in facts]
-            for e in range(spec.n_routed_experts):
-                items += [Item(row, block, e, f"{a}{e}{b}", shape) for row, a, b, shape in halves]
+    items = [item for block in blocks(spec, own_mtp_head) for item in items_of(spec, block)]
     return Plan(spec, own_mtp_head, tuple(items))
 
 
-def _applies(row: Row, block: Block, spec: ModelSpec, own_mtp_head: bool) -> bool:
-    first, last = block.index == 0, block.index == spec.draft_blocks - 1
-    in_scope = {
-        "first": block.kind == "model",
-        "last": block.kind == "model",
-        "block": block.kind != "model",
-        "mtp": block.kind == "mtp",
-        "mtp_own": block.kind == "mtp" and first and own_mtp_head,
-        "dspark_first": block.kind == "dspark" and first,
-        "dspark_last": block.kind == "dspark" and last,
-    }[row.scope]
-    return (
-        in_scope
-        and {
-            "always": True,
-            "compressed": block.ratio != 0,
-            "csa": block.ratio == 4,
-            "hash": block.hashed,
-            "routed": not block.hashed,
-        }[row.when]
-    )
-
-
-def _symbols(spec: ModelSpec, ratio: int) -> dict[str, int]:
-    sizes = {name: value for name, value in vars(spec).items() if isinstance(value, int)}
-    sizes |= {
-        "ratio": ratio,
-        "compress_width": 2 if ratio == 4 else 1,
-        "hc_mix": spec.hc_mult * (spec.hc_mult + 2),
-    }
-    if spec.dspark:
-        rank = spec.dspark.markov_rank
-        sizes |= {
-            "dspark_stages": spec.dspark.stages,
-            "markov_rank": rank,
-            "confidence_width": spec.hidden_size + rank,
-        }
-    return sizes
+def items_of(spec: ModelSpec, block: Block) -> list[Item]:
+    """The items of one block, in checkpoint order."""
+    architecture, items = architecture_of(spec), list[Item]()
+    sizes = architecture.symbols(spec, block)
+    rows = [r for r in architecture.rows if r.scope in block.scopes and r.when in block.traits]
+    for per_expert, group in groupby(rows, key=lambda r: r.per_expert):
+        facts = [(r, block.prefix + r.released, tuple(_size(d, sizes) for d in r.shape)) for r in group]
+        if not per_expert:
+            items += [Item(row, block, None, name, shape) for row, name, shape in facts]
+            continue
+        halves = [(row, *name.split("{expert}"), shape) for row, name, shape in facts]
+        for e in range(block.experts):
+            items += [Item(row, block, e, f"{a}{e}{b}", shape) for row, a, b, shape in halves]
+    return items
 
 
 def _size(dim: str, sizes: Mapping[str, int]) -> int:
@@ -191,17 +142,18 @@ def stored(item: Item, encoding: str) -> tuple[Stored, ...]:
 
 
 def shard_of(item: Item, spec: ModelSpec) -> int:
-    """Number of the released shard that holds an item, from 1: embed, layers, the rest, draft blocks."""
-    if item.block.kind == "model":
-        return 1 if item.row.scope == "first" else spec.num_hidden_layers + 2
-    if item.block.kind == "layer":
-        return item.block.index + 2
-    return spec.num_hidden_layers + 3 + item.block.index
+    """Number of the released shard that holds an item, from 1."""
+    return architecture_of(spec).shard(item.row, item.block, spec)
+
+
+def in_row_order(item: Item, spec: ModelSpec) -> bool:
+    """Whether a released shard holds an item in the order of the rows, not sorted by type and name."""
+    return item.row.when in architecture_of(spec).unsorted
 
 
 def shard_name(number: int, spec: ModelSpec) -> str:
     """File name of a released shard."""
-    return f"model-{number:05d}-of-{spec.num_hidden_layers + 2 + spec.draft_blocks:05d}.safetensors"
+    return f"model-{number:05d}-of-{architecture_of(spec).shards(spec):05d}.safetensors"
 
 
 # ---------------------------------------------------------------- in a Megatron checkpoint

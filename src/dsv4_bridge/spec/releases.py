@@ -3,7 +3,8 @@
 What follows from the exact tensors of a release is not typed here but derived (`convert.releases`): the names of its
 shards, which tensors lie in each and, as the order of their data is known, the size of each shard to the byte. The
 derived sizes add up to the published 159,617,149,040 (Flash), 166,886,535,336 (Flash-0731), 864,721,029,744 (Pro) and
-892,744,322,880 (Pro-0813) bytes. Of the Base releases no exact total is published.
+892,744,322,880 (Pro-0813) bytes; those of V4.1-Flash are the listed ones, one by one. Of the Base releases no exact
+total is published.
 
 | fact | source |
 |---|---|
@@ -12,6 +13,7 @@ derived sizes add up to the published 159,617,149,040 (Flash), 166,886,535,336 (
 | shards of Flash | SHA-256 and sizes pinned by a public inference library's loader for this revision |
 | shards of Flash-0731 | SHA-256 of the Git LFS objects, as a public loader pins them for this revision |
 | Pro-0813, all files | the Hub's listing of the revision, as kept at bojieli/OpenTallas @3b1d6322, data/inventory |
+| V4.1-Flash, all files | `releases_v41` |
 | tokenizer, generation config | SHA-256 recorded by third parties |
 
 The listing of Pro-0813 has, beside the SHA-256 of a shard, the Git blob of its LFS pointer, which holds that SHA-256
@@ -23,6 +25,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from . import releases_v41
 from .variants import VARIANTS, Variant
 
 
@@ -319,6 +322,12 @@ RELEASES: dict[str, Release] = {
                 "tokenizer_config.json": Published(801, "blob:f3dad388a2bbfd6a8605bd02754acd86d9ca5112"),
             },
             _shards(_PRO_0813),
+        ),
+        Release(
+            VARIANTS["V4.1-Flash"],
+            releases_v41.REVISION,
+            {name: Published(*facts) for name, facts in releases_v41.FILES.items()},
+            _shards(releases_v41.SHARDS),
         ),
     )
 }

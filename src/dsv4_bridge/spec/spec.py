@@ -111,6 +111,10 @@ class ModelSpec:
         """Compress ratio of decoder layer `layer`; draft block k is layer `num_hidden_layers + k`."""
         return self.compress_ratios[layer]
 
+    def _rules(self) -> tuple[tuple[bool, str], ...]:
+        """What must hold of a later architecture's numbers, and what to say where it does not."""
+        return ()
+
     def without_draft(self) -> "ModelSpec":
         """The same model with no MTP block and no drafter."""
         return replace_spec(
@@ -122,9 +126,9 @@ class ModelSpec:
 
 
 def replace_spec(spec: ModelSpec, **changes: Any) -> ModelSpec:
-    """A validated copy of `spec` with `changes`."""
+    """A validated copy of `spec`, of its own class, with `changes`."""
     values = {f.name: getattr(spec, f.name) for f in fields(spec)} | changes
-    return validated(ModelSpec(**values), "spec")
+    return validated(type(spec)(**values), "spec")
 
 
 # Numbers that no tensor and no computation of the model follows from.
@@ -139,6 +143,8 @@ def differing(one: ModelSpec, other: ModelSpec, *, aside: bool = False) -> tuple
         other: another.
         aside: name those instead that no computation follows from.
     """
+    if type(one) is not type(other):
+        return () if aside else (f"architecture: {type(one).__name__} against {type(other).__name__}",)
     names = [f.name for f in fields(one) if (f.name in ASIDE) == aside]
     pairs = [(n, getattr(one, n), getattr(other, n)) for n in names]
     return tuple(f"{n}: {short(a)} against {short(b)}" for n, a, b in pairs if a != b)
@@ -193,7 +199,7 @@ def validated(spec: ModelSpec, where: str) -> ModelSpec:
             f"{spec.draft_blocks} draft blocks",
         ),
     )
-    for good, message in rules:
+    for good, message in (*rules, *(spec._rules() if all(good for good, _ in rules) else ())):
         if not good:
             raise BridgeError(f"{where}: {message}")
     if spec.dspark:

@@ -7,6 +7,7 @@
 | Flash-0731, Pro-0813 | MXFP4 | FP8, E8M0 scales | three DSpark stages (passengers) |
 | Flash-FP8, Pro-FP8 | FP8, E8M0 scales | FP8, E8M0 scales | one MTP block |
 | Flash-BF16, Pro-BF16 | BF16 | BF16 | one MTP block |
+| V4.1-Flash | MXFP4 | FP8 in tiles of 32x32, E8M0 scales; Engram tables 1x32 | three DSpark stages (passengers) |
 """
 
 import difflib
@@ -16,6 +17,7 @@ from typing import Any
 
 from ..errors import BridgeError, short
 from .spec import DSparkSpec, ModelSpec, replace_spec
+from .spec_v41 import EngramSpec, V41Spec, VisionSpec
 
 _FLASH = ModelSpec(
     vocab_size=129280,
@@ -87,12 +89,42 @@ _PRO_0813 = replace_spec(
     compress_ratios=(*_PRO.compress_ratios, 0, 0),
 )
 
+_V41_FLASH = V41Spec(
+    **{f.name: getattr(_FLASH, f.name) for f in fields(ModelSpec) if f.name not in ("num_hash_layers", "dspark")}
+    | {
+        "hidden_size": 5120,
+        "num_hidden_layers": 40,
+        "q_lora_rank": 1280,
+        "moe_intermediate_size": 2304,
+        "n_routed_experts": 384,
+        "num_nextn_predict_layers": 3,
+        "index_n_heads": 32,
+        "rms_norm_eps": 1e-20,
+        "compress_ratios": (0, 0, *(2,) * 18, *(1,) * 20, 0, 0, 0),
+    },
+    num_hash_layers=0,
+    dspark=DSparkSpec(5, 128799, (37, 38, 39), 256),
+    pad_token_id=2,
+    image_token_id=129264,
+    kv_source_layer_ids=(2, 8, 14, 20),
+    index_source_layer_ids=(2, 8, 14, 20, 24, 28, 32, 36),
+    candidate_source_layer_id=20,
+    candidate_topk_blocks=2048,
+    candidate_block_size=8,
+    dspark_n_routed_experts=128,
+    dspark_num_experts_per_tok=3,
+    engram=EngramSpec((1, 14), (384006168, 384016682), 4, 16000000, 8, 256, 2, 99092),
+    vision=VisionSpec(32, 1024, 16, 2816, 14, 10000.0, 3, 1024, 295936, None),
+)
+
 # What each encoding class of the table is on disk (codec/ defines the encodings).
 _PLAIN = {"plain": "bf16", "f32": "f32", "int": "i64"}
 FP4 = {**_PLAIN, "linear": "fp8", "expert": "mxfp4"}
 FP8 = {**_PLAIN, "linear": "fp8", "expert": "fp8"}
 BASE = {**_PLAIN, "linear": "fp8_f32", "expert": "fp8_f32"}
 BF16 = {**_PLAIN, "linear": "bf16", "expert": "bf16"}
+V41 = {"plain": "bf16", "f32": "f32", "linear32": "fp8_32x32", "engram": "fp8_1x32", "expert": "mxfp4"}
+V41_BF16 = V41 | {"linear32": "bf16", "engram": "bf16", "expert": "bf16"}
 
 
 @dataclass(frozen=True)
@@ -131,6 +163,7 @@ VARIANTS: dict[str, Variant] = {
         Variant("Pro-0813", _HUB + "Pro-0813", _PRO_0813, FP4, "fp4"),
         Variant("Pro-FP8", _SGL + "Pro-FP8", _PRO, FP8, None),
         Variant("Pro-BF16", "", _PRO, BF16, None),
+        Variant("V4.1-Flash", "deepseek-ai/DeepSeek-V4.1-Flash", _V41_FLASH, V41, "fp4"),
     )
 }
 
@@ -160,15 +193,17 @@ def recognise(spec: ModelSpec, encodings: Mapping[str, str], own_mtp_head: bool)
             return variant.name + (" (float32 expert scales)" if served else "")
     size = f"{family} numbers" if family else "other size"
     stored = f"stored like {alike[0].name}" if alike else f"experts {encodings.get('expert')}"
-    return f"custom ({size}, {stored}, linears {encodings.get('linear')})"
+    return f"custom ({size}, {stored}, linears {encodings.get('linear') or encodings.get('linear32')})"
 
 
 def family_of(spec: ModelSpec) -> str | None:
-    """`Flash` or `Pro` where every architectural number is theirs, else None."""
-    for name, known in (("Flash", _FLASH), ("Pro", _PRO)):
+    """`Flash`, `Pro` or `V4.1-Flash` where every architectural number is theirs, else None."""
+    for name, known in (("Flash", _FLASH), ("Pro", _PRO), ("V4.1-Flash", _V41_FLASH)):
         layers = known.num_hidden_layers
-        if spec.compress_ratios[:layers] == known.compress_ratios[:layers] and all(
-            getattr(spec, f.name) == getattr(known, f.name) for f in fields(ModelSpec) if f.name not in _FREE
+        if (
+            type(spec) is type(known)
+            and spec.compress_ratios[:layers] == known.compress_ratios[:layers]
+            and all(getattr(spec, f.name) == getattr(known, f.name) for f in fields(known) if f.name not in _FREE)
         ):
             return name
     return None
@@ -182,6 +217,8 @@ def tiny(variant: Variant, ragged: bool = False) -> ModelSpec:
         ragged: widths that are no multiples of 128. Released ones all are, and hide ragged edges.
     """
     spec = variant.spec
+    if isinstance(spec, V41Spec):
+        return _tiny_v41(spec, ragged)
     start = (128, 128) if spec.ratio(0) == 128 else (0, 0)
     widths = {
         "hidden_size": 224 if ragged else 256,
@@ -209,6 +246,41 @@ def tiny(variant: Variant, ragged: bool = False) -> ModelSpec:
     )
 
 
+def _tiny_v41(spec: V41Spec, ragged: bool) -> V41Spec:
+    """Window layers, sources of ratio 2 and 1, layers that only use them, two Engram tables, one beside a source."""
+    return replace_spec(
+        spec,
+        hidden_size=224 if ragged else 256,
+        head_dim=64,
+        q_lora_rank=96 if ragged else 128,
+        o_lora_rank=36 if ragged else 32,
+        moe_intermediate_size=160 if ragged else 128,
+        index_head_dim=24 if ragged else 32,
+        vocab_size=520 if ragged else 512,
+        num_hidden_layers=7,
+        num_attention_heads=8,
+        qk_rope_head_dim=16,
+        o_groups=4,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        index_n_heads=3 if ragged else 8,
+        index_topk=8,
+        hc_sinkhorn_iters=4,
+        dspark=DSparkSpec(5, 511, (4, 5, 6), 16),
+        compress_ratios=(0, 0, 2, 2, 2, 1, 1, 0, 0, 0),
+        image_token_id=509,
+        kv_source_layer_ids=(2, 4, 5),
+        index_source_layer_ids=(2, 4, 5, 6),
+        candidate_source_layer_id=5,
+        candidate_topk_blocks=16,
+        dspark_n_routed_experts=4,
+        dspark_num_experts_per_tok=2,
+        # Buckets are the next primes behind 97: 3 lengths, 2 hashes each, in both layers different ones.
+        engram=EngramSpec((1, 4), (101 + 103 + 107 + 109 + 113 + 127, 5131), 4, 97, 2, 40 if ragged else 64, 2, 300),
+        vision=replace(spec.vision, num_hidden_layers=2, hidden_size=48, num_attention_heads=4, intermediate_size=72),
+    )
+
+
 def shortened(variant: Variant, layers: int) -> ModelSpec:
     """The released numbers with the first `layers` decoder layers, and the draft blocks as they are.
 
@@ -224,6 +296,11 @@ def shortened(variant: Variant, layers: int) -> ModelSpec:
         BridgeError: no such number.
     """
     spec = variant.spec
+    if isinstance(spec, V41Spec):
+        raise BridgeError(
+            f"{layers} layers of {variant.name}: it is not shortened, for its layers take keys, indices and candidates "
+            "from others; take the tiny width"
+        )
     if not 1 <= layers <= spec.num_hidden_layers:
         raise BridgeError(f"{layers} layers of {variant.name}: it has {spec.num_hidden_layers}, expected 1 to that")
     released = spec.compress_ratios[: spec.num_hidden_layers]
@@ -258,7 +335,7 @@ def variant_named(name: str) -> Variant:
         BridgeError: no such variant.
     """
     for variant in VARIANTS.values():
-        if variant.name.lower() == name.lower().removeprefix("deepseek-v4-"):
+        if variant.name.lower() == _short(name):
             return variant
     raise BridgeError(f"no variant {short(name)}{nearest_variant(name)}; known are {', '.join(VARIANTS)}")
 
@@ -266,12 +343,18 @@ def variant_named(name: str) -> Variant:
 def known_variant(name: str) -> Variant | None:
     """The variant called `name`, short or by its repository, any case; planning it needs no files."""
     known = {v.name.lower(): v for v in VARIANTS.values()} | {v.hub_id.lower(): v for v in VARIANTS.values()}
-    return known.get(name.lower().removeprefix("deepseek-ai/").removeprefix("deepseek-v4-")) or known.get(name.lower())
+    return known.get(_short(name)) or known.get(name.lower())
+
+
+def _short(name: str) -> str:
+    return name.lower().removeprefix("deepseek-ai/").removeprefix("deepseek-").removeprefix("v4-")
 
 
 def guess(config: dict[str, Any], spec: ModelSpec | None = None) -> Variant:
     """The variant that a config alone points to."""
-    quantised = isinstance(config.get("quantization_config"), dict)
+    if isinstance(spec, V41Spec):
+        return VARIANTS["V4.1-Flash"] if _quantised(config) else replace(VARIANTS["V4.1-Flash"], encodings=V41_BF16)
+    quantised = _quantised(config)
     expert = config.get("expert_dtype")
     # The launch config of the FP4 releases has no expert_dtype, nor have the FP8 repacks.
     encodings = BF16 if not quantised else {"fp8": BASE}.get(str(expert), FP4)
@@ -281,3 +364,9 @@ def guess(config: dict[str, Any], spec: ModelSpec | None = None) -> Variant:
         if same:
             return variant
     return next(v for v in family if (v.spec.dspark is not None) == bool(spec and spec.dspark) or not spec)
+
+
+def _quantised(config: dict[str, Any]) -> bool:
+    # DeepSeek's own inference/config.json says by `dtype` how weights are stored; everywhere else it is a type to
+    # compute with.
+    return isinstance(config.get("quantization_config"), dict) or ("dim" in config and config.get("dtype") == "fp8")

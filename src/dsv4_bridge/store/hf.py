@@ -19,14 +19,13 @@ from typing import Any, NamedTuple
 
 from ..errors import BridgeError, short, some
 from ..files import AnyPath
-from ..spec.encodings import ALLOWED, ENCODINGS, QUANTISED, of_dtype
-from ..spec.plan import Item, Plan, draft_name, expand, scale_name, stored
-from ..spec.spec import ModelSpec, replace_spec
+from ..spec.encodings import ALLOWED, ENCODINGS, QUANTISED, of_shapes
+from ..spec.plan import Item, Plan, architecture_of, blocks, draft_name, expand, items_of, scale_name, stored
+from ..spec.spec import ModelSpec
+from ..spec.v4 import V4
 from ..spec.variants import recognise
 from .hf_config import read_config, spec_from_config
 from .safetensors import SafetensorsFolder, Shard, TensorInfo
-
-SCHEMES = ("released", "prefixed", "saved", "modules", "resaved")
 
 
 class Bound(NamedTuple):
@@ -144,10 +143,10 @@ def findings_message(checkpoint: HFCheckpoint) -> str:
 def _bind(folder: SafetensorsFolder, config: Mapping[str, Any], spec: ModelSpec, partial: bool) -> HFCheckpoint:
     tensors = folder.tensors
     vision = [n for n in tensors if n.startswith(("vision.", "model.vision.")) or n.endswith("gate.bias_vl")]
-    if vision:
+    if vision and architecture_of(spec) is V4:
         raise BridgeError(
             f"opening {folder.path}: tensor {short(vision[0])} belongs to DeepSeek-V4-Flash-Vision-Exp; "
-            "only the text models are supported"
+            "only the text models of DeepSeek-V4 are supported"
         )
     scheme = "released" if partial else _scheme(tensors, spec, folder.path)
     if not any(n.startswith(("mtp.", "model.mtp.")) for n in tensors) and scheme in (
@@ -167,17 +166,13 @@ def _bind(folder: SafetensorsFolder, config: Mapping[str, Any], spec: ModelSpec,
 
 
 def _scheme(tensors: Mapping[str, TensorInfo], spec: ModelSpec, path: Path) -> str:
-    first = replace_spec(
-        spec.without_draft(),
-        num_hidden_layers=1,
-        num_hash_layers=min(1, spec.num_hash_layers),
-        compress_ratios=spec.compress_ratios[:1],
-    )
-    probe = [i for i in expand(first).items if i.expert in (None, 0)]
-    hits = {s: sum(disk_name(i, s, spec)[0] in tensors for i in probe) for s in SCHEMES}
-    best = max(SCHEMES, key=lambda s: hits[s])
+    places = [b for b in blocks(spec) if b.index == 0 and b.kind in ("model", "layer")]
+    probe = [i for b in places for i in items_of(spec, b) if i.expert in (None, 0)]
+    schemes, name = architecture_of(spec).schemes, architecture_of(spec).name
+    hits = {s: sum(disk_name(i, s, spec)[0] in tensors for i in probe) for s in schemes}
+    best = max(schemes, key=lambda s: hits[s])
     if hits[best] == 0:
-        raise BridgeError(f"opening {path}: no tensor has a DeepSeek-V4 name (found {some(tensors) or 'none'})")
+        raise BridgeError(f"opening {path}: no tensor has a {name} name (found {some(tensors) or 'none'})")
     return best
 
 
@@ -246,9 +241,10 @@ def _fit(
     tensors: Mapping[str, TensorInfo],
 ) -> tuple[tuple[str, str] | None, Bound | None]:
     allowed = ALLOWED[item.row.encoding]
-    encoding = of_dtype(info.dtype, tensors[scale].dtype if scale else None)
-    if encoding not in allowed:
-        if info.dtype in ("I8", "F8_E4M3") and item.row.encoding in ("linear", "expert"):
+    beside = tensors[scale] if scale else None
+    encoding = of_shapes(allowed, item.shape, info.dtype, beside and (beside.dtype, beside.shape))
+    if encoding is None:
+        if info.dtype in ("I8", "F8_E4M3") and item.row.encoding not in ("plain", "f32", "int"):
             if scale is None:
                 return ("scale", f"is {info.dtype} and has no scale beside it"), None
             return (
@@ -339,14 +335,15 @@ def _check_config(config: Mapping[str, Any], encodings: Mapping[str, str], path:
     quantization = config.get("quantization_config")
     quantization = quantization if isinstance(quantization, Mapping) else None
     stated = config.get("expert_dtype") or (quantization or {}).get("expert_dtype")
-    experts, linears = encodings.get("expert"), encodings.get("linear")
+    experts, linears = encodings.get("expert"), encodings.get("linear") or encodings.get("linear32") or ""
+    tile = list(ENCODINGS[linears].block) if linears in QUANTISED else [128, 128]
     known = {e.expert_dtype for e in ENCODINGS.values() if e.expert_dtype}
     problems = []
     if experts in QUANTISED and str(stated) in known and ENCODINGS[experts].expert_dtype != stated:
         problems.append(f"expert_dtype is {short(stated)}, but the experts are stored as {experts}")
-    if quantization and not {experts, linears} & QUANTISED and quantization.get("quant_method") == "fp8":
+    if quantization and not set(encodings.values()) & QUANTISED and quantization.get("quant_method") == "fp8":
         problems.append("it has a quantization_config, but every tensor is plain; remove that key")
-    if quantization and quantization.get("weight_block_size", [128, 128]) != [128, 128]:
-        problems.append(f"weight_block_size is {short(quantization['weight_block_size'])}, expected [128, 128]")
+    if quantization and quantization.get("weight_block_size", tile) != tile:
+        problems.append(f"weight_block_size is {short(quantization['weight_block_size'])}, expected {tile}")
     if problems:
         raise BridgeError(f"opening {path}: config.json contradicts the tensors: {'; '.join(problems)}")

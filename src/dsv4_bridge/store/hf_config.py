@@ -1,4 +1,4 @@
-"""The only reader and writer of config.json, in both dialects.
+"""The only reader and writer of config.json, in both dialects; that of V4.1 is in `config_v41`.
 
 *released*: what DeepSeek ships (`compress_ratios`, `num_hash_layers`, `rope_scaling`).
 *transformers*: what transformers writes (`layer_types`, `compress_rates`, `mlp_layer_types`,
@@ -14,7 +14,10 @@ from typing import Any
 
 from ..errors import BridgeError, short
 from ..spec.spec import MAX_COUNT, DSparkSpec, ModelSpec, validated
+from ..spec.spec_v41 import V41Spec
 from ..strict_json import parse_json, too_deep
+from .config_fields import mapping, number, take, typed
+from .config_v41 import dialect_of_v41, released_config_v41, spec_v41
 
 LAYER_TYPES = {
     "sliding_attention": 0,
@@ -54,7 +57,9 @@ ROPE_SCALING = {
 
 
 def dialect_of(config: Mapping[str, Any]) -> str:
-    """`released` or `transformers`, from the keys present."""
+    """`released` or `transformers`, of V4.1 also `inference`, from the keys present."""
+    if kind := dialect_of_v41(config):
+        return kind
     return "transformers" if "layer_types" in config or "rope_parameters" in config else "released"
 
 
@@ -105,13 +110,15 @@ def spec_from_config(config: Mapping[str, Any], where: str = "config.json") -> M
     """
     refuse_other_models(config, where)
     _refuse_other_encodings(config, where)
+    if dialect_of_v41(config):
+        return spec_v41(config, where)
     hf = dialect_of(config) == "transformers"
     values: dict[str, Any] = {}
     for name, kind in _SAME.items():
         if hf and name not in config and name in _FIXED_IN_TRANSFORMERS:
             values[name] = _FIXED_IN_TRANSFORMERS[name]
         else:
-            values[name] = _take(config, name, kind, where)
+            values[name] = take(config, name, kind, where)
     values |= _rope_fields(config, where, hf)
     values |= _marks(config, where)
     values["num_hash_layers"] = _hash_layers(config, where, values["num_hidden_layers"])
@@ -126,16 +133,15 @@ def refuse_other_models(config: Mapping[str, Any], where: str) -> None:
     """Raise for models that look like DeepSeek-V4 and are not, naming the keys that tell.
 
     Raises:
-        BridgeError: V4.1, the Vision experiment, or any other model type.
+        BridgeError: the Vision experiment, or any other model type.
     """
+    if dialect_of_v41(config):
+        return
     kind = config.get("model_type")
-    v41 = [k for k in ("text_config", "engram_layer_ids", "engram_vocab_size") if k in config]
-    if kind in ("deepseek_v41", "deepseek_v41_text") or v41:
-        found = ", ".join(v41) or f"model_type {short(kind)}"
+    if strange := [k for k in ("engram_layer_ids", "engram_vocab_size") if k in config]:
         raise BridgeError(
-            f"{where}: this is DeepSeek-V4.1 ({found}), another architecture: compressed attention with shared "
-            "key/value sources (ratios 0, 1, 2), Engram tables, FP8 tiles of 32x32, no hash layers. "
-            "Only the DeepSeek-V4 text models are supported"
+            f"{where}: it has keys of DeepSeek-V4.1 ({', '.join(strange)}), and model_type {short(kind)}; take the "
+            "config.json of the release"
         )
     vision = sorted(k for k in config if isinstance(k, str) and k.startswith("vision"))
     if vision:
@@ -146,7 +152,8 @@ def refuse_other_models(config: Mapping[str, Any], where: str) -> None:
         )
     if kind != "deepseek_v4":
         raise BridgeError(
-            f"{where}: model_type is {short(kind)}, expected 'deepseek_v4'; this tool knows only DeepSeek-V4"
+            f"{where}: model_type is {short(kind)}, expected 'deepseek_v4' or 'deepseek_v41'; this tool knows only "
+            "DeepSeek-V4 and V4.1"
         )
 
 
@@ -160,81 +167,48 @@ def _refuse_other_encodings(config: Mapping[str, Any], where: str) -> None:
         )
 
 
-def _take(config: Mapping[str, Any], name: str, kind: Any, where: str) -> Any:
-    if name not in config:
-        raise BridgeError(f"{where}: the field {name!r} is missing ({_kind_name(kind)} expected)")
-    return _typed(config[name], name, kind, where)
-
-
-def _kind_name(kind: Any) -> str:
-    return {int: "an integer", float: "a number", bool: "true or false", str: "a string"}[kind]
-
-
-def _typed(value: Any, name: str, kind: Any, where: str) -> Any:
-    good = {
-        int: isinstance(value, int) and not isinstance(value, bool),
-        float: isinstance(value, int | float) and not isinstance(value, bool),
-        bool: isinstance(value, bool),
-        str: isinstance(value, str),
-    }[kind]
-    if not good:
-        raise BridgeError(f"{where}: {name!r} is {short(value)}, expected {_kind_name(kind)}")
-    if kind is float:
-        try:
-            return float(value)
-        except OverflowError:
-            raise BridgeError(f"{where}: {name!r} is out of range") from None
-    return value
-
-
-def _mapping(value: Any, name: str, where: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise BridgeError(f"{where}: {name!r} is {short(value)}, expected an object")
-    return value
-
-
 def _marks(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Begin and end of a text: transformers allows no beginning, and several ends, of which the first counts here."""
     ends = config.get("eos_token_id")
     end = ends[0] if isinstance(ends, list) and ends else ends
     for other in ends if isinstance(ends, list) else ():
-        _typed(other, "eos_token_id", int, where)
+        typed(other, "eos_token_id", int, where)
     begins = "bos_token_id" in config and config["bos_token_id"] is None
     return {
-        "bos_token_id": None if begins else _take(config, "bos_token_id", int, where),
-        "eos_token_id": _take({"eos_token_id": end} if "eos_token_id" in config else {}, "eos_token_id", int, where),
+        "bos_token_id": None if begins else take(config, "bos_token_id", int, where),
+        "eos_token_id": take({"eos_token_id": end} if "eos_token_id" in config else {}, "eos_token_id", int, where),
     }
 
 
 def _rope_fields(config: Mapping[str, Any], where: str, hf: bool) -> dict[str, Any]:
     nested = config.get("rope_parameters")
     if hf and isinstance(nested, Mapping) and "main" in nested:
-        main = _mapping(nested["main"], "rope_parameters.main", where)
-        yarn = _mapping(nested.get("compress"), "rope_parameters.compress", where)
+        main = mapping(nested["main"], "rope_parameters.main", where)
+        yarn = mapping(nested.get("compress"), "rope_parameters.compress", where)
         inside, kind = "rope_parameters.compress", yarn.get("rope_type")
         found = {
-            "rope_theta": _take(main, "rope_theta", float, f"{where}: rope_parameters.main"),
-            "compress_rope_theta": _take(yarn, "rope_theta", float, f"{where}: {inside}"),
+            "rope_theta": take(main, "rope_theta", float, f"{where}: rope_parameters.main"),
+            "compress_rope_theta": take(yarn, "rope_theta", float, f"{where}: {inside}"),
         }
     else:
-        yarn = _mapping(config.get("rope_scaling"), "rope_scaling", where)
+        yarn = mapping(config.get("rope_scaling"), "rope_scaling", where)
         inside, kind = "rope_scaling", yarn.get("type", yarn.get("rope_type"))
         found = {
-            "rope_theta": _take(config, "rope_theta", float, where),
-            "compress_rope_theta": _take(config, "compress_rope_theta", float, where),
+            "rope_theta": take(config, "rope_theta", float, where),
+            "compress_rope_theta": take(config, "compress_rope_theta", float, where),
         }
     if kind != "yarn":
         raise BridgeError(f"{where}: {inside} has type {short(kind)}, expected 'yarn'")
     for key, name in ROPE_SCALING.items():
         wanted = int if name.endswith("embeddings") else float
-        found[name] = _take(yarn, key, wanted, f"{where}: {inside}")
+        found[name] = take(yarn, key, wanted, f"{where}: {inside}")
     return found
 
 
 def _rope_width(config: Mapping[str, Any], where: str, head_dim: int) -> int:
     # partial_rotary_factor applies to head_dim, never on top of an already narrow width.
     if "qk_rope_head_dim" in config:
-        return _take(config, "qk_rope_head_dim", int, where)
+        return take(config, "qk_rope_head_dim", int, where)
     factor = config.get("partial_rotary_factor")
     if factor is None:
         nested = config.get("rope_parameters")
@@ -242,7 +216,7 @@ def _rope_width(config: Mapping[str, Any], where: str, head_dim: int) -> int:
         factor = main.get("partial_rotary_factor") if isinstance(main, Mapping) else None
     if factor is None:
         raise BridgeError(f"{where}: the field 'qk_rope_head_dim' is missing (an integer expected)")
-    width = _typed(factor, "partial_rotary_factor", float, where) * head_dim
+    width = typed(factor, "partial_rotary_factor", float, where) * head_dim
     if not 0 < width <= head_dim or width != int(width):
         raise BridgeError(f"{where}: partial_rotary_factor {short(factor)} of head_dim {head_dim} is no whole width")
     return int(width)
@@ -251,7 +225,7 @@ def _rope_width(config: Mapping[str, Any], where: str, head_dim: int) -> int:
 def _hash_layers(config: Mapping[str, Any], where: str, layers: int) -> int:
     kinds = config.get("mlp_layer_types")
     if kinds is None:
-        return _take(config, "num_hash_layers", int, where)
+        return take(config, "num_hash_layers", int, where)
     if not isinstance(kinds, list) or len(kinds) != layers or any(k not in ("hash_moe", "moe") for k in kinds):
         raise BridgeError(
             f"{where}: mlp_layer_types is {short(kinds)}, expected {layers} entries of 'hash_moe' or 'moe'"
@@ -273,10 +247,10 @@ def _dspark(config: Mapping[str, Any], where: str) -> DSparkSpec | None:
     if not isinstance(targets, list) or not 0 < len(targets) <= 64:
         raise BridgeError(f"{where}: dspark_target_layer_ids is {short(targets)}, expected a list of layer ids")
     return DSparkSpec(
-        block_size=_take(config, "dspark_block_size", int, where),
-        noise_token_id=_take(config, "dspark_noise_token_id", int, where),
-        target_layer_ids=tuple(_typed(t, "dspark_target_layer_ids", int, where) for t in targets),
-        markov_rank=_take(config, "dspark_markov_rank", int, where),
+        block_size=take(config, "dspark_block_size", int, where),
+        noise_token_id=take(config, "dspark_noise_token_id", int, where),
+        target_layer_ids=tuple(typed(t, "dspark_target_layer_ids", int, where) for t in targets),
+        markov_rank=take(config, "dspark_markov_rank", int, where),
     )
 
 
@@ -299,7 +273,7 @@ def _ratios(config: Mapping[str, Any], where: str, layers: int, draft: int) -> t
         raise BridgeError(f"{where}: the field 'compress_ratios' (or 'layer_types') is missing")
     if not isinstance(ratios, list) or len(ratios) > 4096:
         raise BridgeError(f"{where}: compress_ratios is {short(ratios)}, expected a list")
-    ratios = [_typed(r, "compress_ratios", int, where) for r in ratios]
+    ratios = [typed(r, "compress_ratios", int, where) for r in ratios]
     if bad := sorted({r for r in ratios if r not in _TYPE_OF_RATIO}):
         raise BridgeError(f"{where}: compress_ratios holds {bad[:4]}; DeepSeek-V4 knows 0, 4 and 128")
     if len(ratios) < layers:
@@ -317,16 +291,16 @@ def _compress_rates(config: Mapping[str, Any], where: str) -> dict[str, int]:
     rates = {"sliding_attention": 0}
     given = config.get("compress_rates")
     if given is not None:
-        given = _mapping(given, "compress_rates", where)
+        given = mapping(given, "compress_rates", where)
     old = {
         "compressed_sparse_attention": "compress_rate_csa",
         "heavily_compressed_attention": "compress_rate_hca",
     }
     for name, scalar in old.items():
         if given is not None and name in given:
-            rates[name] = _typed(given[name], f"compress_rates.{name}", int, where)
+            rates[name] = typed(given[name], f"compress_rates.{name}", int, where)
         elif scalar in config:
-            rates[name] = _take(config, scalar, int, where)
+            rates[name] = take(config, scalar, int, where)
         else:
             raise BridgeError(f"{where}: the field 'compress_rates.{name}' is missing (an integer expected)")
         if rates[name] != LAYER_TYPES[name]:
@@ -337,22 +311,27 @@ def _compress_rates(config: Mapping[str, Any], where: str) -> dict[str, int]:
 # ---------------------------------------------------------------- writing
 
 
-def released_config(spec: ModelSpec, expert_dtype: str | None, quantized: bool) -> dict[str, Any]:
+def released_config(
+    spec: ModelSpec, expert_dtype: str | None, quantized: bool, tile: tuple[int, int] | None = None
+) -> dict[str, Any]:
     """config.json in the released dialect.
 
     Args:
         spec: the model.
         expert_dtype: `fp4`, `fp8`, or None to leave the key out (BF16 copies).
         quantized: whether to state the FP8 `quantization_config`; a BF16 copy must not.
+        tile: of its FP8 linear maps, by default the released one.
     """
+    if isinstance(spec, V41Spec):
+        return released_config_v41(spec, expert_dtype, (tile or (32, 32)) if quantized else None)
     config: dict[str, Any] = {"architectures": ["DeepseekV4ForCausalLM"], "model_type": "deepseek_v4"}
     config |= {name: getattr(spec, name) for name in (*_SAME, *_MARKS)}
     config |= {
         "num_hash_layers": spec.num_hash_layers,
         "qk_rope_head_dim": spec.qk_rope_head_dim,
-        "rope_theta": _number(spec.rope_theta),
-        "compress_rope_theta": _number(spec.compress_rope_theta),
-        "rope_scaling": {"type": "yarn"} | {k: _number(getattr(spec, n)) for k, n in ROPE_SCALING.items()},
+        "rope_theta": number(spec.rope_theta),
+        "compress_rope_theta": number(spec.compress_rope_theta),
+        "rope_scaling": {"type": "yarn"} | {k: number(getattr(spec, n)) for k, n in ROPE_SCALING.items()},
         "torch_dtype": "bfloat16",
         "transformers_version": "4.57.1",
         "use_cache": True,
@@ -372,6 +351,29 @@ def released_config(spec: ModelSpec, expert_dtype: str | None, quantized: bool) 
     return dict(sorted(config.items()))
 
 
+def requantised(
+    config: Mapping[str, Any], spec: ModelSpec, expert_dtype: str | None, tile: tuple[int, int] | None
+) -> dict[str, Any]:
+    """A released config.json that says of the encodings what now is so.
+
+    Args:
+        config: as released.
+        spec: its numbers.
+        expert_dtype: what experts are stored as.
+        tile: of FP8 linear maps; None: nothing is quantised.
+    """
+    changed = {key: value for key, value in config.items() if key not in ("quantization_config", "expert_dtype")}
+    if tile is None:
+        return changed
+    new = released_config(spec, expert_dtype, quantized=True, tile=tile)
+    if isinstance(spec, V41Spec):
+        return {
+            k: new[k] if k == "quantization_config" else v for k, v in ({"quantization_config": 0} | config).items()
+        }
+    old = config.get("quantization_config", QUANTIZATION_CONFIG)
+    return changed | {"quantization_config": old, "expert_dtype": expert_dtype}
+
+
 QUANTIZATION_CONFIG = {
     "activation_scheme": "dynamic",
     "fmt": "e4m3",
@@ -379,7 +381,3 @@ QUANTIZATION_CONFIG = {
     "scale_fmt": "ue8m0",
     "weight_block_size": [128, 128],
 }
-
-
-def _number(value: float) -> int | float:
-    return int(value) if value == int(value) else value

@@ -11,6 +11,7 @@ import yaml
 from ..errors import BridgeError, short
 from ..spec.megatron import Naming
 from ..spec.megatron_config import MODEL, Same, megatron_model, naming_of_settings, renamed_settings
+from ..spec.plan import architecture_of
 from ..spec.spec import ModelSpec
 from ..spec.variants import VARIANTS
 from ..strict_json import too_deep
@@ -36,8 +37,11 @@ def run_config(
     body = {
         "dsv4_bridge": {"format": _FORMAT, "source": dict(source)},
         "hf_config": released_config(spec, None, False),
-        "model": _stated(spec, naming) | _MODELS[naming] | _BRIDGE | {"pipeline_model_parallel_layout": layout},
     }
+    # Of V4.1 Megatron's own names of the numbers are not settled: only ours are written.
+    if not architecture_of(spec).why_not:
+        model = _stated(spec, naming) | _MODELS[naming] | _BRIDGE
+        body["model"] = model | {"pipeline_model_parallel_layout": layout}
     return yaml.safe_dump(body, sort_keys=False, width=100, default_flow_style=None).encode()
 
 

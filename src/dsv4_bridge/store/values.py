@@ -167,8 +167,11 @@ class HFValues:
 
     def scale(self, bound: Bound, first: int, last: int, scratch: Scratch, name: str = "scale") -> np.ndarray:
         """The rows of a scale that belong to rows `first` to `last` of its weight."""
+        return self.scale_rows(bound, *ENCODINGS[bound.encoding].scale_rows(first, last), scratch, name)
+
+    def scale_rows(self, bound: Bound, low: int, high: int, scratch: Scratch, name: str = "scale") -> np.ndarray:
+        """Rows `low` to `high` of the scale itself."""
         assert bound.scale is not None
-        low, high = ENCODINGS[bound.encoding].scale_rows(first, last)
         shape = (high - low, bound.scale.shape[1])
         out = scratch.take(name, DTYPES[bound.scale.dtype].numpy, shape)
         row = bound.scale.nbytes // bound.scale.shape[0]

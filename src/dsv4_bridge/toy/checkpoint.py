@@ -27,7 +27,7 @@ from ..progress import Progress, Silent, in_background
 from ..spec.dtypes import DTYPES
 from ..spec.encodings import QUANTISED, Stored
 from ..spec.megatron import Naming, check_naming
-from ..spec.plan import Item, Plan, expand, shard_name, shard_of, stored
+from ..spec.plan import Item, Plan, expand, in_row_order, shard_name, shard_of, stored
 from ..spec.spec import ModelSpec
 from ..spec.variants import Variant, shortened, tiny, variant_named
 from ..store.hf_config import released_config
@@ -166,13 +166,14 @@ def toy_bytes(variant: str, spec: ModelSpec) -> int:
 
 
 def _shards(plan: Plan, kind: Variant) -> dict[int, list[_Half]]:
-    """Number -> its tensors, in the order of the safetensors library: widest type first, then by name."""
+    """Number -> its tensors, in the order of the safetensors library: widest type first, then by name (Engram: not)."""
     shards: dict[int, list[_Half]] = {}
     for item in plan.items:
         for n, fact in enumerate(stored(item, kind.encodings[item.row.encoding])):
             shards.setdefault(shard_of(item, plan.spec), []).append(_Half(fact, item, n == 1))
     for halves in shards.values():
-        halves.sort(key=lambda half: (-DTYPES[half.fact.dtype].itemsize, half.fact.name))
+        if not in_row_order(halves[0].item, plan.spec):
+            halves.sort(key=lambda half: (-DTYPES[half.fact.dtype].itemsize, half.fact.name))
     return shards
 
 
@@ -240,6 +241,6 @@ def _write_small(out: Path, plan: Plan, kind: Variant, shards: Mapping[int, Sequ
     (out / "generation_config.json").write_text(json.dumps(generation | {"temperature": 1.0, "top_p": 1.0}) + "\n")
     for name, content in toy_tokenizer(plan.spec).items():
         (out / name).write_bytes(content)
-    quantised = kind.encodings["linear"] in QUANTISED
+    quantised = bool(set(kind.encodings.values()) & QUANTISED)
     config = released_config(plan.spec, kind.expert_dtype, quantised)
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -8,6 +8,7 @@ from ..errors import BridgeError
 from ..planning.memory import Run
 from ..planning.ranks import Asked, RanksReport, plan_ranks
 from ..spec.lora import Lora
+from ..spec.plan import check_computed
 from ..spec.spec import ModelSpec
 from ..spec.variants import VARIANTS, tiny
 from ..store.named import files_of, spec_of
@@ -87,6 +88,7 @@ def recipe_spec(recipe: Recipe, scaled: bool = False) -> ModelSpec:
         spec = tiny(VARIANTS[recipe.variant])
     else:
         spec = spec_of(recipe.start or recipe.variant)
+    check_computed(spec, f"training with recipe {recipe.name}")
     return spec if recipe.model.mtp and not spec.dspark else spec.without_draft()
 
 

@@ -144,7 +144,7 @@ def plan_table(report: PlanReport) -> Group:
         size(report.megatron_bytes),
     )
     lines = [
-        *([Text(f"layers    {report.pattern}")] if report.naming == "hybrid" else []),
+        *([Text(f"layers    {report.pattern}")] if report.naming == "hybrid" and report.pattern else []),
         Text(f"released  {report.tensors:,} tensors, {report.released_bytes:,} bytes in {len(report.shards)} shards"),
         Text(f"megatron  {report.megatron_bytes:,} bytes + {report.passenger_bytes:,} bytes of passengers"),
     ]
