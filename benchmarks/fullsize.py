@@ -1,10 +1,12 @@
 """A whole released variant, every tensor with its real name and shape, through the importer.
 
     python benchmarks/fullsize.py [--variant Flash] [--folder DIR]
+    python benchmarks/fullsize.py --variant V4.1-Flash [--experts 24] [--engram-rows 24000000]
 
 The shards are sparse files: they claim their full size and take almost no disk. The importer reads
 and decodes every byte and writes into sinks that count and discard. Shows tensors, bytes, speed,
 and resident memory sampled once a second: the first and last tenth of the run and the peak.
+With fewer experts a layer, or rows of an Engram table, it is shorter; every other number stays as released.
 """
 
 import argparse
@@ -12,7 +14,9 @@ import json
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -20,15 +24,16 @@ from dsv4_bridge.cli.show.progress import TerminalProgress
 from dsv4_bridge.convert.jobs import import_job
 from dsv4_bridge.convert.run import dry_run
 from dsv4_bridge.spec.plan import expand, shard_name, shard_of, stored
-from dsv4_bridge.spec.variants import variant_named
+from dsv4_bridge.spec.spec import replace_spec
+from dsv4_bridge.spec.spec_v41 import V41Spec
+from dsv4_bridge.spec.variants import Variant, variant_named
 from dsv4_bridge.store.hf import open_hf
 from dsv4_bridge.store.hf_config import released_config
 from dsv4_bridge.store.safetensors import INDEX, make_header, make_index
 
 
-def make_sparse(folder: Path, name: str) -> None:
+def make_sparse(folder: Path, variant: Variant) -> None:
     """Only headers and FP8 scale bytes (a zero there would be illegal) are written."""
-    variant = variant_named(name)
     plan = expand(variant.spec, variant.own_mtp_head)
     shards: dict[int, list] = {}
     for item in plan.items:
@@ -44,7 +49,8 @@ def make_sparse(folder: Path, name: str) -> None:
                 block_scale = fact.name.endswith(".scale") and ".experts." not in fact.name
                 if block_scale:
                     out.seek(at)
-                    out.write(b"\x7f" * fact.nbytes)
+                    for start in range(0, fact.nbytes, 1 << 22):
+                        out.write(b"\x7f" * min(1 << 22, fact.nbytes - start))
                 at += fact.nbytes
             out.truncate(at)
         weight_map |= {f.name: file for f in facts}
@@ -52,6 +58,17 @@ def make_sparse(folder: Path, name: str) -> None:
     (folder / INDEX).write_bytes(make_index(weight_map, total))
     config = released_config(variant.spec, variant.expert_dtype, True)
     (folder / "config.json").write_text(json.dumps(config))
+
+
+def cut(name: str, experts: int | None, rows: int | None) -> Variant:
+    """The variant, with fewer experts or rows where that was said."""
+    variant, changes = variant_named(name), dict[str, Any]()
+    if experts:
+        changes["n_routed_experts"] = experts
+    if rows and isinstance(variant.spec, V41Spec):
+        tables = tuple(min(rows, n) for n in variant.spec.engram.num_embeddings)
+        changes["engram"] = replace(variant.spec.engram, num_embeddings=tables)
+    return replace(variant, spec=replace_spec(variant.spec, **changes))
 
 
 def resident() -> float:
@@ -65,6 +82,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variant", default="Flash")
     parser.add_argument("--folder", type=Path)
+    parser.add_argument("--experts", type=int, help="of a layer, fewer than released")
+    parser.add_argument("--engram-rows", type=int, help="of each table, fewer than released")
     args = parser.parse_args()
     samples: list[float] = []
     done = threading.Event()
@@ -74,7 +93,7 @@ def main() -> None:
             samples.append(resident())
 
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="dsv4-full-") as name:
-        make_sparse(Path(name), args.variant)
+        make_sparse(Path(name), cut(args.variant, args.experts, args.engram_rows))
         before = resident()
         checkpoint = open_hf(Path(name))
         job = import_job(checkpoint)
