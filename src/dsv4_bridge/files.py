@@ -24,6 +24,20 @@ def sync(path: Path) -> None:
         os.close(fd)
 
 
+def every_file(folder: Path) -> list[Path]:
+    """The files in a folder and below it, sorted; links to folders are not followed.
+
+    Raises:
+        OSError: a folder cannot be listed. (`Path.rglob` leaves out what is in it.)
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    found = [Path(place, name) for place, _, names in os.walk(folder, onerror=refuse) for name in names]
+    return sorted(path for path in found if path.is_file())
+
+
 def put(path: Path, data: bytes, part: Path | None = None) -> None:
     """Write a file so that it is there whole or, if it was there, as before.
 

@@ -1,8 +1,10 @@
 """Megatron checkpoints under the other naming: the same bytes, read by everything, and back."""
 
 import argparse
+import errno
 import io
 import json
+import os
 import pickle
 import random
 import shutil
@@ -299,3 +301,20 @@ journal.enter = counted
         assert not (out / "latest_checkpointed_iteration.txt").exists()
     assert dsv4("rename", toy_megatron, out, "--naming", "hybrid", "--resume").returncode == 0
     assert same_files(hybrid, out) == []
+
+
+def test_a_folder_that_cannot_be_listed_is_not_left_out(
+    toy_megatron: Path, toy_flash: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `Path.rglob` does: an iteration would be copied without its passengers and tokenizer, or without weights."""
+    scandir = os.scandir
+
+    def failing(path: str | os.PathLike[str] = ".") -> object:
+        if str(path).endswith("/hf"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", failing)
+    with pytest.raises(BridgeError, match="Input/output error"):
+        rename(toy_megatron, tmp_path / "out", "hybrid")
+    assert not (tmp_path / "out").exists()

@@ -55,7 +55,7 @@ def import_(
         resolve(hf, revision),
         out,
         options,
-        naming=naming and naming.value,
+        naming=None if naming is None else naming.value,
         drop_passengers=drop_passengers,
         allow_lossy=allow_lossy,
     )

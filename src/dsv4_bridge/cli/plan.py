@@ -80,13 +80,13 @@ def plan(
     if names:
         from ..planning.tensors import megatron_names_of
 
-        listed = megatron_names_of(found[0], naming=naming and naming.value)
+        listed = megatron_names_of(found[0], naming=None if naming is None else naming.value)
         put({"names": listed}, as_json, "\n".join(f"{name}\t{' '.join(keys) or '-'}" for name, keys in listed.items()))
         return
     if all(value is None for value in (*sizes.values(), *run.values())):
         from .show.plan import plan_table
 
-        report = make_plan(*found, naming=naming and naming.value)
+        report = make_plan(*found, naming=None if naming is None else naming.value)
         put(report.to_json() if as_json else {}, as_json, "" if as_json else plan_table(report))
         finish(not report.findings)
         return

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from ..errors import BridgeError, files_named
-from ..files import put, sync
+from ..files import every_file, put, sync
 from ..progress import Progress, Silent, in_background
 from ..store.checksum import Checksum
 from ..store.digests import pieces
@@ -127,7 +127,7 @@ def verify_files(
                     wrong[name] = what
     finally:
         progress.stop()
-    there = sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file())
+    there = sorted(str(p.relative_to(root)) for p in every_file(root))
     others = tuple(name for name in there if name not in sums)
     return FilesReport(str(root), str(path), made, len(sums), sum(s.size for s in sums.values()), wrong, others)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BridgeError, files_named, some
-from ..files import AnyPath
+from ..files import AnyPath, every_file
 from ..progress import Progress, Silent, in_background
 from ..spec.encodings import Stored
 from ..spec.plan import expand, in_row_order, shard_name, shard_of, stored
@@ -297,7 +297,7 @@ def _same_tensors(there: Mapping[str, Stored], wanted: Mapping[str, Stored]) -> 
 
 def _beside(root: Path, known: Mapping[str, Published]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Shards that are not published, and other files of the folder that nothing is known of."""
-    there = sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file())
+    there = sorted(str(p.relative_to(root)) for p in every_file(root))
     unknown = [name for name in there if name not in known]
     return tuple(n for n in unknown if _is_shard(n)), tuple(n for n in unknown if not _is_shard(n))
 

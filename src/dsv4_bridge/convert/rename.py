@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import BridgeError, files_named, short
-from ..files import AnyPath
+from ..files import AnyPath, every_file
 from ..spec.megatron import STATES_OF, Naming, check_naming, naming_for, renamed
 from ..store.checkpoint import open_megatron_beside
 from ..store.hub import resolve
@@ -135,7 +135,7 @@ def _files(checkpoint: MegatronCheckpoint) -> dict[str, File]:
     folder, reader = checkpoint.path, checkpoint.reader
     begin = Counter(t.chunks[0].file for t in reader.tensors.values() if t.chunks)
     made, found = {_INDEX, _BACKEND, RUN_CONFIG}, Files(folder)
-    names = [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()]
+    names = [str(p.relative_to(folder)) for p in every_file(folder)]
     return {n: File(found, n, found.note(n), begin[n]) for n in names if n not in made}
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import BridgeError, short
+from ..files import every_file
 from .kinds import choose_shape, is_array, refuse_others, unpacked
 from .packed import unwrapped
 
@@ -79,7 +80,10 @@ def find_sources(named: Sequence[Path], unpack: Path, suffixes: Sequence[str] = 
             continue
         if not path.is_dir():
             raise BridgeError(f"looking for text in {path}: no such file or folder")
-        inside = [p.relative_to(path) for p in path.rglob("*") if p.is_file()]
+        try:
+            inside = [p.relative_to(path) for p in every_file(path)]
+        except OSError as error:
+            raise BridgeError(f"looking for text in {error.filename or path}: {error.strerror or error}") from None
         inside = [p for p in inside if not any(part.startswith(".") for part in p.parts)]
         taken = sorted((p for p in inside if not suffixes or p.suffix in suffixes), key=lambda p: p.parts)
         if not taken:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from ..files import every_file
 from ..spec.spec import ModelSpec
 from ..store.checkpoint import open_checkpoint
 from ..store.reading import kept_in_cache
@@ -79,7 +80,7 @@ def _fingerprint(asked: Question, part: tuple[int, int] | None) -> str:
         "part": part,
         "device": str(asked.device),
     }
-    files = [p for folder in (asked.ours, asked.theirs) for p in folder.rglob("*") if p.is_file()]
+    files = [p for folder in (asked.ours, asked.theirs) for p in every_file(folder)]
     return walk_state.fingerprint(facts, files, asked.ids)
 
 

@@ -62,7 +62,7 @@ def naming_for(spec: ModelSpec, naming: Naming | None, doing: str) -> Naming:
         BridgeError: Megatron has no such model under that naming.
     """
     architecture = architecture_of(spec)
-    known = [n for n in NAMINGS if n in architecture.namings]
+    known: list[Naming] = [n for n in NAMINGS if n in architecture.namings]
     if naming is None:
         return known[0]
     if naming not in known:

@@ -125,7 +125,7 @@ class ModelSpec:
         )
 
 
-def replace_spec(spec: ModelSpec, **changes: Any) -> ModelSpec:
+def replace_spec[S: ModelSpec](spec: S, **changes: Any) -> S:
     """A validated copy of `spec`, of its own class, with `changes`."""
     values = {f.name: getattr(spec, f.name) for f in fields(spec)} | changes
     return validated(type(spec)(**values), "spec")
@@ -160,7 +160,7 @@ _ZERO_OK = {
 }
 
 
-def validated(spec: ModelSpec, where: str) -> ModelSpec:
+def validated[S: ModelSpec](spec: S, where: str) -> S:
     """`spec` itself, if its numbers make a DeepSeek-V4 model.
 
     Raises:

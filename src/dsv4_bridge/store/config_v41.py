@@ -177,7 +177,7 @@ def _nested(flat: Mapping[str, Any], where: str) -> dict[str, Any]:
     text: dict[str, Any] = {"model_type": TEXT}
     outside: dict[str, Any] = {"model_type": MODEL}
 
-    def told(key: str, name: str) -> Any:
+    def told(key: str, name: str | None) -> Any:
         if name not in flat:
             raise BridgeError(f"{where}: the field {name!r} is missing")
         return flat[name]

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from ..errors import BridgeError
+from ..files import every_file
 
 NAMES = ("generation_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
 STARTS = ("tokenizer", "vocab", "chat_template", "license", "notice", "readme", "third-party", "third_party")
@@ -56,7 +57,7 @@ def _found(folder: Path) -> dict[str, Path]:
         if path.is_file() and (name in NAMES or name.startswith(STARTS)) and _small(path):
             found[path.name] = path
         elif path.is_dir() and name in FOLDERS and not path.is_symlink():
-            inner = (p for p in sorted(path.rglob("*")) if p.is_file() and "__pycache__" not in p.parts)
+            inner = (p for p in every_file(path) if "__pycache__" not in p.parts)
             found |= {str(p.relative_to(folder)): p for p in inner if _small(p)}
     return found
 
