@@ -55,22 +55,21 @@ def of_model(key: str) -> bool:
     return not key.startswith(_NOT_MODEL) and "_extra_state" not in key.split("/", maxsplit=1)[0].split(".")
 
 
-def naming_for(spec: ModelSpec, naming: Naming | None, doing: str) -> Naming:
+def naming_for(spec: ModelSpec, naming: str | None, doing: str) -> Naming:
     """The naming that was asked for, or where nothing was said the first that such a model has.
 
     Raises:
         BridgeError: Megatron has no such model under that naming.
     """
     architecture = architecture_of(spec)
-    known: list[Naming] = [n for n in NAMINGS if n in architecture.namings]
-    if naming is None:
-        return known[0]
-    if naming not in known:
+    known = [n for n in NAMINGS if n in architecture.namings]
+    chosen = known[0] if naming is None else next((n for n in known if n == naming), None)
+    if chosen is None:
         raise BridgeError(
             f"{doing}: naming {short(naming)} is not one of {', '.join(known)}, by which Megatron-LM names the tensors "
             f"of {architecture.name}; leave --naming out, or take --naming {known[0]}"
         )
-    return naming
+    return chosen
 
 
 def naming_of(keys: Iterable[str]) -> Naming:

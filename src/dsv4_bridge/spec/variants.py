@@ -246,7 +246,7 @@ def tiny(variant: Variant, ragged: bool = False) -> ModelSpec:
     )
 
 
-def _tiny_v41(spec: V41Spec, ragged: bool) -> V41Spec:
+def _tiny_v41(spec: V41Spec, ragged: bool) -> ModelSpec:
     """Window layers, sources of ratio 2 and 1, layers that only use them, two Engram tables, one beside a source."""
     return replace_spec(
         spec,

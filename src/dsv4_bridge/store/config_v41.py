@@ -178,8 +178,8 @@ def _nested(flat: Mapping[str, Any], where: str) -> dict[str, Any]:
     outside: dict[str, Any] = {"model_type": MODEL}
 
     def told(key: str, name: str | None) -> Any:
-        if name not in flat:
-            raise BridgeError(f"{where}: the field {name!r} is missing")
+        if name is None or name not in flat:
+            raise BridgeError(f"{where}: the field {name or key!r} is missing")
         return flat[name]
 
     for key, released in known["text_config"].items():

@@ -368,8 +368,7 @@ def requantised(
     new = released_config(spec, expert_dtype, quantized=True, tile=tile)
     if isinstance(spec, V41Spec):
         return {
-            k: new[k] if k == "quantization_config" else v
-            for k, v in ({"quantization_config": 0} | dict(config)).items()
+            k: new[k] if k == "quantization_config" else v for k, v in {"quantization_config": None, **config}.items()
         }
     old = config.get("quantization_config", QUANTIZATION_CONFIG)
     return changed | {"quantization_config": old, "expert_dtype": expert_dtype}
