@@ -35,7 +35,7 @@ def python_blocks(text: str) -> list[tuple[str, str]]:
 _BEFORE_VERBS = """\
 Before the verb: `dsv4 --version`, `dsv4 -h` (of a verb too), `dsv4 -q VERB` shows no progress (so does `DSV4_QUIET=1`
 in the environment), `dsv4 --install-completion` for the shell. Tables fit the terminal; where one is too narrow, rows
-are stacked; in a pipe nothing is cut (`COLUMNS=100` says otherwise).
+are stacked; in a pipe nothing is cut (`DSV4_WIDTH=100` says otherwise).
 
 `--json` prints one object on stdout: `schema` (1; counted up when the meaning of a field changes), `verb`, `version`,
 and what the verb found. An error is an object too, beside its line on stderr: `error` and `exit_code`. Exit codes: 0

@@ -48,7 +48,7 @@ def test_version_and_completion() -> None:
 def test_no_name_or_number_is_lost_at_any_width(words: tuple[str, ...]) -> None:
     wide = dsv4(*words).stdout
     for columns in ("60", "100"):
-        narrow = dsv4(*words, COLUMNS=columns).stdout
+        narrow = dsv4(*words, DSV4_WIDTH=columns).stdout
         assert "…" not in narrow
         whole = "".join(narrow.split())
         for line in (line for line in wide.splitlines() if line.startswith("│")):

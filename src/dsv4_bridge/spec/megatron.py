@@ -62,7 +62,7 @@ def naming_for(spec: ModelSpec, naming: str | None, doing: str) -> Naming:
         BridgeError: Megatron has no such model under that naming.
     """
     architecture = architecture_of(spec)
-    known = [n for n in NAMINGS if n in architecture.namings]
+    known: list[Naming] = [n for n in NAMINGS if n in architecture.namings]
     chosen = known[0] if naming is None else next((n for n in known if n == naming), None)
     if chosen is None:
         raise BridgeError(

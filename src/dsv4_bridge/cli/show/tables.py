@@ -41,12 +41,15 @@ class Plain(Console):
         raise BrokenPipeError
 
 
+_WIDTH = "DSV4_WIDTH"  # in the environment: columns, whatever is there; COLUMNS may be set where nobody looks
 _ENDLESS = 10_000  # columns, where nobody's terminal has an edge
 
 
 def show(what: Any) -> None:
     """Print to stdout; where that is no terminal, no line is broken and nothing is cut."""
-    Plain(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _ENDLESS, highlight=False).print(what)
+    asked = os.environ.get(_WIDTH, "")
+    width = int(asked) if asked.isdecimal() and len(asked) < 6 else None if sys.stdout.isatty() else _ENDLESS
+    Plain(width=width, highlight=False).print(what)
 
 
 def say(line: str) -> None:
