@@ -239,6 +239,13 @@ def objectives(told: dict[str, Any]) -> dict[str, Any]:
     return run(told)
 
 
+def traffic(told: dict[str, Any]) -> dict[str, int]:
+    """Bytes sent between context-parallel ranks."""
+    from rank_traffic import traffic as run
+
+    return run(told)
+
+
 ACTIONS = {
     "memory": memory,
     "step": step,
@@ -246,6 +253,7 @@ ACTIONS = {
     "stream": stream,
     "logits": logits,
     "objectives": objectives,
+    "traffic": traffic,
 }
 
 if __name__ == "__main__":

@@ -42,6 +42,8 @@ CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "few-per-token": (2, "few-per-token", {"parallel": {"cp": 2}}),
     "cp2": (2, "two", {"parallel": {"cp": 2}}),
     "cp2-recompute": (2, "two", {"parallel": {"cp": 2}, "settings": OBJECTIVES | FULL}),
+    "cp2-chunks": (2, "two", {"parallel": {"cp": 2}, "settings": OBJECTIVES | {"loss_chunk": 50}}),
+    "cp2tp2-chunks": (4, "even", {"parallel": {"cp": 2, "tp": 2}, "settings": OBJECTIVES | {"loss_chunk": 50}}),
     "cp2-fractions": (2, "fractions", {"parallel": {"cp": 2}}),
     "cp2-per-token": (2, "per-token", {"parallel": {"cp": 2}}),
     "cp2-dense": (2, "dense", {"parallel": {"cp": 2}}),

@@ -32,6 +32,9 @@ CASES: dict[str, dict[str, Any]] = {
     "etp2": {"parallel": {"tp": 2, "etp": 2}},
     "ep2": {"parallel": {"ep": 2}},
     "cp2": {"parallel": {"cp": 2}, "shapes": ((2, 254), (2, 544))},
+    "etp2-chunks": {"parallel": {"tp": 2, "etp": 2}, "settings": {"loss_chunk": 50}},
+    "cp2-chunks": {"parallel": {"cp": 2}, "shapes": ((2, 254), (2, 544)), "settings": {"loss_chunk": 50}},
+    "pp2-chunks": {"parallel": {"pp": 2}, "seeds": [0, 1, 2], "settings": FULL | {"loss_chunk": 50}},
     "pp2": {"parallel": {"pp": 2}, "seeds": [0, 1, 2], "settings": {"expert_layout": "grouped"}},
     "pp2-recompute": {"parallel": {"pp": 2}, "seeds": [0, 1, 2], "settings": FULL},
     "pp2vp2": {"parallel": {"pp": 2}, "vp": 2, "seeds": [0, 1, 2, 3]},
@@ -67,6 +70,7 @@ def planned(toy: Path, name: str, rows: int = SHAPES[0][0], length: int = SHAPES
         grad_dtype=told.get("grad_dtype", "float32"),
         distributed_optimizer=told.get("distributed_optimizer", True),
         fused=False,
+        loss_chunk=settings.get("loss_chunk", 0),
     )
     return plan_memory(spec, topology, dp, run)
 

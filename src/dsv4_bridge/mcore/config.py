@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from ..errors import BridgeError
 from ..parallel.topology import Topology
+from ..planning.activations import LOSS_CHUNK
 from ..spec.megatron_config import megatron_model
 from ..spec.plan import check_computed
 from ..spec.spec import ModelSpec
@@ -42,6 +43,8 @@ class DeepSeekV4Config(MLATransformerConfig):
         moe_n_hash_layers: first layers, which route by token id.
         actual_vocab_size: rows of a hash layer's table.
         attention_chunk: queries that attention computes at a time at most; it changes memory, not values.
+        loss_chunk: tokens whose logits a rank holds at a time while losses are computed, at most; 0: all of a
+            micro-batch. The backward makes a chunk's logits again.
         expert_layout: how a rank holds and computes its routed experts: `sequential`, a module each; `grouped`,
             all in one launch (`GroupedExperts`); `transformer_engine`, megatron's TEGroupedMLP. Checkpoints
             are the same.
@@ -66,6 +69,7 @@ class DeepSeekV4Config(MLATransformerConfig):
     moe_n_hash_layers: int = 0
     actual_vocab_size: int = 0
     attention_chunk: int = 128
+    loss_chunk: int = LOSS_CHUNK
     expert_layout: str = "sequential"
     kernels: str = "auto"
     csa_dense_attention: bool = False
@@ -168,6 +172,7 @@ def refuse_unsound(config: DeepSeekV4Config) -> None:
             "expert_layout",
             f"expected one of {', '.join(EXPERT_LAYOUTS)}",
         ),
+        (config.loss_chunk < 0, "loss_chunk", "expected a number of tokens, or 0 for all of a micro-batch"),
         (config.kernels not in KERNELS, "kernels", f"expected one of {', '.join(KERNELS)}"),
         (
             config.expert_layout == "transformer_engine" and not HAVE_TE,

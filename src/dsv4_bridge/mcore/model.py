@@ -23,6 +23,7 @@ from .layers.documents import documents_of, restarting_positions
 from .layers.mtp import MTPBlock, moved_ahead
 from .layers.mtp_loss import draft_losses, tally_drafts, with_draft_losses
 from .layers.rope import Rotary, make_rotary
+from .layers.token_loss import token_losses
 from .metrics import Tally
 from .runtime import initialize
 
@@ -172,10 +173,10 @@ class DeepSeekV4Model(GPTModel):
             cache.filled = True
         elif last_only:
             hidden = hidden[-1:]
+        if labels is not None:
+            return self._losses(hidden, labels, runtime_gather_output)
         logits, _ = self.output_layer(hidden, runtime_gather_output=runtime_gather_output)
-        if labels is None:
-            return logits.transpose(0, 1).contiguous()
-        return self.compute_language_model_loss(labels, logits)
+        return logits.transpose(0, 1).contiguous()
 
     @property
     def coordinate(self) -> Coordinate:
@@ -232,6 +233,18 @@ class DeepSeekV4Model(GPTModel):
         depths = self.mtp_hidden(given, input_ids, None, rotary, None)
         return [self.output_layer(hidden)[0].transpose(0, 1).contiguous() for hidden in depths]
 
+    def _losses(self, hidden: Tensor, labels: Tensor, gather: bool | None) -> Tensor:
+        """[b, s] losses of labels [b, s] by normed hidden states [s, b, h], a share of s under sequence parallelism."""
+
+        def loss_of(part: Tensor, wanted: Tensor, weight: Tensor | None = None) -> Tensor:
+            given = {} if weight is None else {"weight": weight}
+            logits = self.output_layer(part, runtime_gather_output=gather, **given)[0]
+            return self.compute_language_model_loss(wanted, logits)
+
+        ranks = self.topology.tp if self.config.sequence_parallel else 1
+        weight = getattr(self.output_layer, "weight", None)
+        return token_losses(loss_of, hidden, labels, weight, self.config.loss_chunk, ranks)
+
     def _with_mtp_loss(
         self,
         hidden: Tensor,
@@ -245,9 +258,7 @@ class DeepSeekV4Model(GPTModel):
         if not torch.is_grad_enabled():  # nobody would see it
             return hidden
 
-        def loss_of(ahead: Tensor, wanted: Tensor) -> Tensor:
-            return self.compute_language_model_loss(wanted, self.output_layer(ahead, runtime_gather_output=gather)[0])
-
+        loss_of = partial(self._losses, gather=gather)
         losses = draft_losses(depths, labels, loss_mask, partial(moved_ahead, rotary=rotary), loss_of)
         if self.training:
             tally_drafts(self.tally[1], losses)

@@ -18,6 +18,8 @@ from ..spec.lora import Lora
 from ..spec.spec import ModelSpec
 
 DTYPE_BYTES = {"bf16": 2, "float32": 4}
+# Tokens whose logits a rank holds at a time: at the released vocabulary, 1 GB in float32.
+LOSS_CHUNK = 2048
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Shape:
         lora: adapters on frozen weights; None: all weights are trained.
         fused: by the fused kernels of a GPU, with experts of the grouped layout; else by the torch definitions.
         cp: context-parallel ranks; what is counted is the last one, which sees most compressed entries.
+        loss_chunk: tokens whose logits a rank holds at a time; 0: all.
     """
 
     batch: int = 1
@@ -45,6 +48,7 @@ class Shape:
     lora: Lora | None = None
     fused: bool = False
     cp: int = 1
+    loss_chunk: int = LOSS_CHUNK
 
     @property
     def e(self) -> int:
@@ -175,9 +179,23 @@ def _head(spec: ModelSpec, shape: Shape) -> int:
 
 
 def _loss(spec: ModelSpec, shape: Shape) -> int:
-    """Output layer and cross entropy of one head: its input, float32 logits, mask and targets."""
-    trained = shape.lora is None
-    return shape.own * spec.hidden_size * shape.e * trained + shape.tokens * (4 * spec.vocab_size // shape.tp + 9)
+    """Output layer and cross entropy of one head: its input, and logits, or of chunks the labels."""
+    entered, logits = shape.own * spec.hidden_size * shape.e, logit_bytes(spec, shape)
+    if _seen_together(shape) < shape.tokens:
+        return entered + 8 * shape.tokens
+    return entered * (shape.lora is None) + logits
+
+
+def _seen_together(shape: Shape) -> int:
+    """Tokens that a head computes the loss of at a time."""
+    together = shape.batch * shape.tp  # a place of every row and rank
+    most = max(1, shape.loss_chunk // together) * together
+    return min(most, shape.tokens) if shape.loss_chunk else shape.tokens
+
+
+def logit_bytes(spec: ModelSpec, shape: Shape) -> int:
+    """What cross entropy keeps of the tokens whose logits are there at a time: float32 logits, mask and targets."""
+    return _seen_together(shape) * (4 * spec.vocab_size // shape.tp + 9)
 
 
 def _draft_input(spec: ModelSpec, shape: Shape) -> int:
@@ -226,13 +244,14 @@ def chunk_bytes(spec: ModelSpec, chunk: Chunk, shape: Shape) -> int:
 
 
 def recomputed_bytes(spec: ModelSpec, chunk: Chunk, shape: Shape) -> int:
-    """How far the backward of one micro-batch rises above what the forward left, under full recompute.
+    """How far the backward of one micro-batch rises above what the forward left: chunks of logits, full recompute.
 
-    When a layer is computed again, what stands behind it is done with and gone: losses before MTP layers,
-    these before decoder layers.
+    The main loss is computed again while all is there. When a layer is, what stands behind it is done with and gone:
+    losses before MTP layers, these before decoder layers.
     """
+    again = logit_bytes(spec, shape) if chunk.loss and _seen_together(shape) < shape.tokens else 0
     if not shape.recompute:
-        return 0
+        return again
     stream, head = stream_bytes(spec, shape), _head(spec, shape)
     layers, drafts = _ratios(spec, chunk)
     below = 8 * shape.tokens if chunk.embedding and shape.lora is None else 0
@@ -245,7 +264,7 @@ def recomputed_bytes(spec: ModelSpec, chunk: Chunk, shape: Shape) -> int:
         below += head + _draft_input(spec, shape)
         points.append(below + own[ratio])
         below += stream
-    return max(0, max(points) + _rotations(spec, chunk, shape) - chunk_bytes(spec, chunk, shape))
+    return max(again, max(points) + _rotations(spec, chunk, shape) - chunk_bytes(spec, chunk, shape))
 
 
 def in_flight(held: Sequence[int], rank: int, ranks: int, micro_batches: int) -> int:

@@ -15,7 +15,7 @@ from ..parallel.notation import parse_layout
 from ..parallel.topology import Sizes, Topology, check_rows, make_topology
 from ..spec.lora import Lora
 from ..spec.spec import ModelSpec
-from .activations import DTYPE_BYTES, Shape, cache_bytes, chunk_bytes, in_flight, recomputed_bytes
+from .activations import DTYPE_BYTES, LOSS_CHUNK, Shape, cache_bytes, chunk_bytes, in_flight, recomputed_bytes
 from .parameters import Count, Part, chunk_part
 
 MODES = ("inference", "training", "lora")
@@ -39,6 +39,7 @@ class Run:
         moments_dtype: type of AdamW's moments.
         lora: the adapters of mode lora.
         fused: by the fused kernels of a GPU, with grouped experts; else by the torch definitions.
+        loss_chunk: tokens whose logits a rank holds at a time; 0: all of a micro-batch.
     """
 
     mode: str = "training"
@@ -53,6 +54,7 @@ class Run:
     optimizer: str = "adamw"
     moments_dtype: str = "float32"
     fused: bool = True
+    loss_chunk: int = LOSS_CHUNK
 
     @property
     def adapters(self) -> Lora | None:
@@ -71,6 +73,7 @@ class Run:
             self.adapters,
             self.fused,
             topology.cp,
+            self.loss_chunk,
         )
 
 
@@ -86,7 +89,8 @@ class StageMemory:
         weights: their bytes.
         gradients: bytes of the gradient buffers.
         optimizer: bytes of Adam's moments, and of float32 master weights in a bf16 model.
-        activations: bytes kept for the backward, over all micro-batches in flight, and one layer recomputed.
+        activations: bytes kept for the backward, over all micro-batches in flight, and one layer or chunk of logits
+            that is computed again.
         cache: bytes of the decoding cache.
         step: bytes of the optimizer's step alone, when the activations are gone: a float32 copy of narrower gradients,
             which an optimizer of narrow moments does without.

@@ -10,7 +10,8 @@ their group, nothing overlapped.
 A group that fits into one node (megatron-core's order: tensor, context, expert, data, pipeline)
 uses the link inside it. Bytes of a layer and token: tensor parallelism gathers and scatters H four times a
 pass; expert parallelism sends k*H there and back; a pipeline boundary takes all streams; data parallelism
-sums gradients and gathers weights once a step.
+sums gradients and gathers weights once a step; context parallelism sends what `row_traffic` counts, and the last rank
+of a row, which sees most blocks, is waited for.
 """
 
 from collections.abc import Iterator
@@ -21,10 +22,11 @@ from typing import Any
 from ..errors import BridgeError
 from ..parallel.balance import flop_costs, parameter_costs, solve
 from ..parallel.layout import Layout
-from ..parallel.topology import Sizes, Topology, make_topology
+from ..parallel.topology import Sizes, Topology, check_rows, make_topology
 from ..spec.flops import share_flops
 from ..spec.spec import ModelSpec
 from .memory import MemoryPlan, Run, expert_dp, least_dp, plan_memory
+from .row_traffic import sent_backward, sent_forward
 
 # Operations a second of a GPU that is busy, and bytes a second of its links, in a node and between nodes: round
 # numbers of an H100 with 400 Gbit/s of network each. Only their ratios matter to the order.
@@ -33,6 +35,9 @@ NODE = 8
 # Share of the memory that plans may use: CUDA and NCCL take some, temporaries and fragments more.
 USABLE = 0.9
 _MOST_GPUS = 1 << 20
+# Tokens of a row that a context-parallel rank has at least, in a layout that is looked for: fewer are lawful, and
+# data parallelism is the better use of the ranks.
+LEAST_SHARE = 4096
 
 
 @dataclass(frozen=True)
@@ -137,16 +142,18 @@ def _candidates(
         layouts,
         (e for e in _powers(spec.n_routed_experts) if spec.n_routed_experts % e == 0),
         (e for e in _powers(NODE) if spec.moe_intermediate_size % e == 0),
+        _powers(1 if run.mode == "inference" else max(1, run.seq_length // LEAST_SHARE)),
     )
-    for tp, pp, ep, etp in sizes:
-        dp, rest = divmod(gpus, tp * pp)
-        if rest or not dp or dp % least_dp(tp, ep, etp) or etp > tp:
+    for tp, pp, ep, etp, cp in sizes:
+        dp, rest = divmod(gpus, tp * pp * cp)
+        if rest or not dp or dp % least_dp(tp, ep, etp, cp) or etp > tp:
             continue
         count = 1 if run.mode == "inference" else micro_batches(run, global_batch, dp)
         if count is None or (run.mode != "inference" and (run.seq_length % tp or (vp > 1 < pp and count % pp))):
             continue
         try:
-            topology = make_topology(spec, Sizes(tp, pp, ep, etp), layouts[pp])
+            topology = make_topology(spec, Sizes(tp, pp, ep, etp, cp), layouts[pp])
+            check_rows(run.seq_length, topology.sizes, spec.sliding_window, "ranking layouts")
         except BridgeError:
             continue
         yield topology, dp, replace(run, micro_batches=count)
@@ -192,6 +199,8 @@ def _sent_seconds(spec: ModelSpec, plan: MemoryPlan, tokens: float, passes: int)
     if t.pp > 1:
         streams = spec.hc_mult * hidden * e
         groups.append(((1 + training) * len(chunks) * tokens * streams, plan.gpus))
+    if t.cp > 1:
+        groups.append((_row_bytes(spec, plan, passes), t.tp * t.cp))
     if training:
         stage = plan.worst
         span = t.tp * t.cp * plan.dp
@@ -200,3 +209,17 @@ def _sent_seconds(spec: ModelSpec, plan: MemoryPlan, tokens: float, passes: int)
             share = (stage.gradients + stage.weights * (plan.run.mode == "training")) / 2
             groups.append((share * (copies - 1) / copies, span))
     return sum(size / (_INSIDE if span <= NODE else _BETWEEN) for size, span in groups)
+
+
+def _row_bytes(spec: ModelSpec, plan: MemoryPlan, passes: int) -> float:
+    """Of a rank and step between context-parallel ranks: a forward a pass that is one, and a backward."""
+    t, run = plan.topology, plan.run
+    shape, count = run.shape(t), spec.num_hidden_layers
+    worst = 0
+    for rank in range(t.pp):
+        ratios = [r for c in t.layout.of_rank(rank) for r in spec.compress_ratios[c.start : c.stop]]
+        ratios += [r for c in t.layout.of_rank(rank) for r in spec.compress_ratios[count : count + c.mtp]]
+        forth = sum(sent_forward(spec, ratio, shape).total for ratio in ratios)
+        back = sum(sent_backward(spec, ratio, shape).total for ratio in ratios)
+        worst = max(worst, (passes - 2) * forth + back)
+    return worst * run.micro_batches

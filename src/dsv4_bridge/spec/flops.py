@@ -149,6 +149,7 @@ def count_flops(
     return FlopCount(sum(lengths), Terms(**forward), Terms(**inputs), Terms(**weights), Terms(**again))
 
 
+@cache
 def share_flops(spec: ModelSpec, length: int, ranks: int) -> tuple[float, ...]:
     """Training FLOPs of every context-parallel rank on one sequence: later ranks see more blocks.
 

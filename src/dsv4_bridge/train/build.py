@@ -206,6 +206,7 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
         "expert_layout": model.experts,
         "kernels": model.kernels,
         "deterministic_mode": model.deterministic,
+        "loss_chunk": model.loss_chunk,
         "mtp_loss_scaling_factor": losses.mtp,
         "moe_router_bias_update_rate": losses.bias_update,
         "csa_dense_attention": model.dense_attention,

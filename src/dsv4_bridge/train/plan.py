@@ -39,6 +39,7 @@ def run_of(recipe: Recipe, dp: int) -> Run:
         moments_dtype=recipe.optimizer.moments_dtype if recipe.model.dtype == "bf16" else "float32",
         # Other layouts of experts keep what the definitions keep, and more than the fused activation.
         fused=recipe.model.kernels != "torch" and recipe.model.experts == "grouped",
+        loss_chunk=recipe.model.loss_chunk,
     )
 
 

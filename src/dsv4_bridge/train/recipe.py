@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..parallel.topology import Sizes
+from ..planning.activations import LOSS_CHUNK
 
 REPORT = "technical report, arXiv 2606.19348"
 BRIDGE = "Megatron-Bridge's DeepSeek-V4 recipes"
@@ -39,6 +40,7 @@ class Model:
         kernels: what computes attention, indexer, mixing, norms and activations: auto (Triton on a GPU), torch, triton.
         deterministic: fused kernels add gradients up in a fixed order, which takes longer.
         recompute: what the backward computes again: none, moe (experts), full (whole layers).
+        loss_chunk: tokens whose logits a rank holds at a time; the backward makes them again; 0: all, once.
         dense_attention: layers with an indexer attend to all blocks, whatever it would choose.
         initial_seed: of the weights, where training starts from none.
     """
@@ -49,6 +51,7 @@ class Model:
     kernels: str = fact("auto", OURS, choices=("auto", "torch", "triton"))
     deterministic: bool = fact(False, OURS)
     recompute: str = fact("full", f"{OURS}: the layers' inputs alone are kept", choices=("none", "moe", "full"))
+    loss_chunk: int = fact(LOSS_CHUNK, f"{OURS}: 1 GB of logits")
     dense_attention: bool = fact(False, "released models: the indexer chooses")
     initial_seed: int = fact(1234, BRIDGE, below=SEEDS)
 

@@ -21,9 +21,26 @@ _WARMUP: Differences = {
 _SPARSE: Differences = {
     "data.seq_length": (65536, f"{REPORT}: sparse attention from 64K"),
     "losses.indexer": ("sparse", REPORT),
-    "parallel.ep": (32, f"{OURS}: by dsv4 plan"),
-    "parallel.tp": (8, f"{OURS}: by dsv4 plan, for the activations of 64K tokens"),
+    "parallel.ep": (8, f"{OURS}: by dsv4 plan"),
+    "parallel.tp": (4, f"{OURS}: by dsv4 plan, for Muon's state"),
+    "parallel.cp": (8, f"{OURS}: by dsv4 plan, for the activations of 64K tokens"),
     "parallel.gpus": (512, f"{OURS}: by dsv4 plan"),
+}
+_MILLION: Differences = {
+    "data.seq_length": (1 << 20, f"{REPORT}: the last length of pretraining, 4K, 16K, 64K, 1M"),
+    "batch.size": (72, f"{REPORT}: 75.5 million tokens"),
+    "parallel.pp": (1, f"{OURS}: by dsv4 plan"),
+    "parallel.cp": (32, f"{OURS}: by dsv4 plan, for the activations of a million tokens"),
+    "parallel.ep": (256, f"{OURS}: by dsv4 plan, for Muon's state without a pipeline"),
+    "schedule.steps": (1000, f"{OURS}: the report does not give it"),
+    "schedule.warmup": (0, f"{OURS}: it goes on where 64K tokens ended"),
+    "schedule.decay": ("cosine", f"{REPORT}: cosine at the end"),
+    "schedule.decay_steps": (0, f"{OURS}: all of it"),
+    "losses.mtp": (0.1, f"{REPORT}: once the learning rate decays"),
+    "losses.mtp_late": (None, OURS),
+    "checkpoint.save_every": (50, f"{OURS}: 3.8 billion tokens"),
+    "log.valid_every": (50, f"{OURS}: as often as it saves"),
+    "log.valid_steps": (2, f"{OURS}: two million tokens a data-parallel rank"),
 }
 _MUON: Differences = {
     "optimizer.name": ("muon", REPORT),
@@ -66,6 +83,13 @@ _FINETUNE: Differences = {
     "data.seed": (5678, f"{BRIDGE}: sft"),
     "seed": (5678, f"{BRIDGE}: sft"),
 }
+_LONG_CHATS: Differences = {
+    "data.seq_length": (1 << 17, "published fine-tunings pack 128K: Megatron-Bridge issue 5797, miles issue 1766"),
+    "batch.size": (64, f"{OURS}: 8.4 million tokens"),
+    "parallel.cp": (16, "Megatron-Bridge issue 5797: 160 GPUs of 192 GB; by dsv4 plan, for 80 GB"),
+    "parallel.gpus": (128, f"{OURS}: by dsv4 plan, for 80 GB"),
+    "log.valid_steps": (4, f"{OURS}: half a million tokens a data-parallel rank"),
+}
 _NO_MTP: Differences = {
     "model.mtp": (False, f"{BRIDGE}: flash_no_mtp_sft"),
     "losses.mtp": (0.0, f"{BRIDGE}: flash_no_mtp_sft"),
@@ -96,12 +120,20 @@ RECIPES: dict[str, tuple[str, tuple[Differences, ...]]] = {
     ),
     "flash-indexer-warmup": ("Between the phases: the indexers alone learn", (_WARMUP,)),
     "flash-pretrain-sparse": ("Pretraining of Flash with Muon, 64K tokens, sparse attention", (_MUON, _SPARSE)),
+    "flash-long-1m": (
+        "The last stage of pretraining of Flash: a million tokens, from the run of 64K",
+        (_MUON, _SPARSE, _MILLION),
+    ),
     "pro-pretrain": ("Pretraining of Pro with AdamW, first phase", (_DENSE, _PRO)),
     "pro-pretrain-muon": (
         "The same with Muon, as the report has it",
         (_DENSE, _PRO, _MUON, {"parallel.ep": (64, f"{OURS}: by dsv4 plan, for 80 GB")}),
     ),
     "flash-finetune": ("Full fine-tuning of Flash on chats, draft block included", (_FINETUNE,)),
+    "flash-finetune-long": (
+        "Full fine-tuning of Flash on long chats, 128K tokens a row",
+        (_FINETUNE, _LONG_CHATS),
+    ),
     "flash-finetune-no-mtp": ("Full fine-tuning of Flash on chats without the draft block", (_FINETUNE, _NO_MTP)),
     "flash-lora": ("LoRA on Flash's attention projections", (_FINETUNE, _NO_MTP, _LORA)),
     "flash-dora": (

@@ -90,16 +90,30 @@ def _search(report: RanksReport) -> list[Text | object]:
     assert search is not None
     head = f"{search.fitting:,} of {search.considered:,} layouts of {search.gpus:,} GPUs fit"
     tail = "the quickest by estimate" if search.fitting else "none does; the smallest"
-    columns = [">tp", ">pp", ">ep", ">etp", ">dp", "layout", ">GiB worst", ">bubble", ">imbalance", ">comm", ">time"]
+    cut = any(found.plan.topology.cp > 1 for found in search.best)
+    columns = [
+        ">tp",
+        ">pp",
+        *([">cp"] if cut else []),
+        ">ep",
+        ">etp",
+        ">dp",
+        "layout",
+        ">GiB worst",
+        ">bubble",
+        ">imbalance",
+        ">comm",
+        ">time",
+    ]
     table = make_table(f"{head}; {tail}", *columns)
     for found in search.best:
-        table.add_row(*_ranked(found))
+        table.add_row(*_ranked(found, cut))
     return [table, Text("time: step over one without bubble, imbalance and communication; an estimate that only ranks")]
 
 
-def _ranked(found: Ranked) -> list[str]:
+def _ranked(found: Ranked, cut: bool) -> list[str]:
     plan, t = found.plan, found.plan.topology
-    sizes = [str(n) for n in (t.tp, t.pp, t.ep, t.etp, plan.dp)]
+    sizes = [str(n) for n in (t.tp, t.pp, *([t.cp] if cut else []), t.ep, t.etp, plan.dp)]
     text = str(t.layout)
     shown = text if len(text) <= 44 else text[:41] + "..."
     shares = [f"{x:.1%}" for x in (found.bubble, found.imbalance, found.communication)]
