@@ -46,7 +46,7 @@ def test_ranks_send_what_is_planned(counted: dict[str, list[dict[str, int]]], na
 
 
 def test_a_layer_sends_little_more_than_it_must() -> None:
-    """Of Flash at 64K over 8 ranks: entries are nearly all of it, and keys of all tokens would be 3 to 60 times that."""
+    """Of Flash at 64K over 8 ranks: entries are nearly all of it; keys of all tokens would be 3 to 60 times that."""
     shape = Shape(1, 65536 // 8, "bf16", cp=8)
     window, csa, hca = (sent_forward(FLASH, ratio, shape) for ratio in (0, 4, 128))
     assert window == Sent(127 * 512 * 2)

@@ -63,7 +63,7 @@ def naming_for(spec: ModelSpec, naming: str | None, doing: str) -> Naming:
     """
     architecture = architecture_of(spec)
     known: list[Naming] = [n for n in NAMINGS if n in architecture.namings]
-    chosen = known[0] if naming is None else next((n for n in known if n == naming), None)
+    chosen: Naming | None = known[0] if naming is None else next((n for n in known if n == naming), None)
     if chosen is None:
         raise BridgeError(
             f"{doing}: naming {short(naming)} is not one of {', '.join(known)}, by which Megatron-LM names the tensors "
