@@ -236,10 +236,10 @@ class DeepSeekV4Model(GPTModel):
     def _losses(self, hidden: Tensor, labels: Tensor, gather: bool | None) -> Tensor:
         """[b, s] losses of labels [b, s] by normed hidden states [s, b, h], a share of s under sequence parallelism."""
 
-        def loss_of(part: Tensor, wanted: Tensor, weight: Tensor | None = None) -> Tensor:
+        def loss_of(hidden: Tensor, labels: Tensor, weight: Tensor | None = None) -> Tensor:
             given = {} if weight is None else {"weight": weight}
-            logits = self.output_layer(part, runtime_gather_output=gather, **given)[0]
-            return self.compute_language_model_loss(wanted, logits)
+            logits = self.output_layer(hidden, runtime_gather_output=gather, **given)[0]
+            return self.compute_language_model_loss(labels, logits)
 
         ranks = self.topology.tp if self.config.sequence_parallel else 1
         weight = getattr(self.output_layer, "weight", None)
