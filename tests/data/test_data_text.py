@@ -66,7 +66,7 @@ def test_documents_are_their_own_tokens_in_order(
 ) -> None:
     folder, documents = corpus
     done = run(folder, tmp_path / "out", "--tokenizer", toy_flash, "--json")
-    report = json.loads(done.stdout)
+    report = {k: v for k, v in json.loads(done.stdout).items() if k not in ("schema", "verb", "version")}
     found = list(read(tmp_path / "out"))
     tokenizer = open_tokenizer(toy_flash, spec_of(toy_flash))
     assert tokenizer is not None
@@ -217,7 +217,7 @@ def test_unusable_arguments_are_refused(toy_flash: Path, tmp_path: Path) -> None
         ((text, "out", "--seq-length", "9"), "--seq-length is not for documents"),
         ((chat, "out"), "give --seq-length"),
         ((chat, "out", "--seq-length", "9", "--bos"), "--bos is not for conversations"),
-        ((chat, text, "out", "--seq-length", "9"), "give one such file alone"),
+        ((chat, text, "out", "--seq-length", "9"), "prepare them apart"),
     ]
     for args, message in cases:
         done = run(*args, "--tokenizer", toy_flash)

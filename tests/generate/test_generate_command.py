@@ -85,7 +85,7 @@ def test_json_is_one_object_and_nothing_else(toy_megatron: Path, expected: tuple
     assert done.stdout.count("\n") == 1
     report = json.loads(done.stdout)
     keys = {"checkpoint", "dtype", "continuations", "new_tokens", "seconds", "tokens_per_second", "right", "streamed"}
-    assert set(report) == keys
+    assert set(report) == keys | {"schema", "verb", "version"}
     text, ids = report["continuations"]
     assert text == {
         "prompt": "Hello",

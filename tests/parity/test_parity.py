@@ -325,6 +325,7 @@ def test_json_is_all_there_is_on_stdout(toy: Path) -> None:
     done = dsv4("parity", toy, "--json", "--seq-length", "37", "--replay")
     assert done.returncode == 0, done.stderr
     data = json.loads(done.stdout)
+    assert data.pop("schema") == 1 and data.pop("verb") == "parity" and data.pop("version")
     assert " ".join(sorted(data)) == SCHEMA[""]
     told = {"ids": 66, "vocab_size": 512, "chosen": 4}
     assert data["passed"] and data["inputs"] == {"batch": 2, "seq_length": 37, "source": "random", "seed": 0} | told
