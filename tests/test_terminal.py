@@ -40,8 +40,15 @@ def test_help_is_short_and_whole() -> None:
 
 def test_version_and_completion() -> None:
     assert fresh_dsv4("--version").stdout.startswith("dsv4-bridge ")
-    shown = dsv4("--show-completion", "bash")
-    assert shown.returncode == 0 or "bash" in shown.stderr
+    words = {"_DSV4_COMPLETE": "complete_bash", "COMP_WORDS": "dsv4 ren", "COMP_CWORD": "1"}
+    code = "import sys; sys.argv[0] = 'dsv4'"
+    assert dsv4(code=code, **words).stdout.split() == ["rename"]
+
+
+def test_names_from_anywhere_do_not_steer_a_terminal(tmp_path: Path) -> None:
+    out = tmp_path / "to\x1b[31my"
+    shown = dsv4("toy", out).stdout
+    assert "\x1b" not in shown and "[31my: a toy Flash" in shown
 
 
 @pytest.mark.parametrize("words", [("plan", "Flash"), ("flops", "Flash"), ("plan", "Flash", "--gpus", "8")])

@@ -318,3 +318,13 @@ def test_a_folder_that_cannot_be_listed_is_not_left_out(
     with pytest.raises(BridgeError, match="Input/output error"):
         rename(toy_megatron, tmp_path / "out", "hybrid")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_configuration_that_says_nothing_of_the_model_is_copied(
+    toy_megatron: Path, toy_flash: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(toy_megatron, tmp_path / "m")
+    path = tmp_path / "m" / ITERATION / "run_config.yaml"
+    path.write_text("train: {train_iters: 10}\n")
+    rename(tmp_path / "m", tmp_path / "out", "hybrid", like=toy_flash)
+    assert (tmp_path / "out" / ITERATION / "run_config.yaml").read_bytes() == path.read_bytes()

@@ -37,6 +37,20 @@ def whole(results: list[Any], what: str) -> dict[str, torch.Tensor]:
     return {name: _joined(name, parts) for name, parts in boxes.items()}
 
 
+_SINGLE = {"scale": "base", "alpha_pre": "bias", "alpha_post": "bias", "alpha_res": "bias"}
+
+
+def with_scales(gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Single numbers, sums over all tokens that nearly cancel, along with the vectors beside them; under any names."""
+    found = dict(gradients)
+    for name in gradients:
+        end = next((end for end in _SINGLE if name.endswith(end)), "")
+        vector = name.removesuffix(end) + _SINGLE.get(end, "")
+        if end and vector in found:
+            found[vector] = torch.cat([found[vector], found.pop(name).view(-1)])
+    return found
+
+
 def _joined(name: str, parts: dict[tuple[Any, ...], torch.Tensor]) -> torch.Tensor:
     rows, width = max(stop for _, stop, _ in parts), max(columns[1] for _, _, columns in parts)
     first = next(iter(parts.values()))

@@ -12,7 +12,7 @@ import torch
 from context_bugs import BUGS
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranks import losses, run_ranks, whole
+from ranks import losses, run_ranks, whole, with_scales
 from reference import draft_spec
 
 from dsv4_bridge import BridgeError, make_toy
@@ -95,14 +95,6 @@ def logits(toy: Path, parallel: dict[str, int], ends: list[int] | None = None) -
     case = {"action": "logits", "parallel": parallel, "ends": ends}
     (found,) = run_ranks(toy.parent, f"logits{world}", world, [case], weights=toy, **shape)
     return torch.cat(found[:: parallel.get("tp", 1)], 1)
-
-
-def with_scales(gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Single numbers, sums over all tokens that nearly cancel, along with the vectors beside them."""
-    for name in [n for n in gradients if n.endswith("scale")]:
-        base = name.removesuffix("scale") + "base"
-        gradients[base] = torch.cat([gradients[base], gradients.pop(name)])
-    return gradients
 
 
 def assert_equal_one_rank(several: list[Any], one: list[Any]) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from bugs import Bug, put
 from mtp_formula import far
+from ranks import with_scales
 from reference import RECOMPUTING, distance, draft_spec, randomise, some_ids
 from torch.nn import functional as F
 
@@ -82,12 +83,7 @@ def targets(lengths: tuple[int, ...], vocabulary: int) -> tuple[torch.Tensor, to
 def gradients(trained: DeepSeekV4Model) -> dict[str, torch.Tensor]:
     found = {n: p.grad.clone() for n, p in trained.named_parameters() if p.grad is not None}
     trained.zero_grad()
-    # Single numbers, sums over all tokens that nearly cancel: measured along with the vector beside them.
-    for end, beside in (("scale", "base"), ("alpha_pre", "bias"), ("alpha_post", "bias"), ("alpha_res", "bias")):
-        for name in [n for n in found if n.endswith(end)]:
-            vector = name.removesuffix(end) + beside
-            found[vector] = torch.cat([found[vector], found.pop(name).view(1)])
-    return found
+    return with_scales(found)
 
 
 def one_by_one(trained: DeepSeekV4Model, lengths: tuple[int, ...], ids: torch.Tensor) -> tuple:

@@ -374,31 +374,6 @@ def test_a_server_cannot_hold_up_or_fill_the_client(
     assert len(server.log) < 110
 
 
-@pytest.mark.parametrize("asked", ["", "0"])
-def test_files_come_where_limits_hold_unless_xet_is_asked_for(
-    asked: str, server: FakeHub, client: Client, imported: Path, tmp_path: Path
-) -> None:
-    """A repository in Xet storage: its transfers go by connections of their own."""
-
-    def in_xet(answer: Answer) -> None:
-        if answer.status == 302:
-            answer.headers |= {
-                "X-Xet-Hash": hashlib.sha256(answer.path.encode()).hexdigest(),
-                "X-Xet-Refresh-Route": f"{server.url}/api/models/{REPO}/xet-read-token/main",
-            }
-
-    server.tamper = in_xet
-    if asked:
-        client.env["HF_HUB_DISABLE_XET"] = asked
-    done = client("import", REPO, tmp_path / "out")
-    tokens = [r for r in server.log if "xet-read-token" in r.path]
-    if asked:
-        assert tokens and done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    else:
-        assert not tokens and done.returncode == 0, done.stderr
-        assert same_files(tmp_path / "out", imported) == []
-
-
 def test_a_limit_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for wrong in ("", "0", "-1", "1.5", "soon", "9" * 9):
         monkeypatch.setenv("DSV4_HUB_TIMEOUT", wrong)

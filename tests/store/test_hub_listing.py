@@ -1,5 +1,6 @@
-"""`dsv4 verify A --hub ID`: a folder against the Hub's own list of sizes and digests; no weight is fetched."""
+"""`dsv4 verify A --hub ID`: a folder against the Hub's own list, no weight fetched; and by what way weights come."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -9,8 +10,8 @@ from pathlib import Path
 import pytest
 from fake_hub import REPO, SMALL, UNWANTED, Answer, FakeHub, commit_of
 
-from conftest import dsv4
-from dsv4_bridge import make_toy
+from conftest import dsv4, same_files
+from dsv4_bridge import import_hf, make_toy
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +31,15 @@ def hub(repo: Path) -> Iterator[FakeHub]:
     fake.stop()
 
 
+def _env(hub: FakeHub, tmp_path: Path) -> dict[str, str]:
+    env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "HF_TOKEN": "", "HF_HUB_OFFLINE": "0"}
+    return env | dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1,localhost")
+
+
 @pytest.fixture
 def verify(hub: FakeHub, tmp_path: Path) -> Callable[..., tuple[int, str, str]]:
     def run(*args: str | Path) -> tuple[int, str, str]:
-        env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "HF_TOKEN": "", "HF_HUB_OFFLINE": "0"}
-        env |= dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1,localhost")
-        told = dsv4("verify", *args, **env)
+        told = dsv4("verify", *args, **_env(hub, tmp_path))
         return told.returncode, told.stdout, told.stderr
 
     return run
@@ -87,3 +91,28 @@ def test_what_the_server_says_instead(
     assert code == 2 and out == "" and err.startswith("dsv4: ") and "Traceback" not in err
     if what == "hostile names":
         assert "is no file inside a folder" in err
+
+
+@pytest.mark.parametrize("asked", ["", "0"])
+def test_files_come_where_limits_hold_unless_xet_is_asked_for(
+    asked: str, repo: Path, hub: FakeHub, tmp_path: Path
+) -> None:
+    """A repository in Xet storage: its transfers go by connections of their own."""
+
+    def in_xet(answer: Answer) -> None:
+        if answer.status == 302:
+            answer.headers |= {
+                "X-Xet-Hash": hashlib.sha256(answer.path.encode()).hexdigest(),
+                "X-Xet-Refresh-Route": f"{hub.url}/api/models/{REPO}/xet-read-token/main",
+            }
+
+    hub.tamper = in_xet
+    env = _env(hub, tmp_path) | ({"HF_HUB_DISABLE_XET": asked} if asked else {})
+    done = dsv4("import", REPO, tmp_path / "out", **env)
+    tokens = [r for r in hub.log if "xet-read-token" in r.path]
+    if asked:
+        assert tokens and done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    else:
+        assert not tokens and done.returncode == 0, done.stderr
+        import_hf(repo, tmp_path / "expected")
+        assert same_files(tmp_path / "out", tmp_path / "expected") == []

@@ -12,8 +12,7 @@ import pytest
 from training import QUICK, SMALL, contents, log, make_start, make_text, recipe, run, small_spec, unigram_entropy
 from warm import Warm
 
-from dsv4_bridge import BridgeError, rename
-from dsv4_bridge.store.torch_dist.reader import open_torch_dist
+from dsv4_bridge import BridgeError
 from dsv4_bridge.train import build as setup
 from dsv4_bridge.train import loop
 from dsv4_bridge.train.build import check_layout
@@ -88,21 +87,6 @@ def test_a_run_that_stopped_goes_on_bit_for_bit(
         k for a, b in zip(log(tmp_path / "whole"), log(tmp_path / "parts"), strict=True) for k in a if a[k] != b[k]
     }
     assert differing <= {"seconds", "tokens_per_second", "tflops_per_gpu"}
-
-
-def test_a_run_renamed_both_ways_goes_on_bit_for_bit(hf: Path, text: Path, tmp_path: Path) -> None:
-    words = [f"start={hf}", f"data.train={text}", "schedule.steps=3", "schedule.warmup=1", *QUICK]
-    whole = run("flash-pretrain", *words, f"out={tmp_path / 'whole'}", "checkpoint.save_every=2", "checkpoint.keep=9")
-    shutil.copytree(tmp_path / "whole" / "iter_0000002", tmp_path / "parts" / "iter_0000002")
-    rename(tmp_path / "parts" / "iter_0000002", tmp_path / "hybrid", "hybrid")
-    keys = open_torch_dist(tmp_path / "hybrid").tensors
-    assert "optimizer.state.exp_avg.decoder.layers.0.inner_layer.self_attention.linear_q_down_proj.weight" in keys
-    with pytest.raises(BridgeError, match="hybrid names, and a run goes on from gpt ones"):
-        run("flash-pretrain", *words, f"out={tmp_path / 'hybrid'}")
-    rename(tmp_path / "hybrid", tmp_path / "again", "gpt")
-    again = run("flash-pretrain", *words, f"out={tmp_path / 'again'}")
-    assert again.losses == whole.losses[2:]
-    assert contents(tmp_path / "whole" / "iter_0000003") == contents(tmp_path / "again" / "iter_0000003")
 
 
 def test_the_last_few_checkpoints_stay(hf: Path, text: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..errors import printable
 from .help import Verbs
 
 app = typer.Typer(
@@ -98,7 +99,7 @@ def put(data: dict[str, Any], as_json: bool, shown: Any) -> None:
         if as_json:
             sys.stdout.write(json.dumps(described(data, verb()), default=str) + "\n")
         elif isinstance(shown, str):
-            sys.stdout.write(shown + "\n")
+            sys.stdout.write("\t".join(map(printable, shown.split("\t"))) + "\n")  # names may be from anywhere
         else:
             from .show.tables import show
 

@@ -6,7 +6,7 @@ files are copied as they are, and these two are written anew.
 
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 
 from ..errors import BridgeError, files_named, short
@@ -84,7 +84,8 @@ def rename_job(checkpoint: MegatronCheckpoint, naming: Naming) -> Job:
             f"renaming {folder}: {len(reader.flattened)} tensors ({short(reader.flattened[0])} …) are stored "
             "flattened, as optimizer states of megatron-core before 0.15; load and save it there once with a newer one"
         )
-    files, iteration = _files(checkpoint), folder.name
+    config = renamed_run_config(config_file(folder), naming)
+    files, iteration = _files(checkpoint, {_INDEX, _BACKEND, *([RUN_CONFIG] if config else [])}), folder.name
     objects, written = _objects(checkpoint, naming), list[bytes]()
     name = next(n for i in range(len(files) + 1) if (n := f"__0_{i}.distcp") not in files)
 
@@ -109,7 +110,6 @@ def rename_job(checkpoint: MegatronCheckpoint, naming: Naming) -> Job:
         new.append(OutFile(f"{iteration}/{name}", tuple(map(Literal, written))))
     tensors = [TensorRecord(renamed(k, naming), t.dtype, t.shape, t.chunks) for k, t in reader.tensors.items()]
     index = metadata_bytes(tensors, [ObjectRecord(k, o.file, o.offset, o.length) for k, o in objects.items()])
-    config = renamed_run_config(config_file(folder), naming)
     markers = {f"{iteration}/{RUN_CONFIG}": config} if config else {}
     markers[f"{iteration}/{_INDEX}"] = index
     markers[f"{iteration}/{_BACKEND}"] = _backend(folder)
@@ -130,11 +130,11 @@ def _objects(checkpoint: MegatronCheckpoint, naming: Naming) -> dict[str, Object
     return {renamed(key, naming): record for key, record in found.items()}
 
 
-def _files(checkpoint: MegatronCheckpoint) -> dict[str, File]:
-    """Every file of the iteration that is copied, by its name in the folder."""
+def _files(checkpoint: MegatronCheckpoint, made: Container[str]) -> dict[str, File]:
+    """Every file of the iteration that is copied, by its name in the folder; not those that are made anew."""
     folder, reader = checkpoint.path, checkpoint.reader
     begin = Counter(t.chunks[0].file for t in reader.tensors.values() if t.chunks)
-    made, found = {_INDEX, _BACKEND, RUN_CONFIG}, Files(folder)
+    found = Files(folder)
     names = [str(p.relative_to(folder)) for p in every_file(folder)]
     return {n: File(found, n, found.note(n), begin[n]) for n in names if n not in made}
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .spec import ModelSpec
 from .table import Row
 
 
@@ -30,6 +31,20 @@ class Block:
     scopes: frozenset[str]
     traits: frozenset[str]
     experts: int
+
+
+def plain_sizes(spec: ModelSpec) -> dict[str, int]:
+    """Values of the dimensions' names that every architecture has: a spec's own numbers, and what follows from them."""
+    sizes = {name: value for name, value in vars(spec).items() if isinstance(value, int)}
+    sizes["hc_mix"] = spec.hc_mult * (spec.hc_mult + 2)
+    if spec.dspark:
+        rank = spec.dspark.markov_rank
+        sizes |= {
+            "dspark_stages": spec.dspark.stages,
+            "markov_rank": rank,
+            "confidence_width": spec.hidden_size + rank,
+        }
+    return sizes
 
 
 @dataclass(frozen=True)

@@ -123,6 +123,9 @@ def renamed_settings(found: Mapping[str, Any], naming: Naming, where: str) -> di
     out = {names.get(key, key): value for key, value in found.items()}
     if "pipeline_model_parallel_layout" in out:  # the pattern says it there, by `|`
         out["pipeline_model_parallel_layout"] = None
+    frequency = out.get("moe_layer_freq")
+    if isinstance(frequency, list) and frequency == [1] * len(frequency):  # a list is as long as the layers were many
+        out["moe_layer_freq"] = 1
     return _to_hybrid(out, where) if naming == "hybrid" else _to_gpt(out, where)
 
 

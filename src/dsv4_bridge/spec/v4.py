@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from .architecture import Architecture, Block
+from .architecture import Architecture, Block, plain_sizes
 from .spec import ModelSpec
 from .table import ROWS, Row
 
@@ -34,20 +34,7 @@ def _blocks(spec: ModelSpec, own_mtp_head: bool) -> tuple[Block, ...]:
 
 
 def _symbols(spec: ModelSpec, block: Block) -> Mapping[str, int]:
-    sizes = {name: value for name, value in vars(spec).items() if isinstance(value, int)}
-    sizes |= {
-        "ratio": block.ratio,
-        "compress_width": 2 if block.ratio == 4 else 1,
-        "hc_mix": spec.hc_mult * (spec.hc_mult + 2),
-    }
-    if spec.dspark:
-        rank = spec.dspark.markov_rank
-        sizes |= {
-            "dspark_stages": spec.dspark.stages,
-            "markov_rank": rank,
-            "confidence_width": spec.hidden_size + rank,
-        }
-    return sizes
+    return plain_sizes(spec) | {"ratio": block.ratio, "compress_width": 2 if block.ratio == 4 else 1}
 
 
 def _kinds(spec: ModelSpec) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from .architecture import Architecture, Block
+from .architecture import Architecture, Block, plain_sizes
 from .spec_v41 import V41Spec
 from .table import Row
 from .table_v41 import ROWS_V41
@@ -61,13 +61,11 @@ def _blocks(spec: V41Spec, own_mtp_head: bool) -> tuple[Block, ...]:
 
 
 def _symbols(spec: V41Spec, block: Block) -> Mapping[str, int]:
-    sizes = {name: value for name, value in vars(spec).items() if isinstance(value, int)}
     engram, vision = spec.engram, spec.vision
     rows = dict(zip(engram.layer_ids, engram.num_embeddings, strict=True))
-    sizes |= {
+    return plain_sizes(spec) | {
         "n_routed_experts": block.experts,
         "compress_width": 1,
-        "hc_mix": spec.hc_mult * (spec.hc_mult + 2),
         "engram_rows": rows.get(block.index, 0),
         "engram_head_dim": engram.head_dim,
         "engram_width": engram.width,
@@ -77,14 +75,6 @@ def _symbols(spec: V41Spec, block: Block) -> Mapping[str, int]:
         "patch_size": vision.patch_size,
         "downsample_ratio": vision.downsample_ratio,
     }
-    if spec.dspark:
-        rank = spec.dspark.markov_rank
-        sizes |= {
-            "dspark_stages": spec.dspark.stages,
-            "markov_rank": rank,
-            "confidence_width": spec.hidden_size + rank,
-        }
-    return sizes
 
 
 def _kinds(spec: V41Spec) -> dict[str, int]:
