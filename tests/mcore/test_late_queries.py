@@ -1,4 +1,4 @@
-"""Kernels on queries that begin in the middle of a document: what they compute of all, part by part.
+"""Kernels on queries that begin in the middle of a document: part by part, what the definitions compute of all.
 
 That is how a context-parallel rank calls them: keys of the window reach in front of the first query, blocks are those
 of the whole document.
@@ -18,7 +18,7 @@ from dsv4_bridge.mcore.kernels.index import IndexTerms, choose_blocks
 
 pytestmark = [pytest.mark.megatron, pytest.mark.kernel]
 
-LENGTH, CUTS = 61, (0, 13, 14, 40, 61)
+LENGTH, CUTS = 37, (0, 9, 10, 25, 37)
 WAYS = pytest.mark.parametrize("by", [TORCH, TRITON], ids=["torch", "triton"])
 
 
@@ -40,7 +40,7 @@ def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
 
 @WAYS
 @pytest.mark.parametrize(
-    ("window", "ratio", "topk"), [(7, 0, None), (1, 4, None), (20, 5, None), (7, 4, 3), (70, 4, 9)]
+    ("window", "ratio", "topk"), [(7, 0, None), (1, 4, None), (20, 5, None), (7, 4, 3), (50, 4, 6)]
 )
 def test_attention(window: int, ratio: int, topk: int | None, by: Choice) -> None:
     count = LENGTH // ratio if ratio else 0
@@ -52,7 +52,7 @@ def test_attention(window: int, ratio: int, topk: int | None, by: Choice) -> Non
         chosen = choose_blocks(terms, topk, TORCH)
 
     def of_all(q: Tensor, kv: Tensor, sink: Tensor, blocks: Tensor | None = None) -> Tensor:
-        return attend(q, kv, blocks, chosen, sink, Reach(window, ratio, 16), by)
+        return attend(q, kv, blocks, chosen, sink, Reach(window, ratio, 16), TORCH)
 
     def of_parts(q: Tensor, kv: Tensor, sink: Tensor, blocks: Tensor | None = None) -> Tensor:
         outs = []
@@ -66,12 +66,12 @@ def test_attention(window: int, ratio: int, topk: int | None, by: Choice) -> Non
 
 
 @WAYS
-@pytest.mark.parametrize("topk", [1, 4, 12])
+@pytest.mark.parametrize("topk", [1, 4, 9])
 def test_choice(topk: int, by: Choice) -> None:
     terms = IndexTerms(
         normal(2, LENGTH, 3, 16, seed=1), normal(2, LENGTH // 4, 16, seed=2), normal(2, LENGTH, 3, seed=3)
     )
-    expected = choose_blocks(terms, topk, by)
+    expected = choose_blocks(terms, topk, TORCH)
     for here, _ in parts(1):
         count = here.stop // 4
         some = IndexTerms(terms.queries[:, here], terms.keys[:, :count], terms.weights[:, here])
@@ -93,7 +93,7 @@ def test_objective_of_the_indexer(topk: int | None, by: Choice) -> None:
 
     def of_all(*of: Tensor) -> Tensor:
         reach = Reach(window, 4, 16)
-        return indexer_loss.indexer_loss(IndexTerms(*of), q, kv, blocks, chosen, sink, reach, counted, None, by)
+        return indexer_loss.indexer_loss(IndexTerms(*of), q, kv, blocks, chosen, sink, reach, counted, None, TORCH)
 
     def of_parts(queries: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
         total = queries.new_zeros(())

@@ -11,6 +11,7 @@ n hyper-connection streams; h heads and g output groups of a rank; d head_dim; e
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 
 from ..parallel.layout import Chunk
@@ -226,6 +227,7 @@ def _rotations(spec: ModelSpec, chunk: Chunk, shape: Shape) -> int:
     return 4 * spec.qk_rope_head_dim * shape.length * len({bool(r) for rs in _ratios(spec, chunk) for r in rs})
 
 
+@lru_cache(maxsize=1 << 14)  # layouts that are compared have most of it in common
 def chunk_bytes(spec: ModelSpec, chunk: Chunk, shape: Shape) -> int:
     """What one micro-batch leaves in a pipeline chunk."""
     layers, drafts = _ratios(spec, chunk)
@@ -243,6 +245,7 @@ def chunk_bytes(spec: ModelSpec, chunk: Chunk, shape: Shape) -> int:
     return found + len(drafts) * (_draft_input(spec, shape) + 12 * shape.tokens)
 
 
+@lru_cache(maxsize=1 << 14)
 def recomputed_bytes(spec: ModelSpec, chunk: Chunk, shape: Shape) -> int:
     """How far the backward of one micro-batch rises above what the forward left: chunks of logits, full recompute.
 

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 
 from ..parallel.layout import Chunk, Layout
 from ..parallel.pieces import pieces
@@ -83,8 +83,12 @@ def chunk_part(spec: ModelSpec, layout: Layout, number: int, topology: Topology,
         topology: sizes of the groups.
         lora: the adapters that are counted, if any.
     """
-    chunk: Chunk = layout.chunks[number]
-    key = (spec, topology.tp, topology.ep, topology.etp, lora)
+    return _chunk_part(spec, layout.chunks[number], topology.tp, topology.ep, topology.etp, lora)
+
+
+@lru_cache(maxsize=1 << 14)  # layouts that are compared have most of it in common
+def _chunk_part(spec: ModelSpec, chunk: Chunk, tp: int, ep: int, etp: int, lora: Lora | None) -> Part:
+    key = (spec, tp, ep, etp, lora)
     found = Part()
     # Layers are of a few kinds, and layouts that are considered hundreds.
     kinds = Counter((spec.ratio(index), index < spec.num_hash_layers) for index in range(chunk.start, chunk.stop))

@@ -215,11 +215,12 @@ def _row_bytes(spec: ModelSpec, plan: MemoryPlan, passes: int) -> float:
     """Of a rank and step between context-parallel ranks: a forward a pass that is one, and a backward."""
     t, run = plan.topology, plan.run
     shape, count = run.shape(t), spec.num_hidden_layers
+    kinds = set(spec.compress_ratios)
+    forth = {ratio: sent_forward(spec, ratio, shape).total for ratio in kinds}
+    back = {ratio: sent_backward(spec, ratio, shape).total for ratio in kinds}
     worst = 0
     for rank in range(t.pp):
         ratios = [r for c in t.layout.of_rank(rank) for r in spec.compress_ratios[c.start : c.stop]]
         ratios += [r for c in t.layout.of_rank(rank) for r in spec.compress_ratios[count : count + c.mtp]]
-        forth = sum(sent_forward(spec, ratio, shape).total for ratio in ratios)
-        back = sum(sent_backward(spec, ratio, shape).total for ratio in ratios)
-        worst = max(worst, (passes - 2) * forth + back)
+        worst = max(worst, sum((passes - 2) * forth[r] + back[r] for r in ratios))
     return worst * run.micro_batches
