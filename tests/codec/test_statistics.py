@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dsv4_bridge.codec.statistics import count_bytes, nibbles, weak_blocks
+from dsv4_bridge.codec.statistics import count_bytes, count_nibbles, weak_blocks
 
 
 def slowly(encoding: str, codes: np.ndarray) -> tuple[int, int]:
@@ -33,10 +33,14 @@ def test_weak_blocks(encoding: str, shape: tuple[int, int], seed: int) -> None:
     assert weak_blocks(encoding, codes) == slowly(encoding, codes)
 
 
-@pytest.mark.parametrize("size", [0, 1, 3, 4, 1027])
+@pytest.mark.parametrize("size", [0, 1, 3, 4, 31, 32, 33, 1027, 4096])
 def test_counts(size: int) -> None:
     data = np.random.default_rng(size).integers(0, 256, size, dtype=np.uint8)
     counts = np.zeros(256, np.int64)
     count_bytes(data, counts)
     assert np.array_equal(counts, np.bincount(data, minlength=256))
-    assert np.array_equal(nibbles(counts), np.bincount(np.concatenate([data & 15, data >> 4]), minlength=16))
+    halves = np.arange(16)  # added to, whatever is there
+    count_nibbles(data, halves)
+    count_nibbles(data & 0x97, halves)  # some codes not at all
+    several = np.concatenate([data & 15, data >> 4, data & 7, data >> 4 & 9])
+    assert np.array_equal(halves, np.arange(16) + np.bincount(several, minlength=16))

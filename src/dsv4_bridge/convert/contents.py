@@ -19,10 +19,10 @@ from ..codec import fp8, mxfp4
 from ..codec.statistics import (
     bf16_values,
     count_bytes,
+    count_nibbles,
     count_words,
     e2m1_values,
     e4m3_values,
-    nibbles,
     weak_blocks,
 )
 from ..errors import BridgeError, files_named
@@ -201,20 +201,22 @@ def _level(squares: float, count: int) -> float | None:
 
 
 def _quantised(item: Item, bound: Bound, source: HFValues, scratch: Scratch) -> TensorFacts:
-    counts, checksum = np.zeros(256, np.int64), Checksum()
-    encoding = ENCODINGS[bound.encoding]
+    encoding, checksum = ENCODINGS[bound.encoding], Checksum()
     codes = "mxfp4" if encoding.packed > 1 else "fp8"
+    counts, count = (
+        (np.zeros(16, np.int64), count_nibbles) if codes == "mxfp4" else (np.zeros(256, np.int64), count_bytes)
+    )
     blocks = weak = 0
     for first, last in cuts(0, item.shape[0], stripe_rows(item.shape, 1)):
         raw = source.raw(bound, first, last, scratch).view(np.uint8)
-        count_bytes(raw.reshape(-1), counts)
+        count(raw.reshape(-1), counts)
         checksum.add(raw)
         held, small = weak_blocks(codes, raw, encoding.block)
         blocks, weak = blocks + held, weak + small
     scales = _scales(source, bound, codes, checksum, scratch)
     negative = 0
     if codes == "mxfp4":
-        counts, values = nibbles(counts), e2m1_values()
+        values = e2m1_values()
         negative = int(counts[8])
     else:
         values = e4m3_values()
