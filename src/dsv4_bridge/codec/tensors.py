@@ -35,6 +35,12 @@ _PAIRS = (_CODES[np.arange(256) & 15] | _CODES[np.arange(256) >> 4] << 16).view(
 _BORDERS = (mxfp4.BORDERS[127].astype(np.uint32) << 16).view(np.float32)
 
 
+def as_tensor(stripe: np.ndarray) -> Tensor:
+    """Values as torch sees them, over the same memory; uint16 are bf16 bit patterns."""
+    tensor = torch.from_numpy(stripe)
+    return tensor.view(torch.bfloat16) if stripe.dtype == np.uint16 else tensor
+
+
 def illegal(encoding: str, codes: Tensor, scale: Tensor) -> Tensor:
     """Whether anything is illegal, a 0-d bool on the device: what `first_problem` of the codec would find.
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..codec.tensors import as_tensor
 from ..mcore.layers.observe import watching
 from ..spec.megatron import live_names
 from ..spec.plan import Item, Plan, expand
@@ -22,7 +23,7 @@ from .formula import Formula, look_ahead
 from .metrics import compare_logits
 from .opened import opened_whole
 from .recording import Watcher
-from .reference import Record, as_tensor
+from .reference import Record
 from .result import Draft, Tolerance
 
 # Tokens of a row: the blocks look back no further than the window of 128, and float64 over a vocabulary is slow.

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..codec.tensors import as_tensor
 from ..errors import BridgeError
 from ..spec.plan import Item, expand
 from ..spec.spec import ModelSpec
@@ -123,12 +124,6 @@ def fill_reference(model: Any, items: Iterable[Item], spec: ModelSpec, stripes: 
             target[at : at + len(stripe)].copy_(as_tensor(stripe))
             at += len(stripe)
         awaited.discard(name)
-
-
-def as_tensor(stripe: np.ndarray) -> Tensor:
-    """A stripe of values as a tensor over the same memory."""
-    tensor = torch.from_numpy(stripe)
-    return tensor.view(torch.bfloat16) if stripe.dtype == np.uint16 else tensor
 
 
 def set_index_topk(model: Any, topk: int) -> None:

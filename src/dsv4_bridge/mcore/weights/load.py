@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...codec.tensors import as_tensor
 from ...errors import BridgeError, files_named
 from ...files import AnyPath
 from ...spec.encodings import TILE
@@ -15,7 +16,7 @@ from ...store.checkpoint import open_checkpoint
 from ...store.reading import kept_in_cache
 from ...store.values import Scratch, Values
 from ..model import DeepSeekV4Model
-from .on_device import as_tensor, computes, device_stripes, scratch_for
+from .on_device import computes, device_stripes, scratch_for
 from .places import Place, places
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...codec.tensors import as_tensor
 from ...parallel.pieces import Piece, pieces
 from ...spec.plan import Item, expand, stored
 from ...spec.spec import ModelSpec
@@ -22,7 +23,7 @@ from ..model import DeepSeekV4Model, build_model
 from .absent import memory_for, without_memory
 from .experts import ExpertWeights
 from .load import fill_item
-from .on_device import as_tensor, scratch_for
+from .on_device import scratch_for
 from .places import place_of
 
 

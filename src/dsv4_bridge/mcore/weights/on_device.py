@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...codec.tensors import decode, illegal
+from ...codec.tensors import as_tensor, decode, illegal
 from ...spec.plan import Item
 from ...store.values import HFValues, Scratch, Values
 
@@ -51,9 +51,3 @@ def device_stripes(
             source.decoded(bound, first, raw, scale, scratch)
             raise AssertionError(f"{bound.weight_name}: only the device finds fault with it")
         yield decode(bound.encoding, codes, scales)
-
-
-def as_tensor(stripe: np.ndarray) -> Tensor:
-    """A stripe as torch sees it; uint16 are bf16 bit patterns."""
-    tensor = torch.from_numpy(stripe)
-    return tensor.view(torch.bfloat16) if stripe.dtype == np.uint16 else tensor
