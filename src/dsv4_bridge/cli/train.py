@@ -68,8 +68,10 @@ def train(
         put({"recipe": as_plain(recipe), "plan": report.to_json()}, as_json, ranks_table(report))
         finish(report.fits)
         return
+    from .show.lines import columns, folded
+
     ranks = Ranks.from_environment()
-    say: Any = (lambda _: None) if as_json else lambda line: typer.echo(printable(line))
+    say: Any = (lambda _: None) if as_json else lambda line: typer.echo(folded(printable(line), columns()))
     from .. import mcore  # noqa: F401 - prepares torch for megatron-core
     from ..train.loop import train as run_train
 
