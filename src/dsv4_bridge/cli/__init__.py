@@ -20,7 +20,7 @@ from .app import app, described, verb
 # As `--help` lists them: look, convert, run, train.
 _ORDER = (
     "demo toy inspect plan import export rename repack verify generate parity "
-    "data recipes train lora merge flops doctor"
+    "data recipes train report lora merge flops doctor"
 )
 _BAD_ARGUMENTS: Any = typer.BadParameter.__base__  # UsageError, of typer or of click; typer does not export it
 _PLACE = {name: place for place, name in enumerate(_ORDER.split())}
@@ -80,6 +80,8 @@ _EXTRAS = {
     **dict.fromkeys(("megatron", "triton", "psutil"), "megatron"),
     **dict.fromkeys(("transformers", "peft", "accelerate", "tokenizers"), "hf"),
     "tensorboard": "train",
+    "wandb": "wandb",
+    "mlflow": "mlflow",
     "matplotlib": "report",
     **dict.fromkeys(("pyarrow", "zstandard"), "data"),
 }
