@@ -45,7 +45,17 @@ def watched(hf: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> t
 
 
 def train(hf: Path, text: Path, out: Path, *words: str, **env: str) -> Result:
-    args = ["train", "flash-pretrain", *SMALL, *QUICK, "schedule.warmup=0", f"start={hf}", f"data.train={text}", f"out={out}", *words]
+    args = [
+        "train",
+        "flash-pretrain",
+        *SMALL,
+        *QUICK,
+        "schedule.warmup=0",
+        f"start={hf}",
+        f"data.train={text}",
+        f"out={out}",
+        *words,
+    ]
     done = CliRunner().invoke(app, args, catch_exceptions=False, env=env)
     assert done.exit_code == 0, done.output
     return done
