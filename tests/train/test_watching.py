@@ -2,11 +2,13 @@
 
 import gzip
 import json
+import math
 import os
 import re
 import signal
 import time
 from collections.abc import Mapping
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from typer.testing import CliRunner, Result
 from dsv4_bridge import BridgeError
 from dsv4_bridge.cli.app import app
 from dsv4_bridge.cli.show.lines import folded
+from dsv4_bridge.train.charts import ticks
 from dsv4_bridge.train.log import duration
 from dsv4_bridge.train.pace import Left
 from dsv4_bridge.train.trackers import Aside
@@ -189,7 +192,7 @@ def test_a_tracker_that_is_not_installed_is_refused_before_the_run(
 ) -> None:
     monkeypatch.setattr("dsv4_bridge.train.trackers.find_spec", lambda name: None)
     words = [f"start={hf}", f"data.train={text}", f"out={tmp_path / 'run'}"]
-    with pytest.raises(BridgeError, match="log.mlflow=a: mlflow is not installed; pip install .*mlflow"):
+    with pytest.raises(BridgeError, match=r"log.mlflow=a: mlflow is not installed; pip install .*mlflow"):
         run("flash-pretrain", *words, "log.mlflow=a")
     assert not (tmp_path / "run" / "recipe.yaml").exists()
 
@@ -236,3 +239,103 @@ def test_a_step_is_taken_apart(watched: tuple[Path, Result]) -> None:
     trace = json.loads(gzip.decompress((out / "profile/step-2-rank-0.json.gz").read_bytes()))
     assert any(event.get("name") == "optimizer" for event in trace["traceEvents"])
     assert not list((out / "profile").glob("step-[13]*"))
+
+
+# ---------------------------------------------------------------- the page of a run
+
+
+class Parsed(HTMLParser):
+    """Tags that are closed in order, what is shown, and anything that a browser would fetch."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.fetched: list[str] = []
+        self.charts: dict[str, str] = {}
+        self.shown = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.fetched += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data")]
+        if tag == "svg":
+            words = dict(attrs)["aria-label"] or ""
+            self.charts[words.partition(" over steps")[0]] = words
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.shown += data
+
+
+def report(*words: str | Path) -> Result:
+    return CliRunner().invoke(app, ["report", *map(str, words)])
+
+
+def test_the_page_of_a_run_shows_its_curves_recipe_and_commands(watched: tuple[Path, Result], text: Path) -> None:
+    out, _ = watched
+    done = report(out, "--json")
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    assert (told["step"], told["steps"], told["checkpoints"]) == (3, 3, [3])
+    assert told["last"]["loss"] == log(out)[-1]["loss"] and told["page"] == str(out / "report.html")
+    source = (out / "report.html").read_text()
+    page = Parsed(source)
+    assert page.open == [] and page.fetched == [] and "url(" not in source and "@import" not in source
+    assert "prefers-color-scheme: dark" in source and "3 of 3: finished" in page.shown
+    losses = [line["loss"] for line in log(out)]
+    curve = page.charts["Loss, nats a token"]
+    assert f"from {losses[0]:.4g} to {losses[-1]:.4g}" in curve and "steps 1 to 3" in curve
+    assert {"Learning rate", "Norm of the gradients", "Load of experts, over the mean"} <= page.charts.keys()
+    assert "optimizer.lr0.002given" in page.shown and "optimizer.beta20.95technical report" in page.shown
+    assert f"train {out}/recipe.yaml schedule.steps=6" in page.shown and f"export {out} {out}-hf --like" in page.shown
+    assert report(out / "iter_0000003").exit_code == 0  # the run is found from its checkpoint
+
+
+def test_a_page_of_a_run_that_is_under_way(watched: tuple[Path, Result], tmp_path: Path) -> None:
+    """Torn lines, numbers that are none, many steps, and values that are HTML."""
+    out = tmp_path / "run"
+    out.mkdir()
+    recipe = (watched[0] / "recipe.yaml").read_text().replace("Pretraining of", "<script>alert(1)</script>")
+    (out / "recipe.yaml").write_text(recipe.replace("steps: 3", "steps: 5000"))
+    rows = [{"step": n, "loss": math.nan if n == 7 else 5 - n / 1000, "eta_seconds": 4000 - n} for n in range(1, 3001)]
+    lines = [json.dumps(row) for row in rows] + ["[]", '{"step": "x"}', '{"step": 3001, "lo']
+    (out / "log.jsonl").write_text("\n".join(lines))
+    done = report(out, tmp_path / "page.html")
+    assert done.exit_code == 0, done.output
+    source = (tmp_path / "page.html").read_text()
+    page = Parsed(source)
+    assert page.open == [] and "<script" not in source and "<script>alert(1)</script> Flash" in page.shown
+    assert "step 3,000 of 5,000" in page.shown.lower()
+    assert list(page.charts) == ["Loss, nats a token"] and "checkpoints" in page.shown and "none yet" in page.shown
+    points = [p.split() for p in re.findall(r'<polyline[^>]* points="([^"]*)"', source)]
+    assert [len(p) for p in points] == [300] and "nan" not in source.lower()
+    heights = [float(point.partition(",")[2]) for point in points[0]]
+    assert heights == sorted(heights)  # a loss that falls
+
+
+def test_what_is_no_run_has_no_page(watched: tuple[Path, Result], tmp_path: Path) -> None:
+    for words, told in (
+        ((tmp_path,), "name the folder that `dsv4 train` had as out="),
+        ((watched[0], tmp_path), "is a folder; name a file in it"),
+        ((watched[0], watched[0] / "recipe.yaml"), "recipe.yaml is no page of this command"),
+    ):
+        done = report(*words)
+        assert isinstance(done.exception, BridgeError) and told in str(done.exception)
+    (tmp_path / "log.jsonl").write_text('{"st')
+    (tmp_path / "recipe.yaml").write_text("name: a\n")
+    assert "has no step yet" in str(report(tmp_path).exception)
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.0, 1.0), (1.7, 8.9), (-3e-5, 2e-4), (61.4e9, 61.405e9), (5.0, 5.0), (0.0, 0.0), (1e-12, 3e12)]
+)
+def test_marks_of_an_axis_are_round_and_differ(low: float, high: float) -> None:
+    marks = ticks(low, high)
+    assert 2 <= len(marks) <= 8 and marks[0] <= low <= high <= marks[-1] and marks == sorted(set(marks))
+    assert len({f"{mark:.3g}" for mark in marks}) == len(marks)

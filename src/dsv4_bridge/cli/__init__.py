@@ -14,6 +14,7 @@ from typing import Any
 import typer
 
 from ..errors import BridgeError, os_error, printable
+from ..ranks import slurm_ranks
 from . import check, convert, data, flops, lora, model, plan, train  # noqa: F401 - verbs register themselves
 from .app import app, described, verb
 
@@ -34,6 +35,7 @@ def main() -> None:
     gc.set_threshold(200_000, 20, 100)
     signal.signal(signal.SIGTERM, _terminated)
     sys.unraisablehook = _swallowed
+    os.environ.update(slurm_ranks(os.environ))
     try:
         code = app(standalone_mode=False)
     except BridgeError as error:
