@@ -137,6 +137,6 @@ class Progress:
         self._path.write_bytes(raw)
         lines = [mutate_json(b'{"step": 3, "loss": 1.5}', rng) for _ in range(3)]
         (self._path.parent / "log.jsonl").write_bytes(b"\n".join(lines))
-        Teller(self._path.parent, 1, 1, lambda line: None, False, 2).close()
+        Teller(self._path.parent, 1, 1, lambda line: None, 2).close()
         state = _progress(self._path, "resuming")
         assert all(type(n) is int and 0 <= n < 1 << 63 for n in vars(replace(state)).values())

@@ -11,7 +11,7 @@ ROOT = Path(dsv4_bridge.__file__).parent
 # From the ground up. A room imports itself and lower lines; rooms of one line do not know each other.
 LAYERS = (
     "errors threads",
-    "strict_json strict_yaml files ranks progress free_memory",
+    "strict_json strict_yaml files ranks progress free_memory web_page",
     "lock",
     "spec codec",
     "parallel store text",

@@ -86,6 +86,47 @@ class Ranks:
         return cls(rank, world, _whole_number(env, "DSV4_RANK_TIMEOUT", 300, 1))
 
 
+def slurm_ranks(env: Mapping[str, str]) -> dict[str, str]:
+    """What torchrun would have set, of a process that srun started; empty where it did not, or torchrun did.
+
+    A batch script is one process, whatever its job asked for: a step of several tasks is what counts.
+
+    Args:
+        env: SLURM_STEP_NUM_TASKS, SLURM_PROCID, SLURM_LOCALID, SLURM_STEP_NODELIST, SLURM_JOB_ID and SLURM_STEP_ID.
+    """
+    names = ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NODELIST")
+    tasks, rank, local, nodes = (env.get(name, "") for name in names)
+    told = any(name in env for name in ("RANK", "WORLD_SIZE"))
+    if told or not (tasks.isdecimal() and rank.isdecimal() and int(tasks) > 1):
+        return {}
+    found = {"RANK": rank, "WORLD_SIZE": tasks, "LOCAL_RANK": local or "0"}
+    if (host := _first_host(nodes)) and "MASTER_ADDR" not in env:
+        found["MASTER_ADDR"] = host
+    if "MASTER_PORT" not in env:  # steps of one node at the same time have ports of their own
+        job, step = (
+            int(n) if (n := env.get(name, "")).isdecimal() else 0 for name in ("SLURM_JOB_ID", "SLURM_STEP_ID")
+        )
+        found["MASTER_PORT"] = str(20_000 + (job * 31 + step) % 10_000)
+    return found
+
+
+def _first_host(nodes: str) -> str:
+    """Of a list as Slurm writes it: `node7`, `node[07-09,12],login1`, `rack[1-2]n[3-4]`."""
+    found, depth = "", 0
+    for char in nodes:
+        if char == "[":
+            depth = 1
+        elif char == "]":
+            depth = 0
+        elif depth and char in "-,":
+            depth = 2  # the rest of the bracket names later hosts
+        elif not depth and char == ",":
+            break
+        elif depth < 2:
+            found += char
+    return found
+
+
 def _whole_number(env: Mapping[str, str], name: str, default: int, least: int) -> int:
     text = env.get(name, str(default))
     if not (text.isascii() and text.isdigit()) or int(text) < least:

@@ -14,13 +14,14 @@ from typing import Any
 import typer
 
 from ..errors import BridgeError, os_error, printable
+from ..ranks import slurm_ranks
 from . import check, convert, data, flops, lora, model, plan, train  # noqa: F401 - verbs register themselves
 from .app import app, described, verb
 
 # As `--help` lists them: look, convert, run, train.
 _ORDER = (
     "demo toy inspect plan import export rename repack verify generate parity "
-    "data recipes train lora merge flops doctor"
+    "data recipes train report lora merge flops doctor"
 )
 _BAD_ARGUMENTS: Any = typer.BadParameter.__base__  # UsageError, of typer or of click; typer does not export it
 _PLACE = {name: place for place, name in enumerate(_ORDER.split())}
@@ -34,6 +35,7 @@ def main() -> None:
     gc.set_threshold(200_000, 20, 100)
     signal.signal(signal.SIGTERM, _terminated)
     sys.unraisablehook = _swallowed
+    os.environ.update(slurm_ranks(os.environ))
     try:
         code = app(standalone_mode=False)
     except BridgeError as error:
@@ -80,6 +82,8 @@ _EXTRAS = {
     **dict.fromkeys(("megatron", "triton", "psutil"), "megatron"),
     **dict.fromkeys(("transformers", "peft", "accelerate", "tokenizers"), "hf"),
     "tensorboard": "train",
+    "wandb": "wandb",
+    "mlflow": "mlflow",
     "matplotlib": "report",
     **dict.fromkeys(("pyarrow", "zstandard"), "data"),
 }

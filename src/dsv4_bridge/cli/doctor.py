@@ -21,6 +21,8 @@ _OPTIONAL = {
     "tokenizers": "text and chats: pip install 'dsv4-bridge[hf]'",
     "accelerate": "used by transformers: pip install 'dsv4-bridge[hf]'",
     "tensorboard": "events of training: pip install 'dsv4-bridge[train]'",
+    "wandb": "runs at Weights & Biases: pip install 'dsv4-bridge[wandb]'",
+    "mlflow": "runs at MLflow: pip install 'dsv4-bridge[mlflow]'",
     "matplotlib": "pictures of parity reports: pip install 'dsv4-bridge[report]'",
 }
 

@@ -82,6 +82,11 @@ VERBS = {
         "Train by a recipe, or go on where it stopped.",
         "dsv4 train flash-pretrain --tiny data.train=text tokenizer=toy out=run",
     ),
+    "report": Help(
+        "A run as one page for a browser.",
+        "dsv4 report run run.html",
+        {"run": "Folder of a run: out= of `dsv4 train`.", "out": "HTML file; default report.html in the run's folder."},
+    ),
     "lora": Help(
         "Adapters of a run -> folder for peft.",
         "dsv4 lora run adapter",

@@ -1,6 +1,7 @@
-"""The verbs `recipes` and `train`."""
+"""The verbs `recipes`, `train` and `report`."""
 
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -68,8 +69,10 @@ def train(
         put({"recipe": as_plain(recipe), "plan": report.to_json()}, as_json, ranks_table(report))
         finish(report.fits)
         return
+    from .show.lines import columns, folded
+
     ranks = Ranks.from_environment()
-    say: Any = (lambda _: None) if as_json else lambda line: typer.echo(printable(line))
+    say: Any = (lambda _: None) if as_json else lambda line: typer.echo(folded(printable(line), columns()))
     from .. import mcore  # noqa: F401 - prepares torch for megatron-core
     from ..train.loop import train as run_train
 
@@ -85,6 +88,20 @@ def train(
         "checkpoint": str(outcome.checkpoint) if outcome.checkpoint else None,
     }
     put(facts, as_json, f"step {outcome.state.step}: checkpoint {outcome.checkpoint}")
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument()],
+    out: Annotated[Path | None, typer.Argument()] = None,
+    as_json: Json = False,
+) -> None:
+    """A run as one HTML file: curves, recipe with its sources, commands to go on; also while it is under way."""
+    from ..train.report import read_run, write_run_report
+
+    found = read_run(run)
+    path = write_run_report(found, out)
+    put(found.to_json() | {"page": str(path)}, as_json, f"{path}: step {found.step} of {found.recipe.schedule.steps}")
 
 
 def _shown(value: Any) -> str:

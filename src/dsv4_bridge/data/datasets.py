@@ -84,10 +84,23 @@ class PretrainingDataset(Dataset[dict[str, Tensor]]):
         seq_length: tokens of a sample.
         eos_token_id: the end-of-document token.
         apart: whether documents are kept apart.
+        evenly: whether every token is drawn as often as any other, as where no weights are given.
     """
 
-    def __init__(self, rows: Any, seq_length: int, eos_token_id: int, apart: bool):
+    def __init__(self, rows: Any, seq_length: int, eos_token_id: int, apart: bool, evenly: bool = False):
         self.rows, self.seq_length, self.eos_token_id, self.apart = rows, seq_length, eos_token_id, apart
+        self._evenly = evenly
+
+    def epoch_rows(self) -> float | None:
+        """Samples of one pass through the data; None where it is blended by weights, and has no such thing."""
+        parts = getattr(self.rows, "datasets", [self.rows])
+        if not self._evenly or any(not hasattr(part, "dataset") or len(part.indices) == 0 for part in parts):
+            return None
+        tokens = 0
+        for part in parts:
+            first, last = int(part.indices[0]), int(part.indices[-1]) + 1  # a split is a range of documents
+            tokens += int(part.dataset.sequence_lengths[first:last].sum(dtype=np.int64))
+        return tokens / self.seq_length
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -184,8 +197,9 @@ def build_pretraining_datasets(
         if isinstance(error.__cause__, OSError):
             raise _unusable(place, error.__cause__) from None
         raise
+    evenly = blend.weights is None or len(held) == 1
     found = (
-        PretrainingDataset(rows, seq_length, eos_token_id, apart) if wanted else None
+        PretrainingDataset(rows, seq_length, eos_token_id, apart, evenly) if wanted else None
         for rows, wanted in zip(built, samples, strict=True)
     )
     train, valid, test = found

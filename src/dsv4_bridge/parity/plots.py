@@ -1,6 +1,6 @@
 """A comparison as pictures. Colours are Okabe and Ito's, told apart with any colour vision; shapes repeat them."""
 
-from pathlib import Path
+import io
 from typing import Any
 
 import numpy as np
@@ -27,39 +27,42 @@ _STYLE = {
 }
 
 
-def draw(report: ParityReport, folder: Path) -> dict[str, str]:
-    """Write the plots; returns file name -> what it shows, in words."""
+def draw(report: ParityReport) -> dict[str, bytes]:
+    """The plots: what one shows, in words -> a PNG."""
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     runs = {"own choices": report.free} | ({"choices replayed": report.replayed} if report.replayed else {})
     found = {
-        "error.png": (
+        "error": (
             _errors,
             "Largest difference of every sub-layer over the reference's largest value, by layer (dashed: tolerance). "
             "A wrong tensor shows as a jump, rounding as a slow rise; exact equality is not drawn.",
         ),
-        "kl.png": (
+        "kl": (
             _kl,
             "KL divergence of the next-token distribution, reference against ours, at every position; beside it "
             "how many positions have which.",
         ),
-        "flips.png": (
+        "flips": (
             _flips,
             "Choices that differ from the reference's, by layer: sets of experts a token, sets of blocks a query. "
             "Light: near-ties, which rounding decides. Under replay: what our model would have chosen by itself.",
         ),
     }
     if report.free.logits is None:
-        del found["kl.png"]
+        del found["kl"]
+    drawn: dict[str, bytes] = {}
     with mpl.rc_context(dict[Any, Any](_STYLE)):
-        for name, (plot, _) in found.items():
+        for plot, words in found.values():
             figure = Figure(layout="constrained")
             FigureCanvasAgg(figure)
             plot(figure, report, runs)
-            figure.savefig(folder / name)
-    return {name: words for name, (_, words) in found.items()}
+            held = io.BytesIO()
+            figure.savefig(held, format="png")
+            drawn[words] = held.getvalue()
+    return drawn
 
 
 def _errors(figure: Any, report: ParityReport, runs: dict[str, Run]) -> None:

@@ -1,35 +1,22 @@
-"""A comparison as a page for a browser: `index.html`, its plots beside it, nothing fetched from elsewhere."""
+"""A comparison as a page for a browser: `index.html`, its plots in it, and `parity.json` with all numbers."""
 
 import json
+from base64 import b64encode
 from collections.abc import Iterable
+from datetime import UTC, datetime
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
 
 from ..errors import BridgeError, files_named
+from ..web_page import facts, page, verdict
 from .metrics import Choice, Difference, LogitsDifference
 from .result import ParityReport, Run, SiteResult
 from .sites import SITES
 
 _STYLE = """
-:root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 76rem; margin: 2rem auto;
-  padding: 0 1.2rem; }
-h1 { font-size: 1.6rem; margin: 0 0 1rem; }
-h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
-.verdict { border-left: .5rem solid; padding: .7rem 1rem; border-radius: .2rem; }
-.passed { border-color: #009E73; background: #eaf7f2; }
-.failed { border-color: #D55E00; background: #fdf0e8; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.2rem; margin: 1.2rem 0; }
-dt { color: #555; } dd { margin: 0; overflow-wrap: anywhere; }
-figure { margin: 0 0 1.6rem; } figure img { width: 100%; height: auto; } figcaption { color: #444; font-size: .92rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .88rem; }
-th, td { padding: .18rem .5rem; text-align: right; white-space: nowrap; } th { color: #444; font-weight: 600; }
-th.l, td.l { text-align: left; }
-thead tr:last-child th { border-bottom: 2px solid #888; } tbody tr.new td { border-top: 1px solid #ccc; }
-td.bad { color: #b03a00; font-weight: 600; } td.near { color: #7a5b00; } th.run { text-align: center; }
-code { font-size: .95em; }
+figure { margin: 0 0 1.6rem; } figure div { background: #fff; border-radius: .2rem; }
+figure img { display: block; width: 100%; min-width: 44rem; height: auto; }
 """
 
 
@@ -47,7 +34,7 @@ def can_report(folder: Path) -> None:
 
 @files_named("writing the report")
 def write_report(report: ParityReport, folder: Path) -> Path:
-    """Write index.html, its plots and parity.json.
+    """Write index.html and parity.json.
 
     Args:
         report: what was found.
@@ -64,32 +51,26 @@ def write_report(report: ParityReport, folder: Path) -> Path:
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        figures = draw(report, folder)
+        figures = draw(report)
         (folder / "parity.json").write_text(json.dumps(report.to_json(), indent=1) + "\n")
-        page = folder / "index.html"
-        page.write_text(_page(report, figures))
+        path = folder / "index.html"
+        path.write_text(_page(report, figures))
     except OSError as error:
         raise BridgeError(f"writing a report to {folder}: {error.strerror or error}") from None
-    return page
+    return path
 
 
-def _page(report: ParityReport, figures: dict[str, str]) -> str:
-    state = "passed" if report.passed else "failed"
+def _page(report: ParityReport, figures: dict[str, bytes]) -> str:
     title = f"Parity with {report.against}: {'passed' if report.passed else 'differs'}"
-    facts = [line.split(maxsplit=1) for line in about(report)]
-    facts = [("left out", words.removeprefix("out").strip()) if key == "left" else (key, words) for key, words in facts]
+    told = [line.split(maxsplit=1) for line in about(report)]
+    told = [("left out", words.removeprefix("out").strip()) if key == "left" else (key, words) for key, words in told]
     pictures = "\n".join(
-        f'<figure><img src="{name}" alt="{escape(words, quote=True)}"><figcaption>{escape(words)}</figcaption></figure>'
-        for name, words in figures.items()
+        f'<figure><div class="wide"><img src="data:image/png;base64,{b64encode(picture).decode()}" '
+        f'alt="{escape(words.partition(".")[0], quote=True)}"></div><figcaption>{escape(words)}</figcaption></figure>'
+        for words, picture in figures.items()
     )
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(title)}</title><style>{_STYLE}</style></head>
-<body>
-<h1>{escape(title)}</h1>
-<p class="verdict {state}">{escape(report.verdict.text[:1].upper() + report.verdict.text[1:])}.</p>
-<dl>{"".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts)}</dl>
+    body = f"""{verdict(report.passed, report.verdict.text)}
+{facts(told)}
 <h2>Logits, all positions</h2>
 <div class="wide">{_logits(report)}</div>
 <h2>Pictures</h2>
@@ -99,10 +80,8 @@ def _page(report: ParityReport, figures: dict[str, str]) -> str:
 1&minus;cosine: of the token that agrees least. Flips: sets chosen otherwise (experts of a token,
 blocks of a query), and the widest gap between the scores of what was swapped, over the largest; up to
 {report.tolerance.tie:g} it is a near-tie. <code>parity.json</code> holds all numbers.</p>
-<div class="wide">{_sites(report)}</div>
-</body>
-</html>
-"""
+<div class="wide">{_sites(report)}</div>"""
+    return page(title, body, _STYLE, f"dsv4 parity --report, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC")
 
 
 def _logits(report: ParityReport) -> str:

@@ -2,6 +2,8 @@
 
 import math
 import re
+import shlex
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -144,8 +146,8 @@ def check_layout(recipe: Recipe, spec: ModelSpec, world: int) -> int:
     if world == 1 < needed:
         raise BridgeError(
             f"training with recipe {recipe.name}: it cuts the model over at least {needed} ranks ({sizes}), and this "
-            f"is one process. Start them, torchrun --nproc-per-node {min(needed, 8)} -m dsv4_bridge train …, or set "
-            "parallel.ep=1 and the like; --tiny makes a small model in one process"
+            f"is one process. Start them: {torchrun_line(needed)}; or set parallel.ep=1 and the like; --tiny makes a "
+            "small model in one process"
         )
     if world % model_ranks:
         near = max(1, round(world / model_ranks)) * model_ranks
@@ -167,6 +169,14 @@ def check_layout(recipe: Recipe, spec: ModelSpec, world: int) -> int:
     if topology.layout.vp > 1:
         _check_interleaved(recipe, topology.layout.vp, each)
     return dp
+
+
+def torchrun_line(ranks: int) -> str:
+    """The command of this process as torchrun starts it, on each of the nodes that `ranks` take at 8 a node."""
+    words = shlex.join(sys.argv[1:]) if sys.argv[1:2] == ["train"] else "train …"
+    nodes = -(-ranks // 8)
+    where = f"--nnodes {nodes} --rdzv-backend c10d --rdzv-endpoint FIRST_NODE:29500 " if nodes > 1 else ""
+    return f"torchrun {where}--nproc-per-node {min(ranks, 8)} -m dsv4_bridge {words}"
 
 
 def _check_interleaved(recipe: Recipe, chunks: int, each: int) -> None:

@@ -53,6 +53,7 @@ class Feed:
         vocab_size: of the model; a token that it does not have is refused when its row is taken, for ranks that
             share a vocabulary leave out what is not theirs, and would leave out such a token on all ranks.
         source: what the data is called, for messages.
+        epoch_rows: rows of one pass through the data; None where there is no such thing.
     """
 
     count: int
@@ -62,6 +63,7 @@ class Feed:
     apart: bool
     vocab_size: int
     source: str
+    epoch_rows: Callable[[], float | None] = lambda: None
 
     def batches(self, consumed: int, size: int, micro: int, rank: int = 0, ranks: int = 1) -> list[Batch]:
         """A step's micro-batches of one data-parallel rank.
@@ -200,7 +202,7 @@ def text_feed(rows: PretrainingDataset, vocab_size: int, source: str) -> Feed:
         sample = rows[number]
         return Row(sample["tokens"], sample["labels"], sample["loss_mask"], sample["cu_seqlens"])
 
-    return Feed(len(rows), row, False, 0, rows.apart, vocab_size, source)
+    return Feed(len(rows), row, False, 0, rows.apart, vocab_size, source, rows.epoch_rows)
 
 
 def _tokenizer_of(recipe: Recipe) -> str | None:
@@ -233,7 +235,8 @@ def _chats(recipe: Recipe, spec: ModelSpec, where: Sequence[str]) -> Feed:
         return chat_row(pack.tokens, pack.loss_mask, pack.cu_seqlens, length, spec.eos_token_id or 0)
 
     apart = recipe.data.documents_apart
-    return Feed(len(packs), row, True, recipe.data.seed, apart, spec.vocab_size, where[0])
+    count = len(packs)
+    return Feed(count, row, True, recipe.data.seed, apart, spec.vocab_size, where[0], lambda: count)
 
 
 def _check_chat_ids(chats: "ChatData", vocab_size: int, where: str) -> None:

@@ -1,13 +1,17 @@
-"""What a run says: lines on the terminal, every step in a JSONL, TensorBoard's events."""
+"""What a run says: lines on the terminal, every step in a JSONL, and to trackers."""
 
 import contextlib
 import json
 import math
 import statistics
+import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
+
+from .trackers import Aside
 
 FILE = "log.jsonl"
 
@@ -23,86 +27,121 @@ def carefully(say: Callable[[str], None]) -> Callable[[str], None]:
 
 
 class Teller:
-    """Rank 0's voice; the other ranks have none.
+    """Rank 0's voice; the other ranks have none. At the end of a block it is closed.
 
     Args:
         out: the run's folder; None: no files.
         every: steps between lines on the terminal.
         total: steps of the run.
         say: prints a line.
-        tensorboard: whether to write events, where TensorBoard is installed.
         begin: the step that the run goes on behind: later lines of an earlier run go.
+        trackers: what is told every step, too.
     """
 
     def __init__(
-        self, out: Path | None, every: int, total: int, say: Callable[[str], None], tensorboard: bool, begin: int
+        self,
+        out: Path | None,
+        every: int,
+        total: int,
+        say: Callable[[str], None],
+        begin: int,
+        trackers: Sequence[Aside] = (),
     ):
-        self._every, self._total, self.say = every, total, say
-        self._file = self._events = None
+        self._every, self._total, self.say, self._trackers = every, total, say, trackers
+        self._file = None
         if out is None:
             return
         path = out / FILE
         kept = [line for line in path.read_bytes().splitlines() if _step(line) <= begin] if path.is_file() else []
         path.write_bytes(b"".join(line + b"\n" for line in kept))
         self._file = path.open("a", buffering=1)
-        if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                say("TensorBoard is not installed: no events are written (pip install 'dsv4-bridge[train]')")
-            else:
-                self._events = SummaryWriter(str(out / "tensorboard"), purge_step=begin + 1)
 
     def step(self, number: int, facts: Mapping[str, float]) -> None:
         """A training step."""
         self._write({"step": number} | dict(facts))
-        if self._events:
-            for name, value in facts.items():
-                self._events.add_scalar(f"train/{name}", value, number)
+        self._track(number, {f"train/{name}": value for name, value in facts.items()})
         if number % self._every == 0 or number in (1, self._total):
-            self.say(
-                f"step {number}/{self._total}  " + "  ".join(_shown(n, v) for n, v in facts.items() if n in _UNITS)
-            )
+            self.say(self._line(number, "  ".join(_shown(n, facts[n]) for n in _UNITS if n in facts)))
 
     def validation(self, number: int, loss: float) -> None:
         """A validation after a step."""
         self._write({"step": number, "valid_loss": loss})
-        if self._events:
-            self._events.add_scalar("valid/loss", loss, number)
-        self.say(f"step {number}/{self._total}  validation loss {loss:.4f}")
+        self._track(number, {"valid/loss": loss})
+        self.say(self._line(number, f"validation loss {loss:.4f}"))
 
-    def close(self) -> None:
-        """Nothing more will be said."""
+    def close(self, failed: bool = False, *, wait: bool = True) -> None:
+        """Nothing more will be said.
+
+        Args:
+            failed: whether the run ended with an error.
+            wait: give trackers a while for what they have not written.
+        """
         if self._file:
-            self._file.close()
-        if self._events:
-            self._events.close()
+            with contextlib.suppress(OSError):
+                self._file.close()
+        for tracker in self._trackers:
+            tracker.close(failed, wait=wait)
+        self._troubles()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.close(kind is not None, wait=kind is None or issubclass(kind, Exception))
+
+    def _line(self, number: int, words: str) -> str:
+        return f"step {number}/{self._total}  {words}"
+
+    def _track(self, number: int, facts: Mapping[str, float]) -> None:
+        for tracker in self._trackers:
+            tracker.log(number, facts)
+        self._troubles()
+
+    def _troubles(self) -> None:
+        for tracker in self._trackers:
+            for trouble in tracker.troubles():
+                self.say(trouble)
 
     def _write(self, facts: dict[str, Any]) -> None:
         if self._file:
             try:
-                self._file.write(json.dumps(facts) + "\n")
+                self._file.write(json.dumps(facts | {"time": round(time.time(), 3)}) + "\n")
             except OSError as error:
                 self._file = None
                 self.say(f"{FILE} cannot be written any more ({error.strerror}); the run goes on without it")
 
 
-_UNITS: dict[str, tuple[str, str]] = {
-    "loss": ("loss", ".4f"),
-    "mtp_loss": ("mtp", ".4f"),
-    "indexer_loss": ("indexer", ".4f"),
-    "balance_loss": ("balance", ".3f"),
-    "grad_norm": ("grad", ".3g"),
-    "lr": ("lr", ".3g"),
-    "tokens_per_second": ("tok/s", ",.0f"),
-    "tflops_per_gpu": ("TFLOP/s/GPU", ".3g"),
-    "mfu": ("MFU", ".1%"),
+def duration(seconds: float) -> str:
+    """A time for people: `0:42`, `3:07:00`, `2 d 3 h`."""
+    whole = round(seconds)
+    if whole >= 2 * 86400:
+        return f"{whole // 86400} d {whole % 86400 // 3600} h"
+    minutes, rest = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+# In the order of a line: what a glance is for comes first.
+_UNITS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "loss": ("loss", "{:.4f}".format),
+    "grad_norm": ("grad", "{:.3g}".format),
+    "lr": ("lr", "{:.3g}".format),
+    "eta_seconds": ("left", duration),
+    "seconds": ("s/step", "{:.3g}".format),
+    "tokens_per_second": ("tok/s", "{:,.0f}".format),
+    "memory_bytes": ("mem GB", lambda value: f"{value / 1e9:.3g}"),
+    "epoch": ("epoch", "{:.3g}".format),
+    "mtp_loss": ("mtp", "{:.4f}".format),
+    "indexer_loss": ("indexer", "{:.4f}".format),
+    "balance_loss": ("balance", "{:.3f}".format),
+    "tflops_per_gpu": ("TFLOP/s/GPU", "{:.3g}".format),
+    "mfu": ("MFU", "{:.1%}".format),
 }
 
 
 def _shown(name: str, value: float) -> str:
     label, form = _UNITS[name]
-    return f"{label} {value:{form}}"
+    return f"{label} {form(value)}"
 
 
 def _step(line: bytes) -> float:

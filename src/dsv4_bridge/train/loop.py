@@ -26,8 +26,6 @@ from ..mcore.layers.context import over_ranks
 from ..mcore.metrics import collect
 from ..mcore.optim.param_gather import gather_all
 from ..mcore.schedule import Batch, cut, forward_backward
-from ..planning.peaks import mfu, peak_named, peak_tflops
-from ..spec.flops import flops_per_token
 from ..spec.spec import ModelSpec
 from ..store.megatron import ALONG
 from ..store.small_files import small_files
@@ -36,10 +34,16 @@ from .choose import dump
 from .feed import Feed, make_feeds
 from .log import Teller, Watch, carefully
 from .out import check_out, run_lock
-from .plan import lora_of, small_folder
+from .pace import Pace, peak_memory
+from .plan import small_folder
+from .profile import phase, taken_apart
+from .rank_log import rank_log
 from .recipe import Recipe, Schedule
 from .resume import PROGRESS, RECIPE, Resumed, State, find_resumed
 from .stopping import asked_to_stop
+from .trackers import check_trackers, make_trackers
+
+_Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class Outcome:
 
 
 @files_named("training")
-def train(recipe: Recipe, spec: ModelSpec, world: int, say: Callable[[str], None] = print) -> Outcome:
+def train(recipe: Recipe, spec: ModelSpec, world: int, say: _Say = print) -> Outcome:
     """Run a recipe; every rank calls it. Where the output folder has a checkpoint, it goes on from there.
 
     Args:
@@ -82,16 +86,23 @@ def train(recipe: Recipe, spec: ModelSpec, world: int, say: Callable[[str], None
         raise BridgeError(f"training with recipe {recipe.name}: out is empty; say out=FOLDER for checkpoints and logs")
     small_folder(recipe)  # before weights are read
     with run_lock(recipe):
-        return _train(recipe, spec, world, carefully(say))
+        check_out(recipe)
+        check_trackers(recipe)
+        with rank_log(recipe) as note:
+            return _train(recipe, spec, world, carefully(say), note)
 
 
-def _train(recipe: Recipe, spec: ModelSpec, world: int, say: Callable[[str], None]) -> Outcome:
+def _train(recipe: Recipe, spec: ModelSpec, world: int, say: _Say, note: _Say) -> Outcome:
     out = Path(recipe.out)
-    check_out(recipe)
     resumed = find_resumed(recipe, spec)
     trainer = make_trainer(recipe, spec, world, fresh=resumed is None)
     first = dist.get_rank() == 0
-    talk = say if first else _silent
+
+    def talk(line: str) -> None:
+        note(line)
+        if first:
+            say(line)
+
     saver = Saver(out, recipe.checkpoint.keep, recipe.checkpoint.background, adapters=bool(recipe.lora.rank))
     state = _load(trainer, resumed, talk) if resumed else State()
     if state.step >= recipe.schedule.steps:
@@ -102,16 +113,9 @@ def _train(recipe: Recipe, spec: ModelSpec, world: int, say: Callable[[str], Non
         out.mkdir(parents=True, exist_ok=True)
         (out / RECIPE).write_text(dump(recipe))
     dist.barrier()
-    teller = Teller(
-        out if first else None,
-        recipe.log.every,
-        recipe.schedule.steps,
-        talk,
-        recipe.log.tensorboard,
-        state.step,
-    )
-    for note in trainer.notes:
-        talk(note)
+    trackers = make_trackers(recipe, state.step, talk) if first else []
+    for words in trainer.notes:
+        talk(words)
     if recipe.log.valid_every and valid_feed is None:
         talk("no validation: chats have no split; say data.valid=FOLDER")
     beside = _beside(recipe, resumed)
@@ -119,11 +123,11 @@ def _train(recipe: Recipe, spec: ModelSpec, world: int, say: Callable[[str], Non
         f"{recipe.name}: {spec.num_hidden_layers} layers, {trainer.world} ranks (dp {trainer.ranks}), "
         f"{train_feed.count:,} rows of {recipe.data.seq_length}, steps {state.step} to {recipe.schedule.steps}"
     )
-    try:
-        with asked_to_stop(talk) as asked:
-            return _run(trainer, state, train_feed, valid_feed, teller, saver, beside, asked)
-    finally:
-        teller.close()
+    with (
+        Teller(out if first else None, recipe.log.every, recipe.schedule.steps, talk, state.step, trackers) as teller,
+        asked_to_stop(talk) as asked,
+    ):
+        return _run(trainer, state, train_feed, valid_feed, teller, saver, beside, asked, note)
 
 
 def _run(
@@ -135,21 +139,26 @@ def _run(
     saver: Saver,
     beside: dict[str, bytes],
     asked: Callable[[], bool],
+    note: _Say,
 ) -> Outcome:
     recipe, watch = trainer.recipe, Watch(trainer.recipe.log.spike)
     outcome = Outcome(state)
-    speed = _Speed(trainer)
+    pace = Pace(trainer, feed.epoch_rows() if dist.get_rank() == 0 else None)
     with _sizes(recipe, trainer.ranks), _garbage(recipe.parallel.gc_every) as tidy:
         while state.step < recipe.schedule.steps:
             began = time.perf_counter()
             update_num_microbatches(state.rows, consistency_check=False)
             size = get_current_global_batch_size()
-            facts = _step(trainer, feed, state, size)
-            seconds = time.perf_counter() - began
+            with _profiled(recipe, state.step + 1, teller.say):
+                facts = _step(trainer, feed, state, size)
+            now = time.perf_counter()
             numbers = feed.numbers(state.rows, min(size, 8))
             state.step, state.rows = state.step + 1, state.rows + size
             state.tokens += size * recipe.data.seq_length
-            facts |= {"rows": size, "seconds": seconds} | speed.of(size * recipe.data.seq_length, seconds)
+            mine = peak_memory()
+            facts |= {"rows": size, "seconds": now - began, "memory_bytes": _largest(mine)}
+            note(f"step {state.step}: {now - began:.3f} s, {mine / 1e9:.3f} GB at most on this rank")
+            facts |= pace.of(state.step, state.rows, size * recipe.data.seq_length, now - began, now)
             if wrong := watch.trouble(facts["loss"], facts["grad_norm"]):
                 raise BridgeError(_advice(wrong, trainer, state, numbers, facts, saver))
             outcome.losses.append(facts["loss"])
@@ -158,7 +167,7 @@ def _run(
             if valid_feed and every and (state.step % every == 0 or state.step == recipe.schedule.steps):
                 outcome.valid_losses[state.step] = _validate(trainer, valid_feed)
                 teller.validation(state.step, outcome.valid_losses[state.step])
-            stop = _any_rank(asked())
+            stop = bool(_largest(asked()))
             last = state.step == recipe.schedule.steps
             if stop or last or state.step % recipe.checkpoint.save_every == 0:
                 gather_all(trainer.wrapped)
@@ -194,12 +203,23 @@ def _step(trainer: Trainer, feed: Feed, state: State, size: int) -> dict[str, fl
     for chunk in trainer.wrapped:
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
-    batches = _batches(trainer, feed, state.rows, size)
-    loss = _mean(forward_backward(trainer.wrapped, batches), batches, recipe.losses.per_token)
-    _, norm, _ = trainer.optimizer.step()
-    counted = collect(trainer.wrapped)
+    with phase("data"):
+        batches = _batches(trainer, feed, state.rows, size)
+    with phase("forward and backward"):
+        loss = _mean(forward_backward(trainer.wrapped, batches), batches, recipe.losses.per_token)
+    with phase("optimizer"):
+        _, norm, _ = trainer.optimizer.step()
+    with phase("counts"):
+        counted = collect(trainer.wrapped)
     rate = trainer.optimizer.param_groups[0]["lr"]
     return {"loss": loss, "grad_norm": float(norm or 0.0), "lr": float(rate)} | counted
+
+
+def _profiled(recipe: Recipe, step: int, say: _Say) -> contextlib.AbstractContextManager[None]:
+    """Around the step that is to be taken apart, on the first rank, and on those that have a log."""
+    if step != recipe.log.profile or (dist.get_rank() and not recipe.log.ranks):
+        return contextlib.nullcontext()
+    return taken_apart(Path(recipe.out), step, dist.get_rank(), say)
 
 
 def _batches(trainer: Trainer, feed: Feed, consumed: int, size: int) -> list[Batch]:
@@ -308,7 +328,7 @@ def _sizes(recipe: Recipe, ranks: int) -> Iterator[None]:
         destroy_num_microbatches_calculator()
 
 
-def _load(trainer: Trainer, resumed: Resumed, talk: Callable[[str], None]) -> State:
+def _load(trainer: Trainer, resumed: Resumed, talk: _Say) -> State:
     """Everything that a checkpoint of the run holds."""
     optimizer = trainer.optimizer if trainer.recipe.checkpoint.optimizer else None
     load_checkpoint(trainer.chunks, resumed.folder, optimizer, adapters=bool(trainer.recipe.lora.rank))
@@ -317,25 +337,6 @@ def _load(trainer: Trainer, resumed: Resumed, talk: Callable[[str], None]) -> St
     state, changed = resumed.state, resumed.changed
     talk(f"goes on from {resumed.folder}, step {state.step}" + (f"; changed: {', '.join(changed)}" if changed else ""))
     return state
-
-
-class _Speed:
-    """Tokens a second, TFLOP/s and MFU of a step."""
-
-    def __init__(self, trainer: Trainer):
-        recipe, self._world = trainer.recipe, trainer.world
-        lora = lora_of(recipe) if recipe.lora.rank else None
-        self._flops = flops_per_token(trainer.spec, recipe.data.seq_length, lora=lora)
-        name = recipe.log.gpu or (torch.cuda.get_device_name() if torch.cuda.is_available() else "")
-        self._peak = peak_named(recipe.log.gpu) if recipe.log.gpu else peak_tflops(name) if name else None
-
-    def of(self, tokens: int, seconds: float) -> dict[str, float]:
-        """Of a step."""
-        rate = tokens / seconds
-        found = {"tokens_per_second": rate, "tflops_per_gpu": rate * self._flops / self._world / 1e12}
-        if self._peak:
-            found["mfu"] = mfu(self._flops, rate / self._world, self._peak)
-        return found
 
 
 def _advice(
@@ -372,10 +373,11 @@ def _garbage(every: int) -> Iterator[Callable[[int], None]]:
         gc.unfreeze()
 
 
-def _any_rank(mine: bool) -> bool:
-    asked = torch.tensor([int(mine)], device=device())
-    dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-    return bool(asked.item())
+def _largest(mine: int) -> int:
+    """Of all ranks."""
+    largest = torch.tensor([int(mine)], device=device())
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest.item())
 
 
 def _to_device(batch: Batch) -> Batch:
@@ -383,7 +385,3 @@ def _to_device(batch: Batch) -> Batch:
         return batch
     moved = {k: v.cuda(non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in vars(batch).items()}
     return type(batch)(**moved)
-
-
-def _silent(_: str) -> None:
-    pass

@@ -271,6 +271,10 @@ class Log:
         valid_steps: micro-batches of a validation, a rank.
         spike: stop where the loss is so many nats above its recent median; 0: never.
         gpu: name of the GPU, for MFU; empty: the device's own.
+        wandb: project of Weights & Biases that is told every step; empty: none. WANDB_MODE=offline keeps it here.
+        mlflow: experiment of MLflow that is told every step, at MLFLOW_TRACKING_URI; empty: none.
+        ranks: every rank writes a log of its own, `logs/rank-N.log` in the output folder.
+        profile: the step whose time is taken apart, into `profile` in the output folder; 0: none.
     """
 
     every: int = fact(10, BRIDGE, least=1)
@@ -279,6 +283,10 @@ class Log:
     valid_steps: int = fact(32, BRIDGE)
     spike: float = fact(3.0, OURS)
     gpu: str = fact("", OURS)
+    wandb: str = fact("", OURS)
+    mlflow: str = fact("", OURS)
+    ranks: bool = fact(False, OURS)
+    profile: int = fact(0, OURS)
 
 
 @dataclass(frozen=True)

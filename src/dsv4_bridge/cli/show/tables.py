@@ -1,8 +1,6 @@
 """Tables and progress for people; nothing here decides anything."""
 
-import os
 import re
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -23,6 +21,7 @@ from ...errors import printable
 from ...store.inspect import InspectReport
 from ..doctor import Check
 from .fitting import Fitting
+from .lines import columns
 
 
 class Plain(Console):
@@ -41,15 +40,13 @@ class Plain(Console):
         raise BrokenPipeError
 
 
-_WIDTH = "DSV4_WIDTH"  # in the environment: columns, whatever is there; COLUMNS may be set where nobody looks
 _ENDLESS = 10_000  # columns, where nobody's terminal has an edge
 
 
 def show(what: Any) -> None:
     """Print to stdout; where that is no terminal, no line is broken and nothing is cut."""
-    asked = os.environ.get(_WIDTH, "")
-    width = int(asked) if asked.isdecimal() and len(asked) < 6 else None if sys.stdout.isatty() else _ENDLESS
-    Plain(width=width, highlight=False).print(what)
+    width = columns()
+    Plain(width=_ENDLESS if width is None else width, highlight=False).print(what)
 
 
 def say(line: str) -> None:
