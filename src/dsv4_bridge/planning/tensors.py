@@ -13,10 +13,10 @@ from ..spec.megatron import (
     Naming,
     check_naming,
     megatron_dtype,
+    megatron_keys,
     megatron_names,
     megatron_prefix,
     naming_for,
-    regions,
 )
 from ..spec.megatron_config import layer_pattern
 from ..spec.plan import Item, Plan, expand, shard_name, shard_of, stored
@@ -161,7 +161,7 @@ def megatron_names_of(what: AnyPath, *, naming: Naming | None = None) -> dict[st
         spec = spec_from_config(config := read_config(path / "config.json"), str(path / "config.json"))
         planned = expand(spec, guess(config, spec).own_mtp_head)
     chosen = naming_for(planned.spec, naming, f"planning {what}")
-    return {item.name: tuple(r.key for r in regions(item, planned.spec, chosen)) for item in planned.items}
+    return {item.name: megatron_keys(item, chosen) for item in planned.items}
 
 
 def _report(

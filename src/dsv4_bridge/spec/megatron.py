@@ -146,6 +146,13 @@ def live_names(item: Item, first_layer: int = 0, expert: int | None = None, grou
     return tuple(f"{prefix}{_EXPERTS}local_experts.{expert}.{name}" for name in inner)
 
 
+def megatron_keys(item: Item, naming: Naming = "gpt") -> tuple[str, ...]:
+    """Keys on disk of the tensors that hold an item; empty for a passenger."""
+    names = megatron_names(item, naming)
+    prefix = megatron_prefix(item, naming) if names else ""
+    return tuple(prefix + name for name in names)
+
+
 def regions(item: Item, spec: ModelSpec, naming: Naming = "gpt") -> tuple[Region, ...]:
     """The boxes of global Megatron tensors that hold an item, in order of its rows.
 

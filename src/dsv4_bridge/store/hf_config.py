@@ -56,6 +56,12 @@ ROPE_SCALING = {
 }
 
 
+VISION_EXP = (
+    "It is not read: no list of its tensors is known that a table could be held against, and what is not known whole is "
+    "not converted in part. Read are the text models of DeepSeek-V4, and DeepSeek-V4.1 with its vision tower"
+)
+
+
 def dialect_of(config: Mapping[str, Any]) -> str:
     """`released` or `transformers`, of V4.1 also `inference`, from the keys present."""
     if kind := dialect_of_v41(config):
@@ -147,8 +153,7 @@ def refuse_other_models(config: Mapping[str, Any], where: str) -> None:
     if vision:
         raise BridgeError(
             f"{where}: this is DeepSeek-V4-Flash-Vision-Exp ({', '.join(k[:40] for k in vision[:4])}), which adds a "
-            "vision tower, image routing biases (gate.bias_vl) and rms_norm_eps 1e-20. "
-            "Only the text models are supported"
+            f"vision tower, image routing biases (gate.bias_vl) and rms_norm_eps 1e-20. {VISION_EXP}"
         )
     if kind != "deepseek_v4":
         raise BridgeError(
