@@ -118,6 +118,13 @@ def test_ms_swift(toy_megatron: Path, toy_flash: Path, tmp_path: Path) -> None:
     (saved / "args.json").write_text(json.dumps({"model_type": "deepseek_v4", "torch_dtype": "bfloat16"}))
     export_hf(saved, tmp_path / "back", like=toy_flash)
     assert same_files(toy_flash, tmp_path / "back") == []
+    for call in (lambda: inspect(saved), lambda: export_hf(saved, tmp_path / "none", None, "bf16")):
+        with pytest.raises(BridgeError, match=r"no run_config\.yaml of this tool, nor one of Megatron-Bridge .*--like"):
+            call()
+    group = "self_attention.linear_o_group_proj"
+    rewritten(saved / "iter_0000500", lambda k: f"{k}.weight0" if k.endswith(group) else k)
+    with pytest.raises(BridgeError, match=r"one weight a group \(mcore-bridge with fp8_param\)"):
+        export_hf(saved, tmp_path / "none", like=toy_flash)
 
 
 def test_nemo_is_refused_with_the_reason(toy_megatron: Path, toy_flash: Path, tmp_path: Path) -> None:
@@ -127,6 +134,29 @@ def test_nemo_is_refused_with_the_reason(toy_megatron: Path, toy_flash: Path, tm
     rewritten(weights, lambda k: f"module.{k}")
     with pytest.raises(BridgeError, match="as NeMo 2 saves its models"):
         export_hf(weights, tmp_path / "back", like=toy_flash)
+    root, out = weights.parent, tmp_path / "back"
+    (root / "context").mkdir()
+    (root / "context" / "model.yaml").write_text("_target_: x\n")
+    calls = (
+        lambda: export_hf(root, out, like=toy_flash),
+        lambda: import_hf(root, out),
+        lambda: inspect(root),
+        lambda: verify(toy_flash, root),
+        lambda: rename(root, out, "hybrid"),
+    )
+    for call in calls:
+        with pytest.raises(BridgeError, match=r"a checkpoint of NeMo 2 .* has no DeepSeek-V4"):
+            call()
+
+
+def test_tensors_behind_a_prefix_are_told_of_not_a_contradiction(toy_megatron: Path, tmp_path: Path) -> None:
+    """Without an `mtp.` key the spec has no draft, which is no contradiction of its run_config.yaml."""
+    shutil.copytree(toy_megatron, tmp_path / "m")
+    rewritten(tmp_path / "m" / ITERATION, lambda k: f"model.{k}")
+    found = inspect(tmp_path / "m")
+    assert not found.notes and {f.kind for f in found.findings} == {"missing", "unknown"}
+    with pytest.raises(BridgeError, match="its tensors are not those of this model"):
+        export_hf(tmp_path / "m", tmp_path / "out", None, "bf16")
 
 
 def test_a_body_under_its_live_name_is_told(checkpoints: dict[str, Path], tmp_path: Path) -> None:

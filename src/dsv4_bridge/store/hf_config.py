@@ -57,8 +57,8 @@ ROPE_SCALING = {
 
 
 VISION_EXP = (
-    "It is not read: no list of its tensors is known that a table could be held against, and what is not known whole is "
-    "not converted in part. Read are the text models of DeepSeek-V4, and DeepSeek-V4.1 with its vision tower"
+    "It is not read: no list of its tensors is known that a table could be held against, and what is not known whole "
+    "is not converted in part. Read are the text models of DeepSeek-V4, and DeepSeek-V4.1 with its vision tower"
 )
 
 
@@ -92,6 +92,8 @@ def _what_it_is(folder: Path) -> str:
     names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
     if "latest_checkpointed_iteration.txt" in names or ".metadata" in names:
         return f"{folder} is a Megatron checkpoint, and a Hugging Face folder is wanted; `dsv4 export` makes one of it"
+    if (folder / "weights" / ".metadata").is_file():
+        return f"{folder} is a checkpoint of NeMo 2 (weights/ and context/), which has no DeepSeek-V4"
     if any(name.startswith("iter_") for name in names):
         return (
             f"{folder} looks like a Megatron checkpoint without latest_checkpointed_iteration.txt; write the number of "
