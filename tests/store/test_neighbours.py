@@ -18,6 +18,7 @@ from dsv4_bridge.store.torch_dist.frames import ObjectRecord, TensorRecord, extr
 from dsv4_bridge.store.torch_dist.reader import open_torch_dist
 
 ITERATION = "iter_0000000"
+PAGE = Path(__file__).parents[2] / "docs" / "guides" / "megatron.md"
 
 
 @pytest.fixture(scope="module")
@@ -166,3 +167,24 @@ def test_a_body_under_its_live_name_is_told(checkpoints: dict[str, Path], tmp_pa
     assert any("live name of an MTP layer" in str(f) for f in report.findings)
     with pytest.raises(BridgeError, match="transformer_layer"):
         rename(tmp_path / "m", tmp_path / "out", "hybrid")
+
+
+# Row of the page's table of refusals -> how such a folder's keys differ.
+OTHER_KEYS: dict[str, Callable[[str], str]] = {
+    "NeMo 2, its `weights/`": lambda k: f"module.{k}",
+    "mcore-bridge with `fp8_param`": lambda k: f"{k}.weight3" if k.endswith("linear_o_group_proj") else k,
+    "`hetereogenous_dist_checkpoint` off": lambda k: k.replace("decoder.layers.0.", "decoder.layers."),
+    "`singleton_local_shards` on": lambda k: f"{k}_w" if k.endswith("linear_fc1.weight") else k,
+    "the live name of an MTP layer's body": lambda k: k.replace(".transformer_layer.", ".mtp_model_layer."),
+}
+
+
+@pytest.mark.parametrize("what", OTHER_KEYS)
+def test_the_page_has_the_words_that_refuse(what: str, toy_megatron: Path, toy_flash: Path, tmp_path: Path) -> None:
+    rows = (line.strip("| ").split(" | ") for line in PAGE.read_text().splitlines() if line.startswith("|"))
+    words = next(row[1] for row in rows if row[0] == what).strip("`").removeprefix("unknown  ")
+    shutil.copytree(toy_megatron, tmp_path / "m")
+    rewritten(tmp_path / "m" / ITERATION, OTHER_KEYS[what])
+    with pytest.raises(BridgeError) as caught:
+        export_hf(tmp_path / "m", tmp_path / "out", like=toy_flash)
+    assert words in str(caught.value).replace("`", "") and not (tmp_path / "out").exists()
