@@ -3,6 +3,7 @@
     python benchmarks/failing_calls.py                    # every verb, every call
     python benchmarks/failing_calls.py import --every 7   # of one verb, every seventh
     python benchmarks/failing_calls.py import --every 7 --first 3   # the same from the third on
+    python benchmarks/failing_calls.py --every 7 --variant V4.1-Flash   # of those that convert its checkpoints
 
 A verb runs in a forked child, and its N-th call on a path of the trial (open, rename, mkdir, unlink, listing, mapping,
 read, write, sync, truncation; named by Python's audit events, or wrapped) raises an OSError: no space, input/output
@@ -209,6 +210,7 @@ def main() -> int:
     parser.add_argument("verbs", nargs="*", help="which verbs; by default all")
     parser.add_argument("--every", type=int, default=1)
     parser.add_argument("--first", type=int, default=1)
+    parser.add_argument("--variant", default="Flash", help="of the checkpoint, as V4.1-Flash")
     args = parser.parse_args()
     calls = slice(args.first, None, args.every)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -216,11 +218,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="dsv4-calls-") as name:
         inputs = Path(name) / "inputs"
         inputs.mkdir()
-        make_inputs(inputs)
+        make_inputs(inputs, args.variant)
         for module in _MODULES:
             import_module(module)
         faults = Faults(name)
-        for verb in verbs(inputs).values():
+        for verb in verbs(inputs, args.variant).values():
             if args.verbs and verb.name not in args.verbs:
                 continue
             tally: Counter[str] = Counter()

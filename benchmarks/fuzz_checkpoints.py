@@ -26,6 +26,7 @@ from rich.console import Console
 from dsv4_bridge import BridgeError, export_hf, import_hf, inspect, make_toy
 from dsv4_bridge.cli.show.tables import inspect_table
 from dsv4_bridge.spec.spec import DSparkSpec, ModelSpec, replace_spec
+from dsv4_bridge.spec.spec_v41 import V41Spec
 from dsv4_bridge.spec.variants import VARIANTS, tiny
 from dsv4_bridge.store.safetensors import INDEX
 from mutations import (
@@ -52,6 +53,8 @@ class TooSlow(BaseException):
 def small(variant: str) -> ModelSpec:
     """As few tensors as hold every kind of layer."""
     spec = tiny(VARIANTS[variant])
+    if isinstance(spec, V41Spec):
+        return spec  # every kind of layer takes its seven
     widths = {"hidden_size": 128, "q_lora_rank": 32, "moe_intermediate_size": 64, "vocab_size": 64}
     layers = {"num_hidden_layers": 3, "num_hash_layers": 1, "n_routed_experts": 4}
     drafts = spec.draft_blocks
@@ -91,16 +94,19 @@ class Bases:
     megatron: dict[str, Path]
 
     @classmethod
-    def make(cls, folder: Path) -> "Bases":
+    def make(cls, folder: Path, variants: Sequence[str]) -> "Bases":
         """Write them into `folder`."""
         hf, megatron = {}, {}
-        for name in ("Flash", "Flash-Base", "Flash-0731"):
+        for name in variants:
             hf[name] = make_toy(folder / name, name, 1, spec=small(name))
-        other = hf["Flash-Base/transformers"] = folder / "dialect"
-        shutil.copytree(hf["Flash-Base"], other)
-        config = json.loads((other / "config.json").read_bytes())
-        (other / "config.json").write_text(json.dumps(transformers_dialect(config)))
-        for name in ("Flash", "Flash-0731"):
+        if "Flash-Base" in hf:
+            other = hf["Flash-Base/transformers"] = folder / "dialect"
+            shutil.copytree(hf["Flash-Base"], other)
+            config = json.loads((other / "config.json").read_bytes())
+            (other / "config.json").write_text(json.dumps(transformers_dialect(config)))
+            import_hf(hf["Flash-Base"], folder / "warm")
+            shutil.rmtree(folder / "warm")
+        for name in (n for n in variants if n != "Flash-Base"):
             import_hf(hf[name], folder / f"{name}-megatron")
             megatron[name] = folder / f"{name}-megatron"
             # Everything that is compiled on first use is compiled now.
@@ -108,12 +114,13 @@ class Bases:
                 export_hf(megatron[name], folder / "warm", hf[name], encoding)
                 inspect(folder / "warm")
                 shutil.rmtree(folder / "warm")
-        import_hf(hf["Flash-Base"], folder / "warm")
-        shutil.rmtree(folder / "warm")
         return cls(folder, hf, megatron)
 
 
 # ---------------------------------------------------------------- one input
+
+FUZZED = ("Flash", "Flash-Base", "Flash-0731", "V4.1-Flash")
+_DRAFTS = ("Flash-0731", "V4.1-Flash")  # whose draft blocks travel beside a Megatron checkpoint
 
 
 @dataclass(frozen=True)
@@ -157,10 +164,10 @@ class Outcome:
 class Fuzzer:
     """Makes inputs and runs them, in this process."""
 
-    def __init__(self, folder: Path, seed: int, targets: Sequence[Target] = TARGETS):
+    def __init__(self, folder: Path, seed: int, targets: Sequence[Target] = TARGETS, variants: Sequence[str] = FUZZED):
         folder.mkdir(parents=True, exist_ok=True)
         self.seed, self.folder, self._targets = seed, folder, tuple(targets)
-        self.bases = Bases.make(folder / "bases")
+        self.bases = Bases.make(folder / "bases", variants)
         self.outcome = Outcome()
         self._linked: dict[tuple[str, str], Path] = {}
 
@@ -184,7 +191,7 @@ class Fuzzer:
         target = rng.choices(self._targets, [t.weight for t in self._targets])[0]
         name, source = rng.choice(sorted(getattr(self.bases, target.kind).items()))
         if target.name.startswith("along"):
-            name, source = "Flash-0731", self.bases.megatron["Flash-0731"]
+            name, source = rng.choice([(n, m) for n, m in self.bases.megatron.items() if n in _DRAFTS])
         checkpoint = self._links(target.kind, name, source)
         file = rng.choice(sorted(checkpoint.glob(target.pattern)))
         original = source / file.relative_to(checkpoint)

@@ -4,6 +4,7 @@
 
 Each round, in turns of order: `cp -r` and `dsv4 rename`, in processes of their own, both until the bytes are on the
 disk, their input out of the cache before. Told: seconds, the ratio of each round, and the largest resident memory.
+This process stays small and has another make the checkpoint: a child's peak begins with its parent's.
 """
 
 import argparse
@@ -16,10 +17,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-
-from dsv4_bridge import import_hf, make_toy
-from dsv4_bridge.spec.spec import replace_spec
-from dsv4_bridge.spec.variants import VARIANTS, tiny
 
 
 def forget(folder: Path) -> None:
@@ -47,18 +44,31 @@ def measure(words: list[str], out: Path) -> tuple[float, float, float]:
     return time.perf_counter() - began, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024
 
 
+def make(place: Path, experts: int) -> None:
+    """A Megatron checkpoint, `m`, in that folder."""
+    from dsv4_bridge import import_hf, make_toy
+    from dsv4_bridge.spec.spec import replace_spec
+    from dsv4_bridge.spec.variants import VARIANTS, tiny
+
+    wide = {"hidden_size": 1024, "moe_intermediate_size": 1024, "n_routed_experts": experts}
+    make_toy(place / "hf", "Flash", 1, spec=replace_spec(tiny(VARIANTS["Flash"]), **wide), workers=2)
+    import_hf(place / "hf", place / "m")
+    shutil.rmtree(place / "hf")
+
+
 def main() -> None:
     """Measure and print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--experts", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.make:
+        make(args.make, args.experts)
+        return
     with tempfile.TemporaryDirectory(prefix="dsv4-renaming-") as name:
         place = Path(name)
-        wide = {"hidden_size": 1024, "moe_intermediate_size": 1024, "n_routed_experts": args.experts}
-        make_toy(place / "hf", "Flash", 1, spec=replace_spec(tiny(VARIANTS["Flash"]), **wide), workers=2)
-        import_hf(place / "hf", place / "m")
-        shutil.rmtree(place / "hf")
+        subprocess.run([sys.executable, __file__, "--make", name, "--experts", str(args.experts)], check=True)
         total = sum(p.stat().st_size for p in (place / "m").rglob("*") if p.is_file())
         rename = [sys.executable, "-m", "dsv4_bridge", "rename", str(place / "m"), str(place / "out"), "--naming"]
         commands = {"copy": ["cp", "-r", str(place / "m"), str(place / "out")], "rename": [*rename, "hybrid"]}

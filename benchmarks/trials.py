@@ -3,6 +3,7 @@
     python benchmarks/trials.py kill --count 30        # SIGKILL to the process group
     python benchmarks/trials.py signal --count 30      # SIGTERM and Ctrl-C to the process group, in turn
     python benchmarks/trials.py two --count 20         # two starts at once with one output
+    python benchmarks/trials.py kill --variant V4.1-Flash   # of those that convert its checkpoints
 
 A table by verb. What must not be: an output that looks whole and is not the expected one (wrong), a command that, given
 again with what its own message advises, does not end in the expected bytes (lost), a traceback, a process that does
@@ -150,13 +151,14 @@ def main(argv: Iterable[str] | None = None) -> int:
     parser.add_argument("verbs", nargs="*", help="which verbs; by default all")
     parser.add_argument("--count", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--variant", default="Flash", help="of the checkpoint, as V4.1-Flash")
     args = parser.parse_args(argv)  # type: ignore[arg-type]
     bad = 0
     with tempfile.TemporaryDirectory(prefix="dsv4-trials-") as name:
         inputs = Path(name) / "inputs"
         inputs.mkdir()
-        make_inputs(inputs)
-        for verb in verbs(inputs).values():
+        make_inputs(inputs, args.variant)
+        for verb in verbs(inputs, args.variant).values():
             if args.verbs and verb.name not in args.verbs:
                 continue
             trials = Trials(verb, Path(name) / verb.name.replace(" ", "-"), args.seed)

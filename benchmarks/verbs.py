@@ -45,8 +45,12 @@ def dsv4(words: list[str]) -> list[str]:
     return [sys.executable, "-W", "ignore", "-m", "dsv4_bridge", *words]
 
 
-def make_inputs(folder: Path) -> None:
-    """Checkpoints, adapters, text and conversations; a few megabytes."""
+def make_inputs(folder: Path, variant: str = "Flash") -> None:
+    """Checkpoints and, of V4, adapters, text and conversations; a few megabytes."""
+    if variant != "Flash":
+        make_toy(folder / "hf", variant, 11)
+        run(["import", str(folder / "hf"), str(folder / "megatron")])
+        return
     spec = replace_spec(
         tiny(VARIANTS["Flash"]),
         num_hidden_layers=4,
@@ -80,8 +84,8 @@ def run(words: list[str]) -> None:
         raise RuntimeError(f"dsv4 {' '.join(words)}: {done.stderr[-2000:]}")
 
 
-def verbs(inputs: Path) -> dict[str, Verb]:
-    """All of them."""
+def verbs(inputs: Path, variant: str = "Flash") -> dict[str, Verb]:
+    """All of them; of another variant, those that convert."""
     hf, megatron, adapters = str(inputs / "hf"), str(inputs / "megatron"), str(inputs / "adapters")
     chats = ["--tokenizer", hf, "--seq-length", "48", "--no-thinking"]
     trained = ["train", "flash-pretrain", *PRETRAIN, f"start={hf}", f"data.train={inputs / 'tokens'}"]
@@ -101,7 +105,8 @@ def verbs(inputs: Path) -> dict[str, Verb]:
         Verb("data (chats)", lambda out: ["data", str(inputs / "chats.jsonl"), str(out), *chats], _store, _files),
         Verb("train", lambda out: [*trained, f"out={out}"], lambda out: False, _weights),
     )
-    return {verb.name: verb for verb in found}
+    converting = ("import", "export", "repack")
+    return {verb.name: verb for verb in found if variant == "Flash" or verb.name in converting}
 
 
 def _checkpoint(out: Path) -> bool:

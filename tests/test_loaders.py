@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from dsv4_bridge import BridgeError, inspect, ranks
-from dsv4_bridge.cli.show.tables import Plain, inspect_table, make_table
+from dsv4_bridge.cli.show.console import Plain, make_table
+from dsv4_bridge.cli.show.tables import inspect_table
 from dsv4_bridge.convert.report import Report
 from dsv4_bridge.data.index_files import check_indexed
 from dsv4_bridge.data.npy import read_npy

@@ -33,7 +33,12 @@ def printable(text: str) -> str:
     """Text in which no name from a file can move the cursor, set colours or reorder what is read; lines stay."""
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+    # Of whole lines that are printable no character is looked at: a listing has millions.
+    return "\n".join(line if line.isprintable() else _escaped(line) for line in text.split("\n"))
+
+
+def _escaped(line: str) -> str:
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
 
 
 def short(value: Any) -> str:

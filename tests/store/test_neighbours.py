@@ -18,6 +18,7 @@ from dsv4_bridge.store.torch_dist.frames import ObjectRecord, TensorRecord, extr
 from dsv4_bridge.store.torch_dist.reader import open_torch_dist
 
 ITERATION = "iter_0000000"
+PAGE = Path(__file__).parents[2] / "docs" / "guides" / "megatron.md"
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +119,13 @@ def test_ms_swift(toy_megatron: Path, toy_flash: Path, tmp_path: Path) -> None:
     (saved / "args.json").write_text(json.dumps({"model_type": "deepseek_v4", "torch_dtype": "bfloat16"}))
     export_hf(saved, tmp_path / "back", like=toy_flash)
     assert same_files(toy_flash, tmp_path / "back") == []
+    for call in (lambda: inspect(saved), lambda: export_hf(saved, tmp_path / "none", None, "bf16")):
+        with pytest.raises(BridgeError, match=r"no run_config\.yaml of this tool, nor one of Megatron-Bridge .*--like"):
+            call()
+    group = "self_attention.linear_o_group_proj"
+    rewritten(saved / "iter_0000500", lambda k: f"{k}.weight0" if k.endswith(group) else k)
+    with pytest.raises(BridgeError, match=r"one weight a group \(mcore-bridge with fp8_param\)"):
+        export_hf(saved, tmp_path / "none", like=toy_flash)
 
 
 def test_nemo_is_refused_with_the_reason(toy_megatron: Path, toy_flash: Path, tmp_path: Path) -> None:
@@ -127,6 +135,29 @@ def test_nemo_is_refused_with_the_reason(toy_megatron: Path, toy_flash: Path, tm
     rewritten(weights, lambda k: f"module.{k}")
     with pytest.raises(BridgeError, match="as NeMo 2 saves its models"):
         export_hf(weights, tmp_path / "back", like=toy_flash)
+    root, out = weights.parent, tmp_path / "back"
+    (root / "context").mkdir()
+    (root / "context" / "model.yaml").write_text("_target_: x\n")
+    calls = (
+        lambda: export_hf(root, out, like=toy_flash),
+        lambda: import_hf(root, out),
+        lambda: inspect(root),
+        lambda: verify(toy_flash, root),
+        lambda: rename(root, out, "hybrid"),
+    )
+    for call in calls:
+        with pytest.raises(BridgeError, match=r"a checkpoint of NeMo 2 .* has no DeepSeek-V4"):
+            call()
+
+
+def test_tensors_behind_a_prefix_are_told_of_not_a_contradiction(toy_megatron: Path, tmp_path: Path) -> None:
+    """Without an `mtp.` key the spec has no draft, which is no contradiction of its run_config.yaml."""
+    shutil.copytree(toy_megatron, tmp_path / "m")
+    rewritten(tmp_path / "m" / ITERATION, lambda k: f"model.{k}")
+    found = inspect(tmp_path / "m")
+    assert not found.notes and {f.kind for f in found.findings} == {"missing", "unknown"}
+    with pytest.raises(BridgeError, match="its tensors are not those of this model"):
+        export_hf(tmp_path / "m", tmp_path / "out", None, "bf16")
 
 
 def test_a_body_under_its_live_name_is_told(checkpoints: dict[str, Path], tmp_path: Path) -> None:
@@ -136,3 +167,24 @@ def test_a_body_under_its_live_name_is_told(checkpoints: dict[str, Path], tmp_pa
     assert any("live name of an MTP layer" in str(f) for f in report.findings)
     with pytest.raises(BridgeError, match="transformer_layer"):
         rename(tmp_path / "m", tmp_path / "out", "hybrid")
+
+
+# Row of the page's table of refusals -> how such a folder's keys differ.
+OTHER_KEYS: dict[str, Callable[[str], str]] = {
+    "NeMo 2, its `weights/`": lambda k: f"module.{k}",
+    "mcore-bridge with `fp8_param`": lambda k: f"{k}.weight3" if k.endswith("linear_o_group_proj") else k,
+    "`hetereogenous_dist_checkpoint` off": lambda k: k.replace("decoder.layers.0.", "decoder.layers."),
+    "`singleton_local_shards` on": lambda k: f"{k}_w" if k.endswith("linear_fc1.weight") else k,
+    "the live name of an MTP layer's body": lambda k: k.replace(".transformer_layer.", ".mtp_model_layer."),
+}
+
+
+@pytest.mark.parametrize("what", OTHER_KEYS)
+def test_the_page_has_the_words_that_refuse(what: str, toy_megatron: Path, toy_flash: Path, tmp_path: Path) -> None:
+    rows = (line.strip("| ").split(" | ") for line in PAGE.read_text().splitlines() if line.startswith("|"))
+    words = next(row[1] for row in rows if row[0] == what).strip("`").removeprefix("unknown  ")
+    shutil.copytree(toy_megatron, tmp_path / "m")
+    rewritten(tmp_path / "m" / ITERATION, OTHER_KEYS[what])
+    with pytest.raises(BridgeError) as caught:
+        export_hf(tmp_path / "m", tmp_path / "out", like=toy_flash)
+    assert words in str(caught.value).replace("`", "") and not (tmp_path / "out").exists()

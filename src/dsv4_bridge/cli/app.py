@@ -101,7 +101,7 @@ def put(data: dict[str, Any], as_json: bool, shown: Any) -> None:
         elif isinstance(shown, str):
             sys.stdout.write("\t".join(map(printable, shown.split("\t"))) + "\n")  # names may be from anywhere
         else:
-            from .show.tables import show
+            from .show.console import show
 
             show(shown)
         sys.stdout.flush()

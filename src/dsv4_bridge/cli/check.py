@@ -67,8 +67,8 @@ def toy(
     from ..spec.variants import variant_named
     from ..store.inspect import inspect as look
     from ..toy.checkpoint import make_toy, toy_bytes, toy_spec
+    from .show.console import say, size
     from .show.progress import TerminalProgress
-    from .show.tables import say, size
 
     spec = toy_spec(variant, width.value, layers, ragged=ragged)
     kinds, of_release = layer_kinds(spec), layer_kinds(variant_named(variant).spec)

@@ -9,7 +9,8 @@ from ..convert.verify import verify
 from ..errors import BridgeError
 from ..store.inspect import inspect
 from ..toy.checkpoint import make_toy
-from .show.tables import inspect_facts, show, verify_table, verify_verdict
+from .show.console import show
+from .show.tables import inspect_facts, verify_table, verify_verdict
 
 
 def demo(keep: Path | None = None) -> None:

@@ -13,13 +13,13 @@ from ..spec.megatron import (
     Naming,
     check_naming,
     megatron_dtype,
+    megatron_keys,
     megatron_names,
     megatron_prefix,
     naming_for,
-    regions,
 )
 from ..spec.megatron_config import layer_pattern
-from ..spec.plan import Plan, expand, shard_name, shard_of, stored
+from ..spec.plan import Item, Plan, expand, shard_name, shard_of, stored
 from ..spec.variants import VARIANTS, Variant, guess, known_variant, nearest_variant
 from ..store.hf import Finding, open_hf
 from ..store.hf_config import read_config, spec_from_config
@@ -161,7 +161,7 @@ def megatron_names_of(what: AnyPath, *, naming: Naming | None = None) -> dict[st
         spec = spec_from_config(config := read_config(path / "config.json"), str(path / "config.json"))
         planned = expand(spec, guess(config, spec).own_mtp_head)
     chosen = naming_for(planned.spec, naming, f"planning {what}")
-    return {item.name: tuple(r.key for r in regions(item, planned.spec, chosen)) for item in planned.items}
+    return {item.name: megatron_keys(item, chosen) for item in planned.items}
 
 
 def _report(
@@ -176,35 +176,29 @@ def _report(
     compared: bool = False,
 ) -> PlanReport:
     naming = naming_for(plan.spec, asked, f"planning {what}")
-    rows: dict[str, list[Any]] = {}
-    shards: dict[int, int] = {}
-    tensors = passengers = 0
+    # All items of a row in a block are alike but for their names: each kind is looked at once.
+    alike: dict[tuple[str, str, int, str], list[Item]] = {}
     for item in plan.items:
         encoding = (encodings or {}).get(item.name) or by_class[item.row.encoding]
+        alike.setdefault((item.row.key, item.block.kind, item.block.index, encoding), []).append(item)
+    rows: dict[tuple[str, bool], list[Any]] = {}
+    shards: dict[int, int] = {}
+    tensors = passengers = 0
+    for (key, _, _, encoding), items in alike.items():
+        item, count = items[0], len(items)
         facts = stored(item, encoding)
-        size = sum(f.nbytes for f in facts)
+        size = count * sum(f.nbytes for f in facts)
         dtype = "-" if item.passenger else megatron_dtype(item)
-        row = rows.get(f"{item.row.key} {item.passenger}")
+        row = rows.get((key, item.passenger))
         if row is None:
-            names = megatron_names(item, naming)
-            first = names[0] if len(names) == 1 else ", ".join(n.rsplit(".", 1)[1] for n in names)
-            shown = megatron_prefix(item, naming) + first if names else "-"
-            row = rows[f"{item.row.key} {item.passenger}"] = [
-                item.row.key,
-                0,
-                item.shape,
-                encoding,
-                0,
-                shown,
-                dtype,
-                0,
-            ]
-        row[1] += 1
+            shown = _shown(item, naming)
+            row = rows[key, item.passenger] = [key, 0, item.shape, encoding, 0, shown, dtype, 0]
+        row[1] += count
         row[4] += size
-        row[7] += 0 if item.passenger else item.numel * DTYPES[dtype].itemsize
+        row[7] += 0 if item.passenger else count * item.numel * DTYPES[dtype].itemsize
         shard = shard_of(item, plan.spec)
         shards[shard] = shards.get(shard, 0) + size
-        tensors += len(facts)
+        tensors += count * len(facts)
         passengers += size if item.passenger else 0
     done = tuple(PlanRow(*row) for row in rows.values())
     return PlanReport(
@@ -221,3 +215,11 @@ def _report(
         naming,
         layer_pattern(plan.spec),
     )
+
+
+def _shown(item: Item, naming: Naming) -> str:
+    """Its Megatron names in one: the first, and how the others end; they are of one module."""
+    names = megatron_names(item, naming)
+    if not names:
+        return "-"
+    return megatron_prefix(item, naming) + ", ".join((names[0], *(name.rpartition(".")[2] for name in names[1:])))

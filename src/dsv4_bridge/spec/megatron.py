@@ -91,6 +91,8 @@ def strange(key: str) -> str:
     if key.startswith("decoder.layers.") and not key.split(".")[2].isdigit():
         return "pipeline-stacked layers (hetereogenous_dist_checkpoint=False)"
     words = key.split(".")
+    if words[-2:-1] == ["linear_o_group_proj"] and words[-1].removeprefix("weight").isdigit():
+        return "one weight a group (mcore-bridge with fp8_param); save without it"
     if words[0] == "module":
         return "behind `module.`, as NeMo 2 saves its models; it has no DeepSeek-V4"
     if words[0] == "mtp" and words[3:4] == ["mtp_model_layer"] and words[4:5] != ["layers"]:
@@ -144,6 +146,13 @@ def live_names(item: Item, first_layer: int = 0, expert: int | None = None, grou
     if grouped:
         return tuple(f"{prefix}{_EXPERTS}{name}{expert}" for name in inner)
     return tuple(f"{prefix}{_EXPERTS}local_experts.{expert}.{name}" for name in inner)
+
+
+def megatron_keys(item: Item, naming: Naming = "gpt") -> tuple[str, ...]:
+    """Keys on disk of the tensors that hold an item; empty for a passenger."""
+    names = megatron_names(item, naming)
+    prefix = megatron_prefix(item, naming) if names else ""
+    return tuple(prefix + name for name in names)
 
 
 def regions(item: Item, spec: ModelSpec, naming: Naming = "gpt") -> tuple[Region, ...]:

@@ -24,7 +24,7 @@ from ..spec.plan import Item, Plan, architecture_of, blocks, draft_name, expand,
 from ..spec.spec import ModelSpec
 from ..spec.v4 import V4
 from ..spec.variants import recognise
-from .hf_config import read_config, spec_from_config
+from .hf_config import VISION_EXP, read_config, spec_from_config
 from .safetensors import SafetensorsFolder, Shard, TensorInfo
 
 
@@ -95,6 +95,9 @@ class HFCheckpoint:
         self.folder.close()
 
 
+_IMAGES = ("vision.", "aligner.", "image_")  # of models that see; V4 has none of them
+
+
 def open_hf(
     path: AnyPath, strict: bool = True, partial: bool = False, headers: Mapping[str, Shard] | None = None
 ) -> HFCheckpoint:
@@ -142,11 +145,10 @@ def findings_message(checkpoint: HFCheckpoint) -> str:
 
 def _bind(folder: SafetensorsFolder, config: Mapping[str, Any], spec: ModelSpec, partial: bool) -> HFCheckpoint:
     tensors = folder.tensors
-    vision = [n for n in tensors if n.startswith(("vision.", "model.vision.")) or n.endswith("gate.bias_vl")]
+    vision = [n for n in tensors if n.removeprefix("model.").startswith(_IMAGES) or n.endswith("gate.bias_vl")]
     if vision and architecture_of(spec) is V4:
         raise BridgeError(
-            f"opening {folder.path}: tensor {short(vision[0])} belongs to DeepSeek-V4-Flash-Vision-Exp; "
-            "only the text models of DeepSeek-V4 are supported"
+            f"opening {folder.path}: tensor {short(vision[0])} belongs to DeepSeek-V4-Flash-Vision-Exp. {VISION_EXP}"
         )
     scheme = "released" if partial else _scheme(tensors, spec, folder.path)
     if not any(n.startswith(("mtp.", "model.mtp.")) for n in tensors) and scheme in (

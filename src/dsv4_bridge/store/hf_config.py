@@ -56,6 +56,12 @@ ROPE_SCALING = {
 }
 
 
+VISION_EXP = (
+    "It is not read: no list of its tensors is known that a table could be held against, and what is not known whole "
+    "is not converted in part. Read are the text models of DeepSeek-V4, and DeepSeek-V4.1 with its vision tower"
+)
+
+
 def dialect_of(config: Mapping[str, Any]) -> str:
     """`released` or `transformers`, of V4.1 also `inference`, from the keys present."""
     if kind := dialect_of_v41(config):
@@ -86,6 +92,8 @@ def _what_it_is(folder: Path) -> str:
     names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
     if "latest_checkpointed_iteration.txt" in names or ".metadata" in names:
         return f"{folder} is a Megatron checkpoint, and a Hugging Face folder is wanted; `dsv4 export` makes one of it"
+    if (folder / "weights" / ".metadata").is_file():
+        return f"{folder} is a checkpoint of NeMo 2 (weights/ and context/), which has no DeepSeek-V4"
     if any(name.startswith("iter_") for name in names):
         return (
             f"{folder} looks like a Megatron checkpoint without latest_checkpointed_iteration.txt; write the number of "
@@ -147,8 +155,7 @@ def refuse_other_models(config: Mapping[str, Any], where: str) -> None:
     if vision:
         raise BridgeError(
             f"{where}: this is DeepSeek-V4-Flash-Vision-Exp ({', '.join(k[:40] for k in vision[:4])}), which adds a "
-            "vision tower, image routing biases (gate.bias_vl) and rms_norm_eps 1e-20. "
-            "Only the text models are supported"
+            f"vision tower, image routing biases (gate.bias_vl) and rms_norm_eps 1e-20. {VISION_EXP}"
         )
     if kind != "deepseek_v4":
         raise BridgeError(

@@ -10,7 +10,7 @@ def flop_table(report: FlopReport) -> Any:
     from rich.console import Group
     from rich.text import Text
 
-    from .tables import make_table
+    from .console import make_table
 
     count, tokens = report.count, report.count.tokens
     forward, backward = count.forward.over(tokens), (count.input_gradients + count.weight_gradients).over(tokens)

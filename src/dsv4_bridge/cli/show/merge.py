@@ -6,7 +6,7 @@ from rich.console import Group
 from rich.text import Text
 
 from ...convert.merge import Merged, MergeReport
-from .tables import make_table, size
+from .console import make_table, size
 
 
 def merge_table(report: MergeReport) -> Group:

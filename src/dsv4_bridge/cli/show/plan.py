@@ -8,7 +8,7 @@ from ...planning.ranks import GIB, RanksReport
 from ...planning.search import USABLE, Ranked
 from ...planning.tensors import PlanReport
 from ...spec.lora import Lora
-from .tables import make_table, size
+from .console import make_table, size
 
 
 def _gib(nbytes: int) -> str:

@@ -6,7 +6,7 @@ import time
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from ..app import QUIET
-from .tables import Plain
+from .console import Plain
 
 _QUIET_SECONDS = 10.0
 

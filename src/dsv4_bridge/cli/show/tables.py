@@ -1,13 +1,11 @@
-"""Tables and progress for people; nothing here decides anything."""
+"""What the verbs about checkpoints found, for people; nothing here decides anything."""
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
-from rich.console import Console, Group
-from rich.segment import Segment
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -17,61 +15,9 @@ from ...convert.contents import ContentsReport
 from ...convert.emitter import Report
 from ...convert.releases import ReleaseReport
 from ...convert.verify import VerifyReport
-from ...errors import printable
 from ...store.inspect import InspectReport
 from ..doctor import Check
-from .fitting import Fitting
-from .lines import columns
-
-
-class Plain(Console):
-    """A console for names from files, and whose reader may go away.
-
-    What is printed can hold names from anywhere: what would steer a terminal is shown as text. And where nobody reads
-    stdout any longer, rich would send it to nowhere and end the process.
-    """
-
-    def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
-        for segment in super().render(renderable, options):
-            shown = segment.text if segment.control else printable(segment.text)
-            yield segment if shown == segment.text else segment._replace(text=shown)
-
-    def on_broken_pipe(self) -> None:
-        raise BrokenPipeError
-
-
-_ENDLESS = 10_000  # columns, where nobody's terminal has an edge
-
-
-def show(what: Any) -> None:
-    """Print to stdout; where that is no terminal, no line is broken and nothing is cut."""
-    width = columns()
-    Plain(width=_ENDLESS if width is None else width, highlight=False).print(what)
-
-
-def say(line: str) -> None:
-    """A line on stderr, beside what a verb answers."""
-    Plain(stderr=True).print(line, highlight=False, soft_wrap=True, markup=False)
-
-
-def size(nbytes: int | float) -> str:
-    """Bytes for people, powers of ten."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(nbytes) < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.2f} TB"
-
-
-def make_table(title: str, *columns: str) -> Table:
-    """An empty table; a column that begins with `>` is set to the right. The first and these are never cut."""
-    table = Fitting(title=Text(title, "bold"), title_justify="left", header_style="bold", pad_edge=False)
-    for number, column in enumerate(columns):
-        right = column.startswith(">")
-        whole = right or not number
-        justify = "right" if right else "left"
-        table.add_column(column.lstrip(">"), justify=justify, no_wrap=whole, overflow="fold")
-    return table
+from .console import make_table, size
 
 
 def verify_table(report: VerifyReport) -> Group:
@@ -191,7 +137,7 @@ def conversion_table(report: Report, out: Path, *, dry_run: bool) -> Group:
     what = "converted, nothing written" if dry_run else "written"
     lines = [Text(f"{out}: {report.tensors:,} tensors, {size(report.bytes_written)} {what}")]
     errors = (">values rounded", ">largest error", ">relative RMS")
-    parts: list[Any] = []
+    parts: list[Table | Text] = []
     if report.encoded:
         table = make_table("encoded", "row", ">blocks", ">source scale kept", ">fresh scale", *errors)
         for key, done in report.encoded.items():

@@ -41,6 +41,17 @@ class TensorEntry:
     chunks: tuple[ChunkRecord, ...]
 
 
+NEMO = (
+    "a checkpoint of NeMo 2 (weights/ and context/), which has no DeepSeek-V4; of Megatron-Bridge, which follows it, "
+    "name the folder that holds latest_checkpointed_iteration.txt"
+)
+
+
+def looks_nemo(path: Path) -> bool:
+    """Whether a folder has the layout of NeMo 2."""
+    return (path / "weights" / ".metadata").is_file()
+
+
 def find_iteration(path: AnyPath) -> tuple[Path, int | None]:
     """The folder that holds ``.metadata``, and its iteration number (None for a release or unknown).
 
@@ -63,6 +74,8 @@ def find_iteration(path: AnyPath) -> tuple[Path, int | None]:
             f"opening {path}: it has iterations and no {_TRACKER}; write the number of one into that file, or name its "
             "folder"
         )
+    if not tracker.is_file() and looks_nemo(path):
+        raise BridgeError(f"opening {path}: {NEMO}")
     if not tracker.is_file():
         raise BridgeError(
             f"opening {path}: neither .metadata nor {_TRACKER} there; expected a Megatron torch_dist "
