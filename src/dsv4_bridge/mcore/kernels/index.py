@@ -12,7 +12,7 @@ from .choice import AUTO, Choice
 _BUDGET, _CHUNK = 1 << 18, 64
 _GPU_TIMES = 16
 # Queries scored at a time at least, however long the row; and blocks a wanted one from which they are grouped.
-_LEAST, _GROUPED = 16, 16
+_LEAST, _GROUPED = 64, 16
 
 
 class IndexTerms(NamedTuple):
