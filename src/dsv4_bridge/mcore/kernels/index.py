@@ -62,6 +62,10 @@ def choose_blocks(terms: IndexTerms, topk: int, by: Choice = AUTO, first: int = 
         from . import index_triton
 
         return index_triton.choose(terms, topk, first)
+    if by.long(count, *terms):
+        from . import index_long
+
+        return index_long.choose(terms, topk, first)
     visible = (torch.arange(length, device=keys.device) + first + 1) // 4  # [s]
     times = 1 if keys.device.type == "cpu" else _GPU_TIMES
     chosen = queries.new_full((batch, length, topk), -1, dtype=torch.int64)
@@ -70,7 +74,7 @@ def choose_blocks(terms: IndexTerms, topk: int, by: Choice = AUTO, first: int = 
         # No more blocks than the chunk's last query sees: over a sequence, half of all.
         most = min(count, (first + start + times * _CHUNK) // 4)
         size = times * _BUDGET // (batch * heads * max(1, most))
-        stop = min(length, start + max(_LEAST, min(times * _CHUNK, size)))
+        stop = min(length, start + min(times * _CHUNK, max(_LEAST, size)))
         here, least = slice(start, stop), min(topk, most)
         scores = _scores(IndexTerms(queries[:, here], keys[:, :most], weights[:, here]), times * _BUDGET)
         chosen[:, here, :least] = best_blocks(scores, visible[here].unsqueeze(0), least)
