@@ -23,8 +23,8 @@ class Choice:
 
     Attributes:
         kernels: `torch`: the definitions; `auto`: Triton where all tensors lie on a CUDA device in float32 or
-            bfloat16, and what is compiled for few tokens or very many blocks on a CPU; `triton`: always, on the CPU by Triton's
-            interpreter.
+            bfloat16, and what is compiled for few tokens or very many blocks on a CPU; `triton`: always, on the CPU by
+            Triton's interpreter.
         deterministic: Triton's backwards add up in a fixed order, which costs time.
     """
 
