@@ -75,7 +75,7 @@ def test_long_rows_alone_go_through_it() -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_the_best_by_groups_are_the_best_of_all(seed: int) -> None:
-    """Many columns for each that is wanted: the definition looks at groups first; here a stable sort is what it says."""
+    """Many columns for each that is wanted: the definition looks at groups first. A stable sort has the same."""
     make = torch.Generator().manual_seed(seed)
     count, topk = (int(torch.randint(1, most, (), generator=make)) for most in (3000, 30))
     scores = torch.randn((2, 7, max(count, topk)), generator=make)
