@@ -11,7 +11,7 @@ widths are small. Weights and tokens are random and the same for any number of r
 of the pass above what was resident before it, temporaries and messages with it. Both are those of the fullest rank. The
 head's share is what it keeps, of the loss in chunks of 2,048 tokens and of all tokens at once.
 
-With `--million`, one forward and backward of narrower layers with full recompute at each number of ranks: seconds, the
+With `--million`, one forward and backward of a small vocabulary with full recompute at each number of ranks: seconds, the
 peak of every rank, the loss, and how far loss and gradients lie from those of the first.
 """
 
@@ -29,7 +29,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-TABLE: dict[str, Any] = {"vocab_size": 4096}
 NARROW: dict[str, Any] = {
     "vocab_size": 256,
     "hidden_size": 16,
@@ -47,6 +46,7 @@ NARROW: dict[str, Any] = {
     "index_topk": 16,
     "hc_mult": 2,
 }
+TABLE: dict[str, Any] = NARROW | {"vocab_size": 4096}
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
 
