@@ -1,5 +1,7 @@
 """Losses of chunks of tokens are those of all tokens at once, and so are their gradients; logits are not kept."""
 
+import gc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,7 @@ import pytest
 import torch
 from rank_memory import Kept
 from ranks import losses, run_ranks, whole, with_scales
-from reference import draft_spec, randomise, some_ids
+from reference import draft_spec, randomise, small_spec, some_ids
 from torch.nn import functional as F
 
 from dsv4_bridge import BridgeError, make_toy
@@ -15,7 +17,8 @@ from dsv4_bridge.mcore import build_model
 from dsv4_bridge.mcore.adapters.adapters import add_adapters
 from dsv4_bridge.mcore.layers.token_loss import token_losses
 from dsv4_bridge.parallel.balance import solve
-from dsv4_bridge.planning.activations import Shape, chunk_bytes, recomputed_bytes
+from dsv4_bridge.planning import activations
+from dsv4_bridge.planning.activations import Shape, chunk_bytes, head_sum_bytes, recomputed_bytes
 from dsv4_bridge.spec.lora import CARRIERS, Lora
 from dsv4_bridge.spec.variants import VARIANTS
 
@@ -125,7 +128,9 @@ def test_a_negative_chunk_is_refused() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bf16"])
 @pytest.mark.parametrize("more", [{}, FULL, {"adapted": True}], ids=["plain", "recompute", "adapters"])
 @pytest.mark.parametrize(("batch", "length", "chunk"), [(2, 136, 100), (3, 61, 7)])
-def test_what_is_kept_is_what_is_planned(batch: int, length: int, chunk: int, more: dict[str, Any], dtype: str) -> None:
+def test_what_is_kept_is_what_is_planned(
+    batch: int, length: int, chunk: int, more: dict[str, Any], dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spec = draft_spec(0 if "adapted" in more else 2, vocab_size=3000)
     adapted, settings = "adapted" in more, {k: v for k, v in more.items() if k != "adapted"}
     kind = {"bf16": torch.bfloat16}.get(dtype, torch.float32)
@@ -142,7 +147,39 @@ def test_what_is_kept_is_what_is_planned(batch: int, length: int, chunk: int, mo
     (held,) = solve(spec, 1).chunks
     shape = Shape(batch, length, dtype, lora=lora, recompute=bool(settings), loss_chunk=chunk)
     assert chunk_bytes(spec, held, shape) == pytest.approx(forward, rel=0.01)
+    # The head's sum is no tensor that autograd keeps.
+    monkeypatch.setattr(activations, "head_sum_bytes", lambda *_: 0)
     assert chunk_bytes(spec, held, shape) + recomputed_bytes(spec, held, shape) == pytest.approx(kept.most, rel=0.01)
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+@pytest.mark.parametrize("dtype", ["float32", "bf16"])
+def test_the_sum_of_a_heads_gradient_is_planned(dtype: str, trained: bool) -> None:
+    """What is there of the weight's size and in float32 while the backward computes a chunk, beside the weight."""
+    spec, kind = small_spec(vocab_size=307, hidden_size=24), getattr(torch, {"bf16": "bfloat16"}.get(dtype, dtype))
+    weight = torch.randn((307, 24)).to(kind).requires_grad_(trained)
+    held: list[int] = []
+
+    class Watched(Head):
+        def __call__(self, hidden: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor | None = None) -> Any:
+            if weight is not None:  # the backward's
+                found = {
+                    t.untyped_storage().data_ptr(): t.nbytes
+                    for t in gc.get_objects()
+                    if type(t) is torch.Tensor and t.shape == weight.shape and t.dtype is torch.float32
+                }
+                found.pop(self.weight.untyped_storage().data_ptr(), None)
+                held.append(sum(found.values()))
+            return super().__call__(hidden, labels, weight)
+
+    hidden, labels = torch.randn((50, 1, 24)).to(kind).requires_grad_(), torch.randint(0, 307, (1, 50))
+    token_losses(Watched(weight), hidden, labels, weight, 10).sum().backward()
+    shape = Shape(1, 50, dtype, lora=None if trained else Lora(3), loss_chunk=10)
+    planned = head_sum_bytes(spec, shape)
+    assert held == [0, *[planned] * 4] and planned == (4 * 307 * 24 if trained else 0)
+    assert (
+        head_sum_bytes(spec, replace(shape, loss_chunk=50)) == head_sum_bytes(spec, replace(shape, loss_chunk=0)) == 0
+    )
 
 
 def test_a_heads_share_is_flat_in_the_length() -> None:
@@ -150,7 +187,8 @@ def test_a_heads_share_is_flat_in_the_length() -> None:
     spec = VARIANTS["Flash"].spec
     chunk = solve(spec, 8).chunks[-1]
     rises = [recomputed_bytes(spec, chunk, Shape(length=length, recompute=False)) for length in (4096, 65536, 1 << 20)]
-    assert rises[0] == rises[1] == rises[2] == 2048 * (4 * spec.vocab_size + 9)
+    whole_head = 4 * spec.vocab_size * spec.hidden_size
+    assert rises[0] == rises[1] == rises[2] == 2048 * (4 * spec.vocab_size + 9) + whole_head
     assert recomputed_bytes(spec, chunk, Shape(length=65536, loss_chunk=0)) == 0
     whole_row, chunked = (chunk_bytes(spec, chunk, Shape(length=65536, loss_chunk=n)) for n in (0, 2048))
     assert whole_row - chunked == 2 * 65536 * (4 * spec.vocab_size + 9 - 8)  # main loss and MTP

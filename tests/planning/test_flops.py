@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from typer.testing import CliRunner
 
 from dsv4_bridge import BridgeError
@@ -162,6 +163,45 @@ def test_backward_is_what_torch_counts(measured: Measured) -> None:
     assert measured.backward == backward + again - elementwise(SUBLAYERS + 2 * (SUBLAYERS + HEADS))
 
 
+class Products(TorchDispatchMode):
+    """FLOPs by torch's table alone: its counter follows modules, and cannot where one is called without gradients."""
+
+    flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if count := flop_registry.get(func._overloadpacket):
+            self.flops += count(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+@pytest.mark.megatron
+@pytest.mark.parametrize("lora", [None, Lora(3)], ids=["trained", "adapters"])
+def test_logits_of_chunks_are_made_again(lora: Lora | None) -> None:
+    """What torch counts more in the backward of a loss in chunks; the forward is the same."""
+    from dsv4_bridge.mcore import build_model
+    from dsv4_bridge.mcore.adapters.adapters import add_adapters
+
+    spec = SMALL.without_draft() if lora else SMALL
+    model = build_model(spec).train()
+    if lora:
+        add_adapters(model, lora)
+    ids = torch.randint(spec.vocab_size, (1, LENGTH))
+    counted = []
+    for chunk in (0, 20, LENGTH):
+        model.config.loss_chunk = chunk
+        with Products() as seen:
+            loss = model(ids, labels=ids.roll(-1, 1)).sum()
+            forward = seen.flops
+            loss.backward()
+        counted.append((forward, seen.flops))
+    whole, chunks, at_once = counted
+    again = count_flops(spec, LENGTH, lora=lora, logits_again=True).recomputed
+    assert again.items() == Terms(logits=count_flops(spec, LENGTH).forward.logits).items()
+    assert whole == at_once
+    assert chunks == (whole[0], whole[1] + again.total)
+
+
 def test_published_figure() -> None:
     """Figures recomputed from the published formula by others, for Flash at 4096, GFLOP a token."""
     terms = published(FLASH, 4096)
@@ -275,6 +315,13 @@ def test_recompute_is_apart() -> None:
     head = 2 * 2 * 4096 * (16 + 4) * 4096  # both learned heads stand behind the layers
     outside = Terms(logits=-full.forward.logits, mtp=-full.forward.mtp, hyper_connections=-head)
     assert full.recomputed.items() == (full.forward + outside).items()
+    both = count_flops(FLASH, 4096, recompute="full", logits_again=True).recomputed
+    assert both.items() == (full.recomputed + Terms(logits=full.forward.logits)).items()
+    chunks, short, whole = (
+        flop_report("Flash", FLASH, [n], loss_chunk=chunk).count.recomputed.logits
+        for n, chunk in ((4096, 2048), (2048, 2048), (4096, 0))
+    )
+    assert (chunks, short, whole) == (full.forward.logits, 0, 0)
     moe = count_flops(FLASH, 4096, recompute="moe").recomputed
     assert moe.items() == Terms(experts=plain.forward.experts, router=plain.forward.router).items()
 
@@ -321,6 +368,8 @@ def test_command_prints_both_conventions(toy_flash: Path, toy_megatron: Path) ->
     for name in ("hyper-connections", "router", "indexer", "89.799"):
         assert name in shown
     asked = ("--lengths", "100,29", "--tokens-per-second", "1e6", "--gpu", "B200", "--recompute", "full", "--json")
+    assert "computed again (full, logits)" in run("Flash", "--recompute", "full").stdout
+    assert "computed again" not in run("Flash", "--loss-chunk", "0").stdout
     one, other = (json.loads(run(folder, *asked).stdout) for folder in (toy_flash, toy_megatron))
     assert one.pop("what") != other.pop("what")
     assert one == other

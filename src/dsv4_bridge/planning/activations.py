@@ -199,6 +199,12 @@ def logit_bytes(spec: ModelSpec, shape: Shape) -> int:
     return _seen_together(shape) * (4 * spec.vocab_size // shape.tp + 9)
 
 
+def head_sum_bytes(spec: ModelSpec, shape: Shape) -> int:
+    """The float32 sum of a trained head's gradient, which the backward of a loss in chunks adds up in."""
+    summed = shape.lora is None and _seen_together(shape) < shape.tokens
+    return summed * 4 * spec.vocab_size // shape.tp * spec.hidden_size
+
+
 def _draft_input(spec: ModelSpec, shape: Shape) -> int:
     """What one MTP layer makes its body's input of: embeddings and the streams before, normed and projected."""
     n, hidden, trained = spec.hc_mult, spec.hidden_size, shape.lora is None
@@ -249,10 +255,13 @@ def chunk_bytes(spec: ModelSpec, chunk: Chunk, shape: Shape) -> int:
 def recomputed_bytes(spec: ModelSpec, chunk: Chunk, shape: Shape) -> int:
     """How far the backward of one micro-batch rises above what the forward left: chunks of logits, full recompute.
 
+    With the chunks goes the sum of their gradients of the head.
+
     The main loss is computed again while all is there. When a layer is, what stands behind it is done with and gone:
     losses before MTP layers, these before decoder layers.
     """
-    again = logit_bytes(spec, shape) if chunk.loss and _seen_together(shape) < shape.tokens else 0
+    chunked = chunk.loss and _seen_together(shape) < shape.tokens
+    again = logit_bytes(spec, shape) + head_sum_bytes(spec, shape) if chunked else 0
     if not shape.recompute:
         return again
     stream, head = stream_bytes(spec, shape), _head(spec, shape)

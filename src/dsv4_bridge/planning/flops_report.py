@@ -8,6 +8,7 @@ from ..errors import BridgeError
 from ..spec.flops import FlopCount, Terms, count_flops, published
 from ..spec.lora import Lora
 from ..spec.spec import ModelSpec
+from .activations import LOSS_CHUNK
 from .peaks import mfu, peak_named
 
 SCHEMA = 1
@@ -36,7 +37,8 @@ class FlopReport:
         seq_length: tokens of a row.
         lora: adapters, or None.
         train_indexer: whether the indexer has gradients.
-        recompute: what is computed twice, or None.
+        recompute: what is computed twice, or None; beside the logits of a loss in chunks.
+        loss_chunk: tokens whose logits are there at a time; 0: all of a row.
         count: ours, of all tokens.
         convention: the published formula, training, a token.
         tokens_per_second: of one device, where it was given.
@@ -49,10 +51,17 @@ class FlopReport:
     lora: Lora | None
     train_indexer: bool
     recompute: str | None
+    loss_chunk: int
     count: FlopCount
     convention: Terms
     tokens_per_second: float | None = None
     gpu: str | None = None
+
+    @property
+    def again(self) -> list[str]:
+        """What the backward computes again, in words."""
+        logits = ["logits"] if self.count.recomputed.logits else []
+        return ([self.recompute] if self.recompute else []) + logits
 
     def speed(self) -> dict[str, float]:
         """TFLOP/s and, with a device, MFU and HFU (recompute counted) of the given speed, in both conventions."""
@@ -88,6 +97,7 @@ class FlopReport:
             "lora": {"rank": self.lora.rank, "targets": self.lora.keys} if self.lora else None,
             "train_indexer": self.train_indexer,
             "recompute": self.recompute,
+            "loss_chunk": self.loss_chunk,
             "flops_per_token": {
                 name: (terms := part.over(tokens)).items() | {"total": terms.total} for name, part in parts.items()
             },
@@ -116,6 +126,7 @@ def flop_report(
     lora: Lora | None = None,
     train_indexer: bool = False,
     recompute: str | None = None,
+    loss_chunk: int = LOSS_CHUNK,
     tokens_per_second: float | None = None,
     gpu: str | None = None,
 ) -> FlopReport:
@@ -129,6 +140,7 @@ def flop_report(
         lora: see `count_flops`.
         train_indexer: see `count_flops`.
         recompute: see `count_flops`.
+        loss_chunk: tokens whose logits are there at a time; of a longer row the backward makes them again. 0: all.
         tokens_per_second: of one device.
         gpu: its name; needs a speed.
 
@@ -139,8 +151,9 @@ def flop_report(
         peak_named(gpu)
         if tokens_per_second is None:
             raise BridgeError("counting FLOPs: --gpu without --tokens-per-second says nothing; give both")
-    count = count_flops(spec, lengths, lora=lora, train_indexer=train_indexer, recompute=recompute)
     row = sum(lengths) if packed else max(lengths)
+    again = {"recompute": recompute, "logits_again": 0 < loss_chunk < row}
+    count = count_flops(spec, lengths, lora=lora, train_indexer=train_indexer, **again)
     convention = published(spec, row, lengths)
-    settings = (lora, train_indexer, recompute, count, convention, tokens_per_second, gpu)
+    settings = (lora, train_indexer, recompute, loss_chunk, count, convention, tokens_per_second, gpu)
     return FlopReport(what, tuple(lengths), row, *settings)

@@ -115,6 +115,7 @@ def count_flops(
     lora: Lora | None = None,
     train_indexer: bool = False,
     recompute: str | None = None,
+    logits_again: bool = False,
 ) -> FlopCount:
     """FLOPs of sequences of these lengths, forward and backward.
 
@@ -125,6 +126,7 @@ def count_flops(
         train_indexer: whether the indexer has gradients (its inputs never have). The attention weights
             that its objective compares with are not counted.
         recompute: None; `full`, every layer once more; `moe`, experts and router once more.
+        logits_again: whether losses are computed in chunks, whose logits the backward makes once more.
 
     Raises:
         BridgeError: lengths that are none, or an unknown recompute or adapter target.
@@ -144,7 +146,8 @@ def count_flops(
             weights[work.term] += once if trained else 0
         elif trained or not detached:
             inputs[work.term] += 2 * once
-        if (recompute == "full" and work.layer) or (recompute == "moe" and work.term in ("experts", "router")):
+        repeated = {"full": work.layer, "moe": work.term in ("experts", "router")}.get(recompute or "", False)
+        if repeated or (logits_again and work.term == "logits"):
             again[work.term] += once
     return FlopCount(sum(lengths), Terms(**forward), Terms(**inputs), Terms(**weights), Terms(**again))
 

@@ -38,7 +38,8 @@ def flop_table(report: FlopReport) -> Any:
         lines.append(f"adapters of rank {report.lora.rank} on {', '.join(report.lora.keys)}; the rest is frozen")
     if again.total:
         lines.append(
-            f"recompute ({report.recompute}): {_giga(again.total)} GFLOP a token more, executed and not in training"
+            f"computed again ({', '.join(report.again)}): {_giga(again.total)} GFLOP a token more, executed and not in "
+            "training"
         )
     lines += _speed_lines(report)
     return Group(table, *(Text(line) for line in lines))
@@ -52,7 +53,7 @@ def _speed_lines(report: FlopReport) -> list[str]:
     line += f"{speed['tflops_published']:,.1f} in the published convention"
     if "hfu" in speed:
         line += f"; MFU {speed['mfu_exact']:.1%}, published {speed['mfu_published']:.1%}"
-        line += f", HFU {speed['hfu']:.1%}" if report.recompute else ""
+        line += f", HFU {speed['hfu']:.1%}" if report.again else ""
         line += f" of {speed['peak_tflops']:,.0f} TFLOP/s ({report.gpu})"
     return [line]
 

@@ -13,6 +13,8 @@ _TYPES = (torch.float32, torch.bfloat16)
 # Tokens up to which a compiled loop over them is taken. Measured on one thread, it beats torch's many operations
 # 7 times at one token, and they are even at 32 tokens of the released width, at 200 of a small one.
 _FEW = 16
+# Blocks from which the indexer's choice goes by a compiled loop over them: those of 64 thousand tokens.
+_LONG = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -21,8 +23,8 @@ class Choice:
 
     Attributes:
         kernels: `torch`: the definitions; `auto`: Triton where all tensors lie on a CUDA device in float32 or
-            bfloat16, and what is compiled for few tokens on a CPU; `triton`: always, on the CPU by Triton's
-            interpreter.
+            bfloat16, and what is compiled for few tokens or very many blocks on a CPU; `triton`: always, on the CPU by
+            Triton's interpreter.
         deterministic: Triton's backwards add up in a fixed order, which costs time.
     """
 
@@ -62,6 +64,11 @@ class Choice:
             and all(t.dtype is torch.float32 for t in others)
             and all(t.device.type == "cpu" for t in (tokens, *others))
         )
+
+    def long(self, blocks: int, *tensors: Tensor) -> bool:
+        """Whether the kernel for very many blocks on a CPU chooses among so many of them."""
+        narrow = all(t.dtype in _TYPES and t.device.type == "cpu" for t in tensors)
+        return self.kernels == "auto" and blocks >= _LONG and narrow
 
 
 AUTO = Choice()

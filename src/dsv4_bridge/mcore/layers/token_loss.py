@@ -82,4 +82,5 @@ class _Chunked(torch.autograd.Function):
             back[places] = found[0]
             if learns:
                 total = found[1].float() if total is None else total.add_(found[1])
+            del found  # as large as the weight, while the next chunk is computed
         return None, None, None, back, None, None if total is None else total.to(weight.dtype)
