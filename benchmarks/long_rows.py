@@ -11,8 +11,8 @@ widths are small. Weights and tokens are random and the same for any number of r
 of the pass above what was resident before it, temporaries and messages with it. Both are those of the fullest rank. The
 head's share is what it keeps, of the loss in chunks of 2,048 tokens and of all tokens at once.
 
-With `--million`, one forward and backward of a small vocabulary with full recompute at each number of ranks: seconds, the
-peak of every rank, the loss, and how far loss and gradients lie from those of the first.
+With `--million`, one forward and backward of a small vocabulary with full recompute at each number of ranks: seconds,
+the peak of every rank, the loss, and how far loss and gradients lie from those of the first.
 """
 
 import argparse
