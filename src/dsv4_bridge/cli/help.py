@@ -75,7 +75,7 @@ VERBS = {
     ),
     "data": Help(
         "Text or chats -> training data.",
-        f"dsv4 data chats.jsonl chat --tokenizer {_FLASH} --seq-length 4096 --no-thinking",
+        f"dsv4 data chats.jsonl chat --tokenizer {_FLASH} --seq-length 4096 --thinking auto",
     ),
     "recipes": Help("Training recipes, and every value of one.", "dsv4 recipes flash-lora --yaml > my.yaml"),
     "train": Help(
