@@ -92,6 +92,14 @@ VERBS = {
         f"dsv4 merge {_FLASH} adapter flash-merged",
         {"hf": _HF, "adapter": "Folder of adapters, peft's or a run's.", "out": _OUT},
     ),
+    "push": Help(
+        "Checkpoint or adapters -> the Hub, with a card.",
+        "dsv4 push flash-back my-name/flash-back --dry-run",
+        {
+            "folder": "A finished checkpoint of either format, or adapters.",
+            "repo": "Repository on the Hub, owner/name.",
+        },
+    ),
     "flops": Help(
         "FLOPs a token, by term.",
         "dsv4 flops Flash --seq-length 65536",
