@@ -37,7 +37,7 @@ def main() -> None:
             began = time.monotonic()
             python = install(args.wheel, extras, Path(folder), args.beside)
             print(f"{extras}: installed in {time.monotonic() - began:.0f} s", flush=True)
-            use(python, extras, Path(folder))
+            use(python, extras, Path(folder), args.beside is None)
 
 
 def check_files(wheel: Path) -> None:
@@ -64,20 +64,22 @@ def install(wheel: Path, extras: str, folder: Path, beside: Path | None) -> Path
     run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel)
     there = next((beside / "lib").glob("python3*/site-packages")).resolve()
     here = next((venv / "lib").glob("python3*/site-packages"))
-    for path in there.iterdir():  # but not the package, and no path file that names its source
-        if not path.name.startswith(("dsv4_bridge", "__editable__", "pip", "setuptools")) and path.suffix != ".pth":
-            if not (here / path.name).exists():
-                (here / path.name).symlink_to(path)
+    mine = ("dsv4_bridge", "__editable__", "pip")  # the package, and a path file that names its source
+    for path in there.iterdir():
+        if not path.name.startswith(mine) and path.suffix != ".pth" and not (here / path.name).exists():
+            (here / path.name).symlink_to(path)
     return python
 
 
-def use(python: Path, extras: str, folder: Path) -> None:
+def use(python: Path, extras: str, folder: Path, alone: bool) -> None:
     """Make, import, export and verify a checkpoint, as this user and, where that can be, as nobody."""
     dsv4 = python.with_name("dsv4")
     inside = run(python, "-c", "import dsv4_bridge; print(dsv4_bridge.__file__)").strip()
     if not inside.startswith(str(folder)):
         sys.exit(f"{inside} was used, not the wheel")
     journey(folder / "mine", [dsv4], extras, {})
+    if extras == "none" and alone:
+        lacks(dsv4, folder / "mine-megatron")
     setpriv = shutil.which("setpriv")
     if os.geteuid() or not setpriv:
         print(f"{extras}: not tried as another user, which takes root and setpriv")
@@ -95,6 +97,14 @@ def use(python: Path, extras: str, folder: Path) -> None:
     journey(work / "run", other, f"{extras}, as nobody, read-only, no home, offline", env)
 
 
+def lacks(dsv4: Path, megatron: Path) -> None:
+    """Without extras, what needs one names it."""
+    said = run(dsv4, "generate", megatron, "--prompt-ids", "1", code=2).strip()
+    if "pip install" not in said or "Traceback" in said:
+        sys.exit(f"generate without extras says {said}")
+    print(f"none: {said}")
+
+
 def journey(folder: Path, dsv4: Sequence[object], what: str, env: dict[str, str | None]) -> None:
     """From nothing to a verified copy."""
     began = time.monotonic()
@@ -104,20 +114,22 @@ def journey(folder: Path, dsv4: Sequence[object], what: str, env: dict[str, str 
     run(*dsv4, "import", toy, megatron, env=env)
     run(*dsv4, "export", megatron, back, "--like", toy, env=env)
     said = run(*dsv4, "verify", toy, back, "--level", "bytes", env=env).strip().splitlines()
-    print(f"{what}: {said[-2]}; {said[-1]}")
+    print(f"{what}: {said[-1]}")
     if "megatron" in what.split(",") and "hf" in what:
-        print(f"{what}: {run(*dsv4, 'generate', megatron, '--prompt', 'a', '--max-tokens', '2', env=env).strip()!r}")
+        print(
+            f"{what}: {run(*dsv4, 'generate', megatron, '--prompt', 'a', '--max-new-tokens', '2', env=env).strip()!r}"
+        )
     print(f"{what}: {time.monotonic() - began:.0f} s", flush=True)
 
 
-def run(*command: object, env: dict[str, str | None] | None = None) -> str:
-    """Standard output of a command that must succeed."""
+def run(*command: object, env: dict[str, str | None] | None = None, code: int = 0) -> str:
+    """Standard output of a command that must end with `code`; standard error where that is not 0."""
     merged = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")} | (env or {})
     set_ones = {k: v for k, v in merged.items() if v is not None}
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=set_ones, cwd="/", check=False)
-    if done.returncode:
+    if done.returncode != code:
         sys.exit(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
-    return done.stdout
+    return done.stderr if code else done.stdout
 
 
 main()
