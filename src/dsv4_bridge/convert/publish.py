@@ -12,11 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import BridgeError, files_named, os_error, short, some
+from ..errors import BridgeError, files_named, short, some
 from ..files import every_file
 from ..progress import Progress
 from ..spec.variants import VARIANTS, known_variant
 from ..store.digests import file_digest
+from ..store.hub_upload import upload
 from ..store.inspect import InspectReport, inspect
 from ..strict_json import read_json
 from .checksums import checksums_path, verify_files
@@ -108,6 +109,7 @@ def prepare_push(
     return Publication(str(folder), repo, files, _card(repo, head, facts, verified, rows), verified)
 
 
+@files_named("publishing")
 def push(publication: Publication, *, private: bool = False) -> str:
     """Send it; the card last. Started again after an end in between, what is there already is not sent again.
 
@@ -121,41 +123,10 @@ def push(publication: Publication, *, private: bool = False) -> str:
     Raises:
         BridgeError: the Hub refuses, or cannot be reached.
     """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
-    api: Any = HfApi()
-    doing = f"publishing {publication.folder} to {publication.repo}"
-    common = {"repo_id": publication.repo, "repo_type": "model"}
-    try:
-        url = api.create_repo(publication.repo, private=private or None, exist_ok=True)
-        several = getattr(api, "upload_large_folder", None)  # before huggingface_hub 2
-        ignored = [*_IGNORED, CARD]
-        if several:
-            several(**common, folder_path=publication.folder, ignore_patterns=ignored, print_report=False)
-        else:
-            api.upload_folder(
-                **common, folder_path=publication.folder, ignore_patterns=ignored, commit_message="Upload the files"
-            )
-        old = Path(publication.folder, CARD)
-        if BASE_CARD in publication.files and old.is_file():
-            api.upload_file(
-                **common, path_or_fileobj=str(old), path_in_repo=BASE_CARD, commit_message="Keep the source's card"
-            )
-        api.upload_file(
-            **common, path_or_fileobj=publication.card.encode(), path_in_repo=CARD, commit_message="Write the card"
-        )
-    except HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", None)
-        login = (
-            "; log in with `hf auth login`, or set HF_TOKEN to a token that may write" if status in (401, 403) else ""
-        )
-        raise BridgeError(f"{doing}: {_line(error)}{login}") from None
-    except OSError as error:
-        raise BridgeError(f"{doing}: {os_error(error)}; the same command goes on from there") from None
-    except (RuntimeError, ValueError) as error:  # of the client's own and of the library that sends
-        raise BridgeError(f"{doing}: {_line(error)}; the same command goes on from there") from None
-    return str(url)
+    old = CARD if BASE_CARD in publication.files else None
+    cards = {BASE_CARD: Path(publication.folder, old).read_bytes()} if old else {}
+    cards[CARD] = publication.card.encode()
+    return upload(Path(publication.folder), publication.repo, cards, [*_IGNORED, CARD], private=private)
 
 
 def _in_repo(name: str) -> str:
@@ -241,7 +212,3 @@ def _card(repo: str, head: Mapping[str, str], facts: list[str], verified: str, r
         lines += ["| file | bytes | CRC-32C |", "|---|---|---|", *rows[:200], ""]
         lines += [f"… and {len(rows) - 200:,} more files.", ""] * (len(rows) > 200)
     return "\n".join([*lines, "This card was written by dsv4-bridge.", ""])
-
-
-def _line(error: Exception) -> str:
-    return next((line.strip()[:300] for line in str(error).splitlines() if line.strip()), type(error).__name__)
