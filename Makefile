@@ -6,7 +6,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # In the order of tests/conftest.py: long files first.
 SHARED := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-all test-oldest check bench gpu format clean
+.PHONY: demo test test-all test-oldest check dist bench gpu format clean
 
 # The marker is touched when the environment matches pyproject.toml and constraints.txt.
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -64,6 +64,13 @@ bench: $(VENV)/.ready
 gpu: $(VENV)/.ready
 	$(PY) benchmarks/pack_gpu.py
 	if nvidia-smi -L >/dev/null 2>&1; then OUT=build/gpu/out $(PY) build/gpu/run_gpu.py; fi
+
+# A wheel and a source distribution, and the wheel tried in clean environments (EXTRAS="none megatron,hf").
+EXTRAS := none
+dist: $(VENV)/.ready
+	rm -rf dist
+	$(PY) -m build --outdir dist .
+	$(PY) .ci/try_wheel.py dist/*.whl $(EXTRAS)
 
 clean:
 	rm -rf $(VENV) $(OLDEST) build dist src/*.egg-info

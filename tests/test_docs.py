@@ -78,7 +78,7 @@ def test_frozen_verbs() -> None:
     """The verbs and options of the command change on purpose only."""
     listed = re.findall(r"^  ([a-z]+) ", dsv4("--help", COLUMNS="200").stdout.partition("Commands:")[2], re.MULTILINE)
     names = "demo toy inspect plan import export rename repack verify generate parity "
-    names += "data recipes train report lora merge flops doctor"
+    names += "data recipes train report lora merge push flops doctor"
     assert listed == names.split()
 
 

@@ -129,7 +129,7 @@ def test_conversations_of_other_tools_are_the_same(how: str, kind: str, toy: Pat
 def test_the_command_tells_conversations_by_content(toy: Path, tmp_path: Path) -> None:
     source = write(tmp_path / "sharegpt.json", [SAME_TALK["sharegpt"]], "array")
     done = dsv4("data", source, tmp_path / "out", "--tokenizer", toy, "--seq-length", "64")
-    assert done.returncode == 2 and "--thinking or --no-thinking" in done.stderr and "element 1" in done.stderr
+    assert done.returncode == 2 and "--thinking on, off or auto" in done.stderr and "element 1" in done.stderr
     args = ("data", source, tmp_path / "out", "--tokenizer", toy, "--seq-length", "64", "--no-thinking", "--json")
     done = fresh_dsv4(*args)
     assert done.returncode == 0 and json.loads(done.stdout)["counts"]["samples"] == 1

@@ -15,13 +15,13 @@ import typer
 
 from ..errors import BridgeError, os_error, printable
 from ..ranks import slurm_ranks
-from . import check, convert, data, flops, lora, model, plan, train  # noqa: F401 - verbs register themselves
+from . import check, convert, data, flops, lora, model, plan, publish, train  # noqa: F401 - verbs register themselves
 from .app import app, described, verb
 
 # As `--help` lists them: look, convert, run, train.
 _ORDER = (
     "demo toy inspect plan import export rename repack verify generate parity "
-    "data recipes train report lora merge flops doctor"
+    "data recipes train report lora merge push flops doctor"
 )
 _BAD_ARGUMENTS: Any = typer.BadParameter.__base__  # UsageError, of typer or of click; typer does not export it
 _PLACE = {name: place for place, name in enumerate(_ORDER.split())}
@@ -95,6 +95,7 @@ _GO_ON = {
         "what is finished is kept: the same command with --resume goes on from there",
     ),
     "merge": "a merge is not resumed: the same command with --overwrite starts over",
+    "push": "what was sent is kept: the same command goes on from there",
     "train": "no step was made since the last checkpoint, or they are lost; the same command goes on from there",
 }
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import BridgeError
-from .app import Json, Overwrite, app, put
+from .app import Json, app, put
 
 
 class Mask(StrEnum):
@@ -26,6 +26,24 @@ class Generation(StrEnum):
     july = "0731"
 
 
+class Thinking(StrEnum):
+    """Mode of conversations that do not say it."""
+
+    on = "on"
+    off = "off"
+    auto = "auto"
+
+
+class OnError(StrEnum):
+    """What becomes of unusable documents."""
+
+    stop = "stop"
+    skip = "skip"
+
+
+_MODES = {Thinking.on: True, Thinking.off: False, Thinking.auto: "auto", None: None}
+
+
 @app.command()
 def data(
     paths: Annotated[list[Path], typer.Argument(metavar="SRC... OUT", help="What to read, and where to.")],
@@ -39,36 +57,112 @@ def data(
     mask: Annotated[Mask | None, typer.Option("--mask", help="Chat: what is learned; assistant by default.")] = None,
     pack: Annotated[bool | None, typer.Option("--pack/--no-pack", help="Chat: several samples in a pack.")] = None,
     thinking: Annotated[
-        bool | None, typer.Option("--thinking/--no-thinking", help="Chat: mode of lines that do not say it.")
+        Thinking | None,
+        typer.Option("--thinking", help="Chat: mode of lines without one; auto: on where an answer has thoughts."),
     ] = None,
+    no_thinking: Annotated[bool, typer.Option("--no-thinking", help="Chat: the same as --thinking off.")] = False,
     generation: Annotated[
         Generation | None,
         typer.Option("--generation", help="Chat: wording of reasoning effort; by default the checkpoint's encoding."),
     ] = None,
     workers: Annotated[int, typer.Option("--workers", min=1, max=256, help="Processes that tokenize.")] = 1,
-    overwrite: Overwrite = False,
+    on_error: Annotated[
+        OnError, typer.Option("--on-error", help="Leave unusable documents and files out, listed beside OUT, or stop.")
+    ] = OnError.stop,
+    show: Annotated[
+        int, typer.Option("--show", min=0, help="Print so many samples, what is learned marked, and write nothing.")
+    ] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace data that is in the way.")] = False,
     as_json: Json = False,
 ) -> None:
     """Text or chats, as files or JSON -> training data.
 
     SRC are text files, folders of them, or JSON (lines or an array) with a text in each object; they become OUT.bin and
-    OUT.idx. Files of conversations (messages, ShareGPT, Alpaca, prompt and completion) become the folder OUT.
-    Any of them may be compressed with gzip or zstd, or be a Parquet table.
+    OUT.idx. Files of conversations (messages, ShareGPT, Alpaca, prompt and completion), and with --seq-length folders
+    of them, become the folder OUT. Any of them may be compressed with gzip or zstd, or be a Parquet table.
     """
-    from ..data.kinds import choose_shape, look, refuse_others
-    from ..data.packed import packing
-
-    if len(paths) < 2:
+    if no_thinking and thinking not in (None, Thinking.off):
+        raise BridgeError(f"preparing data: --no-thinking and --thinking {thinking} contradict each other")
+    thinking = Thinking.off if no_thinking else thinking
+    sources, out = (paths, None) if show else (paths[:-1], paths[-1])
+    if show and len(paths) > 1 and not paths[-1].exists():  # the command as it will run, with --show behind it
+        sources = paths[:-1]
+    if not sources:
         raise BridgeError(f"preparing data: only {paths[0]} is named; give SRC and OUT")
-    *sources, out = paths
-    zipped = any(path.is_file() and packing(path) for path in sources)  # an array in it is seen by --seq-length
-    chats = [p for p in sources if key is None and p.is_file() and (look(p).chat or (zipped and seq_length))]
     of_chat: dict[str, Any] = {"--seq-length": seq_length, "--mask": mask, "--pack": pack, "--thinking": thinking}
     of_chat["--generation"] = generation
     of_text = {"--key": key, "--suffix": suffix, "--bos": bos}
+    skip = on_error is OnError.skip
+    chats = _chats(sources, key, seq_length, of_chat, of_text, skip)
+    folder, spec = _tokenizer(tokenizer)
+    chat_options: dict[str, Any] = {
+        "seq_length": seq_length or 0,
+        "mask": mask.value if mask else "assistant",
+        "thinking": _MODES[thinking],
+        "generation": generation.value if generation else None,
+        "skip": skip,
+    }
+    text_options: dict[str, Any] = {"key": key or "text", "suffixes": suffix or (), "bos": bool(bos), "skip": skip}
+    if out is None:
+        from ..data.samples_shown import show_chats, show_texts
+        from .show.samples import samples
+
+        if chats:
+            found = show_chats(sources, folder, show, **chat_options)
+        else:
+            found = show_texts(sources, folder, spec, show, **text_options)
+        put({"samples": [one.to_json() for one in found]}, as_json, samples(found))
+        return
+    from .show.progress import TerminalProgress
+
+    progress = TerminalProgress()
+    common: dict[str, Any] = {
+        "workers": workers,
+        "overwrite": overwrite,
+        "start": lambda total: progress.start(f"data {out}", total, 0),
+        "advance": progress.advance,
+    }
+    try:
+        if chats:
+            from ..data.chat.prepare import prepare_chat
+
+            report: Any = prepare_chat(sources, out, folder, pack=pack is not False, **chat_options, **common)
+        else:
+            from ..data.indexed import prepare_pretraining
+
+            report = prepare_pretraining(sources, out, folder, spec, **text_options, **common)
+    finally:
+        progress.stop()
+    put(report.to_json() if as_json else {}, as_json, "" if as_json else "\n".join(report.lines()))
+
+
+def _chats(
+    sources: list[Path],
+    key: str | None,
+    seq_length: int | None,
+    of_chat: dict[str, Any],
+    of_text: dict[str, Any],
+    skip: bool,
+) -> bool:
+    """Whether the sources hold conversations; options that do not go with what they hold are refused."""
+    from ..data.kinds import choose_shape, look, refuse_others
+
+    chats, usable = [], []
+    for path in sources:
+        try:
+            chat = look(path).chat if path.is_file() else path.is_dir() and seq_length is not None
+        except BridgeError:
+            if not skip:
+                raise
+            continue
+        usable.append(path)
+        if chat and key is None:
+            chats.append(path)
+    if not any(path.is_file() for path in chats) and len(chats) < len(usable):
+        chats = []  # folders beside a text are folders of text
     if not chats:  # before it is said that an option is for conversations: is this what it was meant to be?
-        for path in sources:
-            if path.is_file():
+        for path in usable:
+            if path.is_file() and not skip:
                 refuse_others(path)
                 choose_shape(path, key, named=True)
     said = [name for name, value in (of_text if chats else of_chat).items() if value is not None]
@@ -78,52 +172,12 @@ def data(
             f"preparing data: {said[0]} is not for {kind}, and {(chats or sources)[0]} holds such; leave it out, or "
             f"name a file of {'documents' if chats else 'conversations (messages)'}"
         )
-    if chats and len(chats) < len(sources):
-        other = next(path for path in sources if path not in chats)
+    if chats and len(chats) < len(usable):
+        other = next(path for path in usable if path not in chats)
         raise BridgeError(f"preparing data: {chats[0]} holds conversations and {other} does not; prepare them apart")
     if chats and seq_length is None:
         raise BridgeError(f"preparing data: {chats[0]} holds conversations; give --seq-length, tokens of a pack")
-    folder, spec = _tokenizer(tokenizer)
-    from .show.progress import TerminalProgress
-
-    progress = TerminalProgress()
-    label = f"data {out}"
-    try:
-        if chats:
-            from ..data.chat.prepare import prepare_chat
-
-            progress.start(label, sum(path.stat().st_size for path in chats), 0)
-            settings = {"mask": mask.value if mask else "assistant", "thinking": thinking, "pack": pack is not False}
-            report: Any = prepare_chat(
-                chats,
-                out,
-                folder,
-                seq_length=seq_length or 0,
-                workers=workers,
-                generation=generation.value if generation else None,
-                overwrite=overwrite,
-                advance=progress.advance,
-                **settings,
-            )
-        else:
-            from ..data.indexed import prepare_pretraining
-
-            report = prepare_pretraining(
-                sources,
-                out,
-                folder,
-                spec,
-                key=key or "text",
-                suffixes=suffix or (),
-                bos=bool(bos),
-                workers=workers,
-                overwrite=overwrite,
-                start=lambda total: progress.start(label, total, 0),
-                advance=progress.advance,
-            )
-    finally:
-        progress.stop()
-    put(report.to_json() if as_json else {}, as_json, "" if as_json else "\n".join(report.lines()))
+    return bool(chats)
 
 
 def _tokenizer(named: str) -> tuple[Path, Any]:

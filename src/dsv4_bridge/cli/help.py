@@ -75,7 +75,7 @@ VERBS = {
     ),
     "data": Help(
         "Text or chats -> training data.",
-        f"dsv4 data chats.jsonl chat --tokenizer {_FLASH} --seq-length 4096 --no-thinking",
+        f"dsv4 data chats.jsonl chat --tokenizer {_FLASH} --seq-length 4096 --thinking auto",
     ),
     "recipes": Help("Training recipes, and every value of one.", "dsv4 recipes flash-lora --yaml > my.yaml"),
     "train": Help(
@@ -96,6 +96,14 @@ VERBS = {
         "Release + adapters -> release.",
         f"dsv4 merge {_FLASH} adapter flash-merged",
         {"hf": _HF, "adapter": "Folder of adapters, peft's or a run's.", "out": _OUT},
+    ),
+    "push": Help(
+        "Checkpoint or adapters -> the Hub, with a card.",
+        "dsv4 push flash-back my-name/flash-back --dry-run",
+        {
+            "folder": "A finished checkpoint of either format, or adapters.",
+            "repo": "Repository on the Hub, owner/name.",
+        },
     ),
     "flops": Help(
         "FLOPs a token, by term.",

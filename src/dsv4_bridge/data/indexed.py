@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ from ..spec.spec import ModelSpec
 from ..text.tokenizer import Tokenizer, open_tokenizer
 from ..text.tokenizer_files import guarded
 from ..text.tokens import TOKENIZER
-from .sources import BadSource, Source, Unit, explained, find_sources, texts, units
+from .skipped import ENDING, SkipList, report_lines
+from .sources import BadSource, Explainer, Source, Unit, explained, find_sources, texts, units
 
 FORMAT = "dsv4 pretraining data 1"
 SUFFIXES = (".bin", ".idx", ".json")
@@ -51,6 +52,8 @@ class DataReport:
         tokenizer_sha256: of the tokenizer.json.
         idx_sha256: of `OUT.idx`.
         files: that were read.
+        skipped: documents and files that were left out as unusable, listed in `OUT.skipped.jsonl`.
+        skipped_first: the first few of them, with the reason.
     """
 
     out: str
@@ -66,6 +69,8 @@ class DataReport:
     tokenizer_sha256: str
     idx_sha256: str
     files: int
+    skipped: int = 0
+    skipped_first: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain types."""
@@ -79,6 +84,7 @@ class DataReport:
             f"{self.out}.bin, .idx: {self.documents:,} documents of {self.files:,} files{skipped}",
             f"{self.tokens:,} tokens of {self.characters:,} characters "
             f"({self.characters / self.tokens:.2f} a token), {self.dtype}, {size:,} bytes",
+            *report_lines(self.skipped, self.skipped_first, self.out + ENDING),
         ]
 
 
@@ -94,6 +100,7 @@ def prepare_pretraining(
     bos: bool = False,
     workers: int = 1,
     overwrite: bool = False,
+    skip: bool = False,
     start: Callable[[int], object] = lambda total: None,
     advance: Callable[[int], object] = lambda nbytes: None,
 ) -> DataReport:
@@ -109,6 +116,7 @@ def prepare_pretraining(
         bos: whether BOS stands in front of every document.
         workers: processes.
         overwrite: replace data that is in the way.
+        skip: leave unusable documents and files out, and list them in `out`.skipped.jsonl; else the first is refused.
         start: called once with the bytes of all sources.
         advance: called with the bytes that are done, since the last call.
 
@@ -121,18 +129,21 @@ def prepare_pretraining(
         raise BridgeError(f"preparing {out}: {tokenizer_folder} has no {TOKENIZER}; put the released one there")
     with hold(out, f"preparing {out}"), scratch_folder(out.with_name(f"{out.name}.unpacked.part")) as unpack:
         _check_place(out, named, overwrite)  # again: another run may have ended in between
-        sources = find_sources(named, unpack, suffixes, key)
-        start(sum(s.nbytes for s in sources))
-        return _prepare(sources, out, tokenizer, spec, key, bos, workers, advance)
+        left_out = SkipList(out)
+        try:
+            sources = find_sources(named, unpack, suffixes, key, skip=skip, tell=left_out.add)
+            start(sum(s.nbytes for s in sources))
+            encoder = _Encoder(tokenizer, spec, key, bos, skip)
+            return _prepare(sources, out, encoder, left_out, workers, advance)
+        finally:
+            left_out.drop()
 
 
 def _prepare(
     sources: Sequence[Source],
     out: Path,
-    tokenizer: Tokenizer,
-    spec: ModelSpec,
-    key: str,
-    bos: bool,
+    encoder: "_Encoder",
+    left_out: SkipList,
     workers: int,
     advance: Callable[[int], object],
 ) -> DataReport:
@@ -141,8 +152,9 @@ def _prepare(
     cpu.install()
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-    dtype = DType.optimal_dtype(spec.vocab_size)
-    encoder = _Encoder(tokenizer, spec, key, bos, np.dtype(dtype).str)
+    dtype = DType.optimal_dtype(encoder.spec.vocab_size)
+    encoder = replace(encoder, dtype=np.dtype(dtype).str)
+    explain = Explainer(sources)
     parts = {suffix: out.with_name(f"{out.name}{suffix}.part") for suffix in SUFFIXES}
     total = _Batch.none(encoder)
     try:
@@ -156,7 +168,11 @@ def _prepare(
                 builder.sequence_lengths.extend(batch.lengths.tolist())
                 builder.document_indices.extend(range(first + 1, len(builder.sequence_lengths) + 1))
                 total = total.plus(batch)
+                for bad in batch.skipped:
+                    left_out.add(explain(bad))
                 advance(batch.nbytes)
+            if not builder.sequence_lengths and left_out.count and not total.empty:
+                raise left_out.refuse_all(f"preparing {out}")
             if not builder.sequence_lengths:
                 raise BridgeError(f"preparing {out}: {total.empty:,} documents, and all are empty")
             count = len(builder.sequence_lengths)
@@ -164,9 +180,10 @@ def _prepare(
             builder.data_file.close()
             raise
         builder.finalize(str(parts[".idx"]))
-        report = _report(out, count, total, sources, encoder, _sha256(parts[".idx"]))
+        report = _report(out, count, total, sources, encoder, _sha256(parts[".idx"]), left_out)
         facts = {"format": FORMAT} | {k: v for k, v in report.to_json().items() if k != "out"}
         parts[".json"].write_text(json.dumps(facts, ensure_ascii=False, indent=1) + "\n")
+        left_out.place()
         _publish(out, parts)
     except BadSource as error:
         raise explained(error, sources) from None
@@ -219,6 +236,7 @@ class _Batch:
     empty: int
     characters: int
     nbytes: int
+    skipped: tuple[BadSource, ...] = ()
 
     @staticmethod
     def none(encoder: "_Encoder") -> "_Batch":
@@ -238,7 +256,8 @@ class _Encoder:
     spec: ModelSpec
     key: str
     bos: bool
-    dtype: str
+    skip: bool
+    dtype: str = "<i4"
 
     def batch(self, unit: Unit) -> _Batch:
         """The documents of a unit as tokens.
@@ -248,7 +267,8 @@ class _Encoder:
         """
         library = self.tokenizer.library
         library.encode_special_tokens = True  # written out in a text, they are text
-        found = [(path, offset, text) for path, offset, text in texts(unit, self.key)]
+        skipped: list[BadSource] = []
+        found = list(texts(unit, self.key, skipped if self.skip else None))
         kept = [(path, offset, text) for path, offset, text in found if text.strip()]
         start = [self.tokenizer.bos] if self.bos and self.tokenizer.bos is not None else []
         encoded = guarded(
@@ -267,7 +287,9 @@ class _Encoder:
         lengths = np.array([len(ids) for ids in documents], np.int32)
         tokens = np.concatenate([np.zeros(0, np.int64), *documents]).astype(self.dtype)
         characters = sum(len(text) for _, _, text in kept)
-        return _Batch(tokens, lengths, int(lengths.sum()), len(found) - len(kept), characters, unit.nbytes)
+        return _Batch(
+            tokens, lengths, int(lengths.sum()), len(found) - len(kept), characters, unit.nbytes, tuple(skipped)
+        )
 
 
 def _batches(sources: Sequence[Source], encoder: _Encoder, workers: int) -> Iterator[_Batch]:
@@ -278,7 +300,7 @@ def _batches(sources: Sequence[Source], encoder: _Encoder, workers: int) -> Iter
             yield encoder.batch(unit)
         return
     waiting: deque[Future[_Batch]] = deque()
-    told = (encoder.tokenizer.path.parent, encoder.spec, encoder.key, encoder.bos, encoder.dtype)
+    told = (encoder.tokenizer.path.parent, encoder.spec, encoder.key, encoder.bos, encoder.skip, encoder.dtype)
     # Spawned, for a fork of a process with threads can hang.
     pool = ProcessPoolExecutor(workers, get_context("spawn"), _begin, told)
     try:
@@ -297,12 +319,12 @@ def _batches(sources: Sequence[Source], encoder: _Encoder, workers: int) -> Iter
 _encoder: _Encoder  # of a worker process
 
 
-def _begin(folder: Path, spec: ModelSpec, key: str, bos: bool, dtype: str) -> None:
+def _begin(folder: Path, spec: ModelSpec, key: str, bos: bool, skip: bool, dtype: str) -> None:
     global _encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallel part
     tokenizer = open_tokenizer(folder, spec)
     assert tokenizer is not None
-    _encoder = _Encoder(tokenizer, spec, key, bos, dtype)
+    _encoder = _Encoder(tokenizer, spec, key, bos, skip, dtype)
 
 
 def _batch_here(unit: Unit) -> _Batch:
@@ -310,7 +332,13 @@ def _batch_here(unit: Unit) -> _Batch:
 
 
 def _report(
-    out: Path, documents: int, total: _Batch, sources: Sequence[Source], encoder: _Encoder, idx: str
+    out: Path,
+    documents: int,
+    total: _Batch,
+    sources: Sequence[Source],
+    encoder: _Encoder,
+    idx: str,
+    left_out: SkipList,
 ) -> DataReport:
     spec = encoder.spec
     return DataReport(
@@ -327,6 +355,8 @@ def _report(
         _sha256(encoder.tokenizer.path),
         idx,
         len(sources),
+        left_out.count,
+        tuple(map(str, left_out.first)),
     )
 
 

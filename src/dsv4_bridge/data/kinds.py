@@ -5,13 +5,15 @@ looks like. JSON arrays are unpacked into lines beside the output, so that every
 lies packed (see `packed`).
 """
 
+import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import BridgeError, short
+from ..errors import BridgeError, files_named, short
+from ..files import every_file
 from .chat.others import PREFERENCES, is_chat
 from .packed import opened, packing
 
@@ -25,6 +27,7 @@ _MAGIC = {
     b"BZh": "compressed with bzip2",
     b"\xfd7zXZ": "compressed with xz",
 }
+_MORE_MAGIC = {b"%PDF-": "a PDF document"}
 _TABLES = (".csv", ".tsv", ".xlsx")
 
 
@@ -111,6 +114,59 @@ def refuse_others(path: Path) -> None:
         )
 
 
+def of_no_known_kind(path: Path) -> str:
+    """What a file is that is neither text nor JSON nor packed, as a picture; "" where it may be one of them.
+
+    Raises:
+        BridgeError: unreadable.
+    """
+    if packing(path):
+        return ""
+    head = _head(path, 8192)
+    what = next((what for magic, what in (_MAGIC | _MORE_MAGIC).items() if head.startswith(magic)), "")
+    return what or ("it holds null bytes, which no text does" if b"\0" in head else "")
+
+
+def find_chats(named: Sequence[Path], skip: bool = False) -> tuple[list[Path], list[tuple[Path, str]]]:
+    """Files of conversations: those that are named, and those in folders, in the order of their names.
+
+    Args:
+        named: files and folders.
+        skip: whether files of folders that cannot be read are among the others rather than refused.
+
+    Returns:
+        The files, and the others that lie in folders with what they are; hidden ones are left out.
+
+    Raises:
+        BridgeError: unreadable, or a folder without conversations.
+    """
+    files: list[Path] = []
+    others: list[tuple[Path, str]] = []
+    for path in named:
+        if not path.is_dir():
+            files.append(path)
+            continue
+        before = len(files)
+        with files_named(f"looking for conversations in {path}"):
+            inside = [p for p in every_file(path) if not any(s.startswith(".") for s in p.relative_to(path).parts)]
+        for file in sorted(inside, key=lambda p: p.relative_to(path).parts):
+            try:
+                what = of_no_known_kind(file)
+                if what:
+                    others.append((file, f"of no known kind: {what}"))
+                elif look(file).chat:
+                    files.append(file)
+                else:
+                    others.append((file, "its first object is no conversation"))
+            except BridgeError as error:
+                if not skip:
+                    raise
+                others.append((file, str(error).removeprefix(f"reading {file}: ")))
+        if len(files) == before:
+            raise BridgeError(f"looking for conversations in {path}: none in {len(inside):,} files")
+    return files, others
+
+
 def is_array(path: Path) -> bool:
     """Whether a file begins like a JSON array."""
     return _head(path, 64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
@@ -123,7 +179,7 @@ def elements(path: Path) -> Iterator[Any]:
         BridgeError: no array, or no valid JSON, with the number of the element.
     """
     decoder, number, text, at = json.JSONDecoder(), 0, "", 0
-    with path.open(encoding="utf-8-sig", errors="strict") as file:
+    with opened(path) as stream, io.TextIOWrapper(stream, encoding="utf-8-sig", errors="strict") as file:
 
         def more() -> bool:
             nonlocal text, at

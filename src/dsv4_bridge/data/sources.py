@@ -5,14 +5,15 @@ same for any.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import BridgeError, short
 from ..files import every_file
-from .kinds import choose_shape, is_array, refuse_others, unpacked
+from .kinds import choose_shape, is_array, of_no_known_kind, refuse_others, unpacked
 from .packed import unwrapped
+from .skipped import Skipped
 
 _UNIT = 4 << 20  # bytes of a unit, about
 _BOM = b"\xef\xbb\xbf"
@@ -61,7 +62,15 @@ class Unit:
     nbytes: int
 
 
-def find_sources(named: Sequence[Path], unpack: Path, suffixes: Sequence[str] = (), key: str = "text") -> list[Source]:
+def find_sources(
+    named: Sequence[Path],
+    unpack: Path,
+    suffixes: Sequence[str] = (),
+    key: str = "text",
+    *,
+    skip: bool = False,
+    tell: Callable[[Skipped], object] = lambda one: None,
+) -> list[Source]:
     """The files that were named, and those of folders in the order of their names; hidden ones are left out.
 
     Args:
@@ -69,6 +78,8 @@ def find_sources(named: Sequence[Path], unpack: Path, suffixes: Sequence[str] = 
         unpack: a folder for what must be unpacked: JSON arrays, gzip, zstd, Parquet.
         suffixes: of the files of folders, as `.py`; none takes all.
         key: where objects have their text.
+        skip: whether a file that cannot be read is left out rather than refused.
+        tell: called with each file that is left out: those, and files of folders that are no text, as pictures.
 
     Raises:
         BridgeError: not there, nothing in it, a file named twice, or one that is neither text nor documents.
@@ -96,7 +107,18 @@ def find_sources(named: Sequence[Path], unpack: Path, suffixes: Sequence[str] = 
         if where in seen:
             raise BridgeError(f"looking for text: {path} is named twice; its documents would count double")
         seen.add(where)
-    return [_source(path, unpack, key, named=alone) for path, alone in found]
+    sources = []
+    for path, alone in found:
+        try:
+            if not alone and (what := of_no_known_kind(path)):
+                tell(Skipped(str(path), f"of no known kind: {what}"))
+                continue
+            sources.append(_source(path, unpack, key, named=alone))
+        except BridgeError as error:
+            if not skip:
+                raise
+            tell(Skipped(str(path), str(error).removeprefix(f"reading {path}: ")))
+    return sources
 
 
 def _source(path: Path, unpack: Path, key: str, *, named: bool) -> Source:
@@ -127,22 +149,39 @@ def units(sources: Sequence[Source]) -> Iterator[Unit]:
         yield Unit(tuple(files), None, size)
 
 
-def texts(unit: Unit, key: str) -> Iterator[tuple[Path, int, str]]:
+def texts(unit: Unit, key: str, skipped: list[BadSource] | None = None) -> Iterator[tuple[Path, int, str]]:
     """Every document of a unit: its file, the byte it begins at, its text.
+
+    Args:
+        unit: it.
+        key: where objects have their text.
+        skipped: where unusable documents go; None raises the first.
 
     Raises:
         BadSource: not UTF-8, or a line that is no JSON object with a text under `key`.
     """
     if unit.lines is None:
         for path in unit.paths:
-            yield path, 0, _decoded(_read(path), path, 0)
+            try:
+                text = _decoded(_read(path), path, 0)
+            except BadSource as bad:
+                if skipped is None:
+                    raise
+                skipped.append(bad)
+                continue
+            yield path, 0, text
         return
     path = unit.paths[0]
     for offset, line in _lines(path, *unit.lines):
         try:
-            yield path, offset, _text_of(line, key, path, offset)
+            text = _text_of(line, key, path, offset)
         except BadSource as bad:
-            raise BadSource(path, offset, bad.what, lines=True) from None
+            bad = BadSource(path, offset, bad.what, lines=True)
+            if skipped is None:
+                raise bad from None
+            skipped.append(bad)
+            continue
+        yield path, offset, text
 
 
 def _lines(path: Path, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
@@ -197,15 +236,39 @@ def _read(path: Path) -> bytes:
         raise BadSource(path, 0, error.strerror or str(error)) from None
 
 
-def explained(bad: BadSource, sources: Sequence[Source] = ()) -> BridgeError:
-    """The message for a user, with the number of the line, from 1, or of the element of an array."""
-    shown = next((s.shown for s in sources if s.path == bad.path and s.shown), None)
-    where = str(shown or bad.path)
-    if bad.lines and bad.path.is_file():
-        number, left = 1, bad.offset
-        with bad.path.open("rb") as file:
+class Explainer:
+    """Bad documents in a user's words; asked in the order of the sources, each file is read once.
+
+    Args:
+        sources: what the files stand for.
+    """
+
+    def __init__(self, sources: Sequence[Source] = ()):
+        self._shown = {source.path: source.shown for source in sources if source.shown}
+        self._path, self._offset, self._number = Path(), 0, 1
+
+    def __call__(self, bad: BadSource) -> Skipped:
+        """With the number of the line, from 1, or of the element of an array."""
+        shown = self._shown.get(bad.path)
+        file = str(shown or bad.path)
+        if not (bad.lines and bad.path.is_file()):
+            return Skipped(file, bad.what)
+        unit = "element" if shown and is_array(shown) else "line"
+        return Skipped(file, bad.what, self._line(bad.path, bad.offset), unit)
+
+    def _line(self, path: Path, offset: int) -> int:
+        if path != self._path or offset < self._offset:
+            self._path, self._offset, self._number = path, 0, 1
+        with path.open("rb") as file:
+            file.seek(self._offset)
+            left = offset - self._offset
             while left and (piece := file.read(min(left, 1 << 24))):
-                number += piece.count(b"\n")
+                self._number += piece.count(b"\n")
                 left -= len(piece)
-        where += f", {'element' if shown and is_array(shown) else 'line'} {number}"
-    return BridgeError(f"reading {where}: {bad.what}")
+        self._offset = offset
+        return self._number
+
+
+def explained(bad: BadSource, sources: Sequence[Source] = ()) -> BridgeError:
+    """The message for a user."""
+    return BridgeError(f"reading {Explainer(sources)(bad)}")

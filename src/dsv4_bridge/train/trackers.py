@@ -174,7 +174,7 @@ class WandB:
 
     def __init__(self, project: str, out: Path, recipe: Recipe):
         os.environ.setdefault("WANDB_SILENT", "true")  # otherwise it asks for a key, where nobody may be
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
 
         kept = _Kept(out / ".wandb-run")
         self._run = wandb.init(
@@ -202,8 +202,8 @@ class MLflow:
     """A run of an experiment where MLFLOW_TRACKING_URI says; one that goes on is the same run."""
 
     def __init__(self, experiment: str, out: Path, recipe: Recipe):
-        from mlflow import MlflowClient
-        from mlflow.entities import Metric, Param
+        from mlflow import MlflowClient  # pyright: ignore[reportMissingImports]
+        from mlflow.entities import Metric, Param  # pyright: ignore[reportMissingImports]
 
         self._client, self._metric, kept = MlflowClient(), Metric, _Kept(out / ".mlflow-run")
         run_id = kept.read()

@@ -90,18 +90,29 @@ def read_line(raw: bytes, path: str, number: int) -> Conversation:
     return Conversation(read_messages(body["messages"], where, tools), _mode(body, where), effort, number)
 
 
-def mode_of(conversation: Conversation, thinking: bool | None, generation: str | None, where: str) -> tuple[bool, str]:
+AUTO = "auto"
+
+
+def mode_of(
+    conversation: Conversation, thinking: bool | str | None, generation: str | None, where: str
+) -> tuple[bool, str]:
     """Whether a conversation is in thinking mode, as it says or else as `thinking` does; its effort's text.
+
+    `thinking` may be `auto`: thinking mode where an answer has thoughts.
 
     Raises:
         BridgeError: neither says it, or its reasoning effort is unknown.
     """
     mode = thinking if conversation.thinking is None else conversation.thinking
+    if isinstance(mode, str):
+        if mode != AUTO:
+            raise BridgeError(f"reading {where}: thinking {short(mode)}, expected true, false or {AUTO}")
+        mode = any(message.reasoning_content for message in conversation.messages)
     at = f"{where}, line {conversation.line}"
     if mode is None:
         raise BridgeError(
             f"reading {at}: it does not say whether the model thinks (thinking_mode, enable_thinking); say --thinking "
-            "or --no-thinking for all lines without"
+            "on, off or auto (on where an answer has thoughts) for all lines without"
         )
     try:
         return mode, effort_text(conversation.reasoning_effort, generation)

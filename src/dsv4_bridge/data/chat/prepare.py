@@ -17,8 +17,9 @@ from ...chat.strings import EFFORTS
 from ...errors import BridgeError, files_named, some
 from ...files import scratch_folder
 from ...lock import hold
-from ..kinds import is_array, look, refuse_others, unpacked
+from ..kinds import find_chats, is_array, look, refuse_others, unpacked
 from ..packed import unwrapped
+from ..skipped import ENDING, SkipList, Skipped, in_shares, report_lines
 from .jsonl import numbered_lines, read_line
 from .masks import ChatTokenizer, open_chat_tokenizer
 from .packing import plan_packs
@@ -40,6 +41,8 @@ class ChatReport:
         packs: their number.
         fill_rate: tokens over places of the packs.
         counts: what became of the conversations.
+        skipped: lines and files that were left out, listed in `OUT.skipped.jsonl`.
+        skipped_first: the first few of them, with the reason.
     """
 
     out: str
@@ -48,6 +51,8 @@ class ChatReport:
     packs: int
     fill_rate: float
     counts: SampleCounts
+    skipped: int = 0
+    skipped_first: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain data."""
@@ -72,7 +77,7 @@ class ChatReport:
             found.append(f"{c.empty_thoughts:,} answers in thinking mode have no thoughts, and learn to have none")
         if c.straddling:
             found.append(f"{c.straddling:,} tokens hold learned and other text, and are not learned")
-        return found
+        return found + report_lines(self.skipped, self.skipped_first, self.out + ENDING)
 
 
 @files_named("preparing conversations")
@@ -83,36 +88,42 @@ def prepare_chat(
     *,
     seq_length: int,
     mask: str = "assistant",
-    thinking: bool | None = None,
+    thinking: bool | str | None = None,
     pack: bool = True,
     workers: int = 1,
     generation: str | None = None,
     overwrite: bool = False,
+    skip: bool = False,
+    start: Callable[[int], object] = lambda total: None,
     advance: Callable[[int], object] = lambda nbytes: None,
 ) -> ChatReport:
     """Tokenize, mask, cut and pack a file of conversations; the same input gives the same bytes.
 
     Args:
         src: one file or several, in their order: an object a line or an array of them, see `jsonl.read_chat_jsonl`;
-            gzip, zstd and Parquet too.
+            gzip, zstd and Parquet too. Of folders, the files of conversations in them; the others are listed.
         out: a folder that is empty or does not exist; see `store` for what is in it.
         tokenizer_folder: a checkpoint, for its tokenizer.json.
         seq_length: most tokens of a sample and of a pack.
         mask: `assistant`, `last_turn`, `each_turn` or `full`, see `samples.build_samples`.
-        thinking: mode of lines that do not say it; None refuses those.
+        thinking: mode of lines that do not say it, or `auto`: thinking where an answer has thoughts; None refuses
+            those.
         pack: whether several samples share a pack.
         workers: processes.
         generation: which releases' reasoning efforts lines mean, `april` or `0731`; None looks at the
             encoding that lies beside the tokenizer.
         overwrite: replace chat data that is in the way.
-        advance: called with the bytes of the file that are done, since the last call.
+        skip: leave unusable lines and files out, and list them in `out`.skipped.jsonl; else the first is refused.
+        start: called once with the bytes of all files, packed as they are.
+        advance: called with the bytes of these that are done, since the last call.
 
     Raises:
         BridgeError: an unusable line (by number), tokenizer or argument; nothing to learn in the whole file;
             `out` exists, or the disk is full.
     """
     check_options(seq_length, mask)
-    sources = [src] if isinstance(src, Path) else list(src)
+    sources, others = find_chats([src] if isinstance(src, Path) else list(src), skip)
+    start(sum(path.stat().st_size for path in sources))
     tokenizer = open_chat_tokenizer(tokenizer_folder)
     generation = generation or find_generation(tokenizer_folder)
     effort_text(None, generation)
@@ -120,20 +131,31 @@ def prepare_chat(
     options = {"seq_length": seq_length, "mask": mask, "thinking": thinking, "generation": generation}
     # The order of the packs is known once all lengths are: until then samples lie beside it.
     with hold(out, f"preparing {out}"), scratch_folder(out.with_name(out.name + ".samples.part")) as part:
-        samples, counts = _spill(_of_all(sources, part, tokenizer, options, workers, advance), part, sources)
-        lengths = np.diff(samples.offsets).tolist()
-        packing = plan_packs(lengths, seq_length) if pack else one_a_pack(lengths, seq_length)
-        facts = {
-            "tokenizer_sha256": tokenizer.sha256,
-            "mask": mask,
-            "thinking": thinking,
-            "generation": generation,
-            "packed": pack,
-            "source": ", ".join(path.name for path in sources),
-            "counts": asdict(counts),
-        }
-        write_chat_data(out, samples, packing, facts, overwrite=overwrite)
-    return ChatReport(str(out), seq_length, mask, len(packing.packs), packing.fill_rate, counts)
+        left_out = SkipList(out)
+        try:
+            for path, what in others:
+                left_out.add(Skipped(str(path), what))
+            batches = _of_all(sources, part, tokenizer, options, skip, left_out, workers, advance)
+            samples, counts = _spill(batches, part, sources, left_out)
+            lengths = np.diff(samples.offsets).tolist()
+            packing = plan_packs(lengths, seq_length) if pack else one_a_pack(lengths, seq_length)
+            facts = {
+                "tokenizer_sha256": tokenizer.sha256,
+                "mask": mask,
+                "thinking": thinking,
+                "generation": generation,
+                "packed": pack,
+                "source": ", ".join(path.name for path in sources),
+                "counts": asdict(counts),
+                "skipped": left_out.count,
+            }
+            check_free(out, overwrite)  # before an older list goes
+            left_out.place()
+            write_chat_data(out, samples, packing, facts, overwrite=overwrite)
+        finally:
+            left_out.drop()
+    first = tuple(map(str, left_out.first))
+    return ChatReport(str(out), seq_length, mask, len(packing.packs), packing.fill_rate, counts, left_out.count, first)
 
 
 def _of_all(
@@ -141,13 +163,32 @@ def _of_all(
     part: Path,
     tokenizer: ChatTokenizer,
     options: dict[str, Any],
+    skip: bool,
+    left_out: SkipList,
     workers: int,
     advance: Callable[[int], object],
 ) -> Iterator["_Batch"]:
     """Batches of one file behind the other."""
     for src in sources:
-        with _shown(src, lines := _as_lines(src, part)):
-            yield from _batches(lines, tokenizer, options, workers, advance)
+        packed = src.stat().st_size
+        try:
+            lines = _as_lines(src, part)
+        except BridgeError as error:
+            if not skip:
+                raise
+            left_out.add(Skipped(str(src), str(error).removeprefix(f"reading {src}: ")))
+            advance(packed)
+            continue
+        unit = "element" if lines != src and is_array(src) else "line"
+        plain = lines.stat().st_size
+        step = in_shares(packed, plain, advance)
+        with _shown(src, lines, unit):
+            for batch in _batches(lines, tokenizer, options, skip, workers, step):
+                for number, reason in batch.skipped:
+                    what = reason.removeprefix(f"reading {lines}, line {number}").lstrip(":, ")
+                    left_out.add(Skipped(str(src), what.replace(str(lines), str(src)), number, unit))
+                yield batch
+        step(plain)  # blank lines are in no batch
         if lines != src:
             lines.unlink()
 
@@ -160,12 +201,11 @@ def _as_lines(src: Path, part: Path) -> Path:
 
 
 @contextmanager
-def _shown(src: Path, lines: Path) -> Iterator[None]:
+def _shown(src: Path, lines: Path, unit: str) -> Iterator[None]:
     """Messages name what the user named."""
     try:
         yield
     except BridgeError as error:
-        unit = "element" if lines != src and is_array(src) else "line"
         raise BridgeError(
             str(error).replace(f"{lines}, line", f"{src}, {unit}").replace(str(lines), str(src))
         ) from None
@@ -191,6 +231,7 @@ class _Batch:
     lines: np.ndarray
     counts: SampleCounts
     nbytes: int
+    skipped: tuple[tuple[int, str], ...] = ()
 
 
 class _Spilled(Sequence[Sample]):
@@ -209,7 +250,9 @@ class _Spilled(Sequence[Sample]):
         return Sample(self._tokens[begun:end], self._mask[begun:end], int(self._lines[i]))
 
 
-def _spill(batches: Iterator[_Batch], part: Path, sources: Sequence[Path]) -> tuple[_Spilled, SampleCounts]:
+def _spill(
+    batches: Iterator[_Batch], part: Path, sources: Sequence[Path], left_out: SkipList
+) -> tuple[_Spilled, SampleCounts]:
     lengths, lines, counts = [np.zeros(1, np.int64)], [], SampleCounts()
     with (part / "tokens").open("wb") as tokens, (part / "mask").open("wb") as mask:
         for batch in batches:
@@ -218,6 +261,8 @@ def _spill(batches: Iterator[_Batch], part: Path, sources: Sequence[Path]) -> tu
             lengths.append(batch.lengths)
             lines.append(batch.lines)
             counts.add(batch.counts)
+    if not counts.conversations and left_out.count:
+        raise left_out.refuse_all(f"preparing {some(map(str, sources))}")
     if not counts.samples:
         raise BridgeError(
             f"preparing {some(map(str, sources))}: none of {counts.conversations} conversations has a learned token "
@@ -227,17 +272,22 @@ def _spill(batches: Iterator[_Batch], part: Path, sources: Sequence[Path]) -> tu
 
 
 def _batches(
-    src: Path, tokenizer: ChatTokenizer, options: dict[str, Any], workers: int, advance: Callable[[int], object]
+    src: Path,
+    tokenizer: ChatTokenizer,
+    options: dict[str, Any],
+    skip: bool,
+    workers: int,
+    advance: Callable[[int], object],
 ) -> Iterator[_Batch]:
     """Batches in the order of the file, whoever made them."""
     if workers <= 1:
         for chunk in _chunks(src):
-            batch = _batch(chunk, tokenizer, str(src), options)
+            batch = _batch(chunk, tokenizer, str(src), options, skip)
             advance(batch.nbytes)
             yield batch
         return
     waiting: deque[Future[_Batch]] = deque()
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start, (tokenizer.path, str(src), options))
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start, (tokenizer.path, str(src), options, skip))
     try:
         chunks = _chunks(src)
         while True:
@@ -267,10 +317,20 @@ def _chunks(src: Path) -> Iterator[Chunk]:
         yield chunk
 
 
-def _batch(chunk: Chunk, tokenizer: ChatTokenizer, where: str, options: dict[str, Any]) -> _Batch:
-    counts = SampleCounts()
-    conversations = (read_line(raw, where, number) for number, raw in chunk)
-    samples = list(build_samples(conversations, tokenizer, counts=counts, where=where, **options))
+def _batch(chunk: Chunk, tokenizer: ChatTokenizer, where: str, options: dict[str, Any], skip: bool) -> _Batch:
+    counts, samples = SampleCounts(), list[Sample]()
+    skipped = list[tuple[int, str]]()
+    for number, raw in chunk:
+        own = SampleCounts()
+        try:
+            conversation = read_line(raw, where, number)
+            samples += build_samples([conversation], tokenizer, counts=own, where=where, **options)
+        except BridgeError as error:
+            if not skip:
+                raise
+            skipped.append((number, str(error)))
+            continue
+        counts.add(own)
     return _Batch(
         np.concatenate([np.zeros(0, np.int32), *(s.tokens for s in samples)]),
         np.concatenate([np.zeros(0, bool), *(s.loss_mask for s in samples)]),
@@ -278,18 +338,19 @@ def _batch(chunk: Chunk, tokenizer: ChatTokenizer, where: str, options: dict[str
         np.array([s.line for s in samples], np.int64),
         counts,
         sum(len(raw) for _, raw in chunk),
+        tuple(skipped),
     )
 
 
 # A worker process opens the tokenizer once.
-_STATE: tuple[ChatTokenizer, str, dict[str, Any]]
+_STATE: tuple[ChatTokenizer, str, dict[str, Any], bool]
 
 
-def _start(path: Path, where: str, options: dict[str, Any]) -> None:
+def _start(path: Path, where: str, options: dict[str, Any], skip: bool) -> None:
     global _STATE
-    _STATE = (open_chat_tokenizer(path), where, options)
+    _STATE = (open_chat_tokenizer(path), where, options, skip)
 
 
 def _batch_here(chunk: Chunk) -> _Batch:
-    tokenizer, where, options = _STATE
-    return _batch(chunk, tokenizer, where, options)
+    tokenizer, where, options, skip = _STATE
+    return _batch(chunk, tokenizer, where, options, skip)

@@ -74,7 +74,7 @@ def build_samples(
     *,
     seq_length: int,
     mask: str = "assistant",
-    thinking: bool | None = None,
+    thinking: bool | str | None = None,
     generation: str | None = None,
     counts: SampleCounts | None = None,
     where: str = "conversations",
@@ -90,7 +90,7 @@ def build_samples(
         mask: `assistant`, `last_turn` or `full`, see `encode.encode_segments`; or `each_turn`: where
             thoughts of earlier turns are dropped, one sample for each answer, with all that the model sees
             and says there and nothing else learned, and otherwise `assistant`.
-        thinking: mode of conversations that do not say it; None refuses those.
+        thinking: mode of conversations that do not say it, or `auto`, see `jsonl.mode_of`; None refuses those.
         generation: which releases' reasoning efforts are meant, `april` or `0731`.
         counts: counted up as samples are taken.
         where: the file's name, for messages.
