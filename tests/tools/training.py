@@ -32,6 +32,8 @@ _WORDS = """
 SMALL = tuple(_WORDS.split())
 # A micro-batch a step, computed once: half of the time, where neither is what is looked at.
 QUICK = ("batch.micro=4", "model.recompute=none")
+# What of a line of the log is of the machine and the hour.
+TIMED = {"seconds", "tokens_per_second", "tflops_per_gpu", "eta_seconds", "memory_bytes", "time"}
 
 
 def small_spec(layers: int = 3) -> ModelSpec:
