@@ -80,6 +80,7 @@ def test_pushed_killed_and_pushed_again(out: Path, server: UploadHub, tmp_path: 
     process.kill()
     process.wait()
     go.set()
+    server.rest()
     first = set(server.sent)
     assert first and set(server.repos[REPO]) < set(expected)
     server.before = lambda count: None
@@ -164,3 +165,14 @@ def test_adapters_have_a_card_too(server: UploadHub, tmp_path: Path) -> None:
     assert done.returncode == 2 and "HF_TOKEN" in done.stderr and "Traceback" not in done.stderr
     for repo in ("adapter", "a/b/c", "../x"):
         assert "owner/name" in dsv4("push", folder, repo, **env(server, tmp_path / "cache")).stderr
+
+
+def test_a_card_of_ours_is_no_card_of_the_source(out: Path, server: UploadHub, tmp_path: Path) -> None:
+    """A repository that was pushed from here, fetched and pushed again: the source's card stays the source's."""
+    source = (out / "README.md").rename(out / "README.base.md").read_bytes()
+    (out / "README.md").write_text("# made by a push before\n")
+    checksums_path(out).unlink()
+    done = dsv4("push", out, REPO, **env(server, tmp_path / "cache"))
+    assert done.returncode == 0, done.stderr
+    sent = server.repos[REPO]
+    assert sent["README.base.md"] == source and b"made by a push before" not in sent["README.md"]

@@ -1,10 +1,13 @@
 """A server on this machine that takes uploads as the Hugging Face Hub does, without Xet."""
 
 import base64
+import hashlib
 import json
 import re
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -32,6 +35,9 @@ class UploadHub:
     refuse: bool = False
     url: str = ""
     server: Any = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _working: int = 0
+    _worked: float = 0.0
 
     def start(self) -> None:
         hub = self
@@ -42,6 +48,23 @@ class UploadHub:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """While an object is taken."""
+        with self._lock:
+            self._working += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._working -= 1
+                self._worked = time.monotonic()
+
+    def rest(self) -> None:
+        """Wait until nothing has been taken for a moment: what a dead client sent may still lie in a socket."""
+        while self._working or time.monotonic() - self._worked < 0.5:
+            time.sleep(0.05)
 
     def stop(self) -> None:
         self.server.shutdown()
@@ -76,10 +99,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer({"error": "not found"}, 404)
 
     def do_PUT(self) -> None:
-        digest, data = self.path.rpartition("/")[2], self.body()
-        self.state.before(len(self.state.objects))
-        self.state.objects[digest] = data
-        self.state.sent.append(digest)
+        digest = self.path.rpartition("/")[2]
+        with self.state.at_work():
+            data = self.body()
+            if hashlib.sha256(data).hexdigest() != digest:  # the client went away half-way
+                return
+            self.state.before(len(self.state.objects))
+            self.state.objects[digest] = data
+            self.state.sent.append(digest)
         self.answer({})
 
     def do_POST(self) -> None:

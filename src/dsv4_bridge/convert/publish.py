@@ -90,6 +90,8 @@ def prepare_push(
         raise BridgeError(f"{doing}: a conversion into it has not ended; the same command with --resume ends it")
     if unfinished := [name for name in names if ".part" in Path(name).suffixes or ".part/" in name]:
         raise BridgeError(f"{doing}: {some(unfinished)} is a file that was not written to its end")
+    if BASE_CARD in names and CARD in names:  # of a repository that was pushed from here: its card is made anew
+        names.remove(CARD)
     files = {
         _in_repo(name): (folder / name).stat().st_size
         for name in names
@@ -123,8 +125,9 @@ def push(publication: Publication, *, private: bool = False) -> str:
     Raises:
         BridgeError: the Hub refuses, or cannot be reached.
     """
-    old = CARD if BASE_CARD in publication.files else None
-    cards = {BASE_CARD: Path(publication.folder, old).read_bytes()} if old else {}
+    cards, kept = dict[str, bytes](), Path(publication.folder, BASE_CARD)
+    if BASE_CARD in publication.files and not kept.is_file():
+        cards[BASE_CARD] = Path(publication.folder, CARD).read_bytes()
     cards[CARD] = publication.card.encode()
     return upload(Path(publication.folder), publication.repo, cards, [*_IGNORED, CARD], private=private)
 
