@@ -10,11 +10,7 @@ peak of resident memory while `load_weights` runs, less what was resident before
 
 import argparse
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -23,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from layer import drop_cache, make_layer, size_of
+from rank_processes import run_ranks
 
 
 def status(field: str) -> int:
@@ -89,19 +86,8 @@ def run(source: Path, layout: str) -> list[dict[str, float]]:
     """One line a rank."""
     sizes = {name: int(size) for name, size in re.findall(r"([a-z]+)(\d+)", layout)}
     world = max(sizes.get("tp", 1), sizes.get("ep", 1) * sizes.get("etp", 1))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
-    command = [sys.executable, "-W", "ignore", __file__, "--child", json.dumps(sizes), "--source", str(source)]
-    processes = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)})
-        for r in range(world)
-    ]
-    said = [p.communicate()[0] for p in processes]
-    if any(p.returncode for p in processes):
-        raise SystemExit(f"{layout}: a rank failed")
-    return [json.loads(line.splitlines()[-1]) for line in said]
+    words = ("--child", json.dumps(sizes), "--source", str(source))
+    return run_ranks(world, __file__, *words, what=layout)
 
 
 def main() -> None:

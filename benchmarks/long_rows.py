@@ -17,9 +17,6 @@ the peak of every rank, the loss, and how far loss and gradients lie from those 
 
 import argparse
 import json
-import os
-import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,6 +25,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from rank_processes import run_ranks
 
 NARROW: dict[str, Any] = {
     "vocab_size": 256,
@@ -113,22 +112,10 @@ def child(told: dict[str, Any]) -> None:
 
 def run(ranks: int, lengths: list[int], **told: Any) -> list[list[dict[str, Any]]]:
     """What each rank found, a dict for every length."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
-    env |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "DSV4_RANK_TIMEOUT": "36000"}
+    env = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "DSV4_RANK_TIMEOUT": "36000"}
     whole = {"settings": {}, "spec": TABLE, "kept": False, "gradients": None} | told
     word = json.dumps(whole | {"ranks": ranks, "lengths": lengths})
-    command = [sys.executable, "-W", "ignore", __file__, "--child", word]
-    processes = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)})
-        for r in range(ranks)
-    ]
-    said = [p.communicate()[0] for p in processes]
-    if any(p.returncode for p in processes):
-        raise SystemExit(f"{ranks} ranks: one failed")
-    return [json.loads(line.splitlines()[-1]) for line in said]
+    return run_ranks(ranks, __file__, "--child", word, what=f"{ranks} ranks", **env)
 
 
 def memory(lengths: list[int], counts: list[int]) -> dict[str, Any]:

@@ -6,13 +6,13 @@ import shutil
 import sys
 from base64 import b64decode
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from html_page import Page
 from reference import small_spec
 from safetensors.torch import load_file, save_file
 
@@ -257,40 +257,12 @@ def test_values_that_are_not_finite_never_pass(plain: Path, tmp_path: Path) -> N
 # ---------------------------------------------------------------- reports and the command
 
 
-class Page(HTMLParser):
-    """Tags that close, pictures, text."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.pictures: list[str] = []
-        self.text = ""
-        self.rows: list[int] = []  # cells of every row
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag == "img":
-            self.pictures.append(dict(attrs)["src"] or "")
-        if tag == "tr":
-            self.rows.append(0)
-        if tag in ("td", "th"):
-            self.rows[-1] += int(dict(attrs).get("colspan") or 1)
-        if tag not in ("img", "meta"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-
 def test_the_page_names_every_layer_and_shows_its_pictures(plain: Path, tmp_path: Path) -> None:
     other = changed(plain, tmp_path / "<other>", "layers.2.attn.wo_a.weight", noisy)
     report = parity(plain, reference_checkpoint=other, inputs=SHORT)
     path = write_report(report, tmp_path / "report")
-    page = Page()
-    page.feed(path.read_text())
-    assert page.open == [] and "differs" in page.text and "<other>" in page.text
+    page = Page(path.read_text())
+    assert page.open == page.fetched == [] and "differs" in page.text and "<other>" in page.text
     assert report.verdict.text[1:] in page.text
     for layer, kind in enumerate(report.layers):
         assert f"layer {layer} ({kind})" in page.text

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from dsv4_bridge import BridgeError
@@ -161,45 +160,6 @@ def test_backward_is_what_torch_counts(measured: Measured) -> None:
     # Of each sub-layer, the dots of the output and of the collapsed stream with the streams, and what the
     # streams get back from the collapse; the last two of each head.
     assert measured.backward == backward + again - elementwise(SUBLAYERS + 2 * (SUBLAYERS + HEADS))
-
-
-class Products(TorchDispatchMode):
-    """FLOPs by torch's table alone: its counter follows modules, and cannot where one is called without gradients."""
-
-    flops = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if count := flop_registry.get(func._overloadpacket):
-            self.flops += count(*args, **(kwargs or {}), out_val=out)
-        return out
-
-
-@pytest.mark.megatron
-@pytest.mark.parametrize("lora", [None, Lora(3)], ids=["trained", "adapters"])
-def test_logits_of_chunks_are_made_again(lora: Lora | None) -> None:
-    """What torch counts more in the backward of a loss in chunks; the forward is the same."""
-    from dsv4_bridge.mcore import build_model
-    from dsv4_bridge.mcore.adapters.adapters import add_adapters
-
-    spec = SMALL.without_draft() if lora else SMALL
-    model = build_model(spec).train()
-    if lora:
-        add_adapters(model, lora)
-    ids = torch.randint(spec.vocab_size, (1, LENGTH))
-    counted = []
-    for chunk in (0, 20, LENGTH):
-        model.config.loss_chunk = chunk
-        with Products() as seen:
-            loss = model(ids, labels=ids.roll(-1, 1)).sum()
-            forward = seen.flops
-            loss.backward()
-        counted.append((forward, seen.flops))
-    whole, chunks, at_once = counted
-    again = count_flops(spec, LENGTH, lora=lora, logits_again=True).recomputed
-    assert again.items() == Terms(logits=count_flops(spec, LENGTH).forward.logits).items()
-    assert whole == at_once
-    assert chunks == (whole[0], whole[1] + again.total)
 
 
 def test_published_figure() -> None:

@@ -8,13 +8,13 @@ import re
 import signal
 import time
 from collections.abc import Mapping
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from fake_trackers import fake_mlflow, fake_wandb
+from html_page import Page
 from training import QUICK, SMALL, log, make_start, make_text, run
 from typer.testing import CliRunner, Result
 
@@ -244,35 +244,6 @@ def test_a_step_is_taken_apart(watched: tuple[Path, Result]) -> None:
 # ---------------------------------------------------------------- the page of a run
 
 
-class Parsed(HTMLParser):
-    """Tags that are closed in order, what is shown, and anything that a browser would fetch."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.fetched: list[str] = []
-        self.charts: dict[str, str] = {}
-        self.shown = ""
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.fetched += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data")]
-        if tag == "svg":
-            words = dict(attrs)["aria-label"] or ""
-            self.charts[words.partition(" over steps")[0]] = words
-        if tag != "meta":
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        pass
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.shown += data
-
-
 def report(*words: str | Path) -> Result:
     return CliRunner().invoke(app, ["report", *map(str, words)])
 
@@ -285,15 +256,15 @@ def test_the_page_of_a_run_shows_its_curves_recipe_and_commands(watched: tuple[P
     assert (told["step"], told["steps"], told["checkpoints"]) == (3, 3, [3])
     assert told["last"]["loss"] == log(out)[-1]["loss"] and told["page"] == str(out / "report.html")
     source = (out / "report.html").read_text()
-    page = Parsed(source)
+    page = Page(source)
     assert page.open == [] and page.fetched == [] and "url(" not in source and "@import" not in source
-    assert "prefers-color-scheme: dark" in source and "3 of 3: finished" in page.shown
+    assert "prefers-color-scheme: dark" in source and "3 of 3: finished" in page.text
     losses = [line["loss"] for line in log(out)]
     curve = page.charts["Loss, nats a token"]
     assert f"from {losses[0]:.4g} to {losses[-1]:.4g}" in curve and "steps 1 to 3" in curve
     assert {"Learning rate", "Norm of the gradients", "Load of experts, over the mean"} <= page.charts.keys()
-    assert "optimizer.lr0.002given" in page.shown and "optimizer.beta20.95technical report" in page.shown
-    assert f"train {out}/recipe.yaml schedule.steps=6" in page.shown and f"export {out} {out}-hf --like" in page.shown
+    assert "optimizer.lr0.002given" in page.text and "optimizer.beta20.95technical report" in page.text
+    assert f"train {out}/recipe.yaml schedule.steps=6" in page.text and f"export {out} {out}-hf --like" in page.text
     assert report(out / "iter_0000003").exit_code == 0  # the run is found from its checkpoint
 
 
@@ -309,10 +280,10 @@ def test_a_page_of_a_run_that_is_under_way(watched: tuple[Path, Result], tmp_pat
     done = report(out, tmp_path / "page.html")
     assert done.exit_code == 0, done.output
     source = (tmp_path / "page.html").read_text()
-    page = Parsed(source)
-    assert page.open == [] and "<script" not in source and "<script>alert(1)</script> Flash" in page.shown
-    assert "step 3,000 of 5,000" in page.shown.lower()
-    assert list(page.charts) == ["Loss, nats a token"] and "checkpoints" in page.shown and "none yet" in page.shown
+    page = Page(source)
+    assert page.open == [] and "<script" not in source and "<script>alert(1)</script> Flash" in page.text
+    assert "step 3,000 of 5,000" in page.text.lower()
+    assert list(page.charts) == ["Loss, nats a token"] and "checkpoints" in page.text and "none yet" in page.text
     points = [p.split() for p in re.findall(r'<polyline[^>]* points="([^"]*)"', source)]
     assert [len(p) for p in points] == [300] and "nan" not in source.lower()
     heights = [float(point.partition(",")[2]) for point in points[0]]

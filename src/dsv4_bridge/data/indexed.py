@@ -1,8 +1,6 @@
 """Text -> megatron-core's indexed dataset: `OUT.bin` with tokens, `OUT.idx` with lengths, `OUT.json` beside.
 
-Every document is its tokens and the end-of-document token, the model's EOS. Special tokens that are
-written out in a text stay text: else any text could end a document. The same sources and tokenizer give
-the same bytes, for any number of workers.
+The same sources and tokenizer give the same bytes, for any number of workers.
 """
 
 import contextlib
@@ -24,9 +22,8 @@ from ..errors import BridgeError, files_named
 from ..files import move, scratch_folder, sync
 from ..lock import hold
 from ..spec.spec import ModelSpec
-from ..text.tokenizer import Tokenizer, open_tokenizer
-from ..text.tokenizer_files import guarded
-from ..text.tokens import TOKENIZER
+from ..text.tokenizer import Tokenizer
+from .documents import document_tokens, needed_tokenizer
 from .skipped import ENDING, SkipList, report_lines
 from .sources import BadSource, Explainer, Source, Unit, explained, find_sources, texts, units
 
@@ -124,9 +121,7 @@ def prepare_pretraining(
         BridgeError: an unusable source (by line), tokenizer or prefix; nothing but empty documents.
     """
     _check_place(out, named, overwrite)
-    tokenizer = open_tokenizer(tokenizer_folder, spec)
-    if tokenizer is None:
-        raise BridgeError(f"preparing {out}: {tokenizer_folder} has no {TOKENIZER}; put the released one there")
+    tokenizer = needed_tokenizer(tokenizer_folder, spec, f"preparing {out}")
     with hold(out, f"preparing {out}"), scratch_folder(out.with_name(f"{out.name}.unpacked.part")) as unpack:
         _check_place(out, named, overwrite)  # again: another run may have ended in between
         left_out = SkipList(out)
@@ -265,25 +260,10 @@ class _Encoder:
         Raises:
             BadSource: see `texts`; a token that the model does not have.
         """
-        library = self.tokenizer.library
-        library.encode_special_tokens = True  # written out in a text, they are text
         skipped: list[BadSource] = []
         found = list(texts(unit, self.key, skipped if self.skip else None))
         kept = [(path, offset, text) for path, offset, text in found if text.strip()]
-        start = [self.tokenizer.bos] if self.bos and self.tokenizer.bos is not None else []
-        encoded = guarded(
-            f"tokenizing with {self.tokenizer.path}",
-            "",
-            lambda: library.encode_batch_fast([text for _, _, text in kept], add_special_tokens=False),
-        )
-        documents = [np.array([*start, *done.ids, self.spec.eos_token_id], np.int64) for done in encoded]
-        lines = unit.lines is not None
-        for (path, offset, _), ids in zip(kept, documents, strict=True):
-            if ids.max() >= self.spec.vocab_size:
-                what = f"the tokenizer gives token {ids.max()}, the model has {self.spec.vocab_size}"
-                raise BadSource(path, offset, f"{what}; is {self.tokenizer.path} another model's?", lines)
-            if len(ids) > np.iinfo(np.int32).max:
-                raise BadSource(path, offset, f"a document of {len(ids):,} tokens; the format holds 2^31 - 1", lines)
+        documents = document_tokens(kept, self.tokenizer, self.spec, self.bos, unit.lines is not None)
         lengths = np.array([len(ids) for ids in documents], np.int32)
         tokens = np.concatenate([np.zeros(0, np.int64), *documents]).astype(self.dtype)
         characters = sum(len(text) for _, _, text in kept)
@@ -322,8 +302,7 @@ _encoder: _Encoder  # of a worker process
 def _begin(folder: Path, spec: ModelSpec, key: str, bos: bool, skip: bool, dtype: str) -> None:
     global _encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallel part
-    tokenizer = open_tokenizer(folder, spec)
-    assert tokenizer is not None
+    tokenizer = needed_tokenizer(folder, spec, "preparing text")
     _encoder = _Encoder(tokenizer, spec, key, bos, skip, dtype)
 
 

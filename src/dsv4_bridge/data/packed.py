@@ -77,6 +77,26 @@ def unwrapped(path: Path, folder: Path) -> Path:
     return plain
 
 
+def in_shares(packed: int, plain: int, advance: Callable[[int], object]) -> Callable[[int], None]:
+    """`advance` in bytes of a packed file, told of the bytes that it holds.
+
+    Args:
+        packed: size of the file; all told together comes to it.
+        plain: size of what it holds.
+        advance: called with bytes that are done, since the last call.
+    """
+    done = said = 0
+
+    def step(nbytes: int) -> None:
+        nonlocal done, said
+        done = min(plain, done + nbytes)
+        now = packed * done // plain if plain else packed
+        advance(now - said)
+        said = now
+
+    return step
+
+
 def _stream(path: Path, kind: str) -> Any:
     if kind == "gzip":
         return gzip.open(path)

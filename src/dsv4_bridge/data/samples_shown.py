@@ -12,13 +12,11 @@ import numpy as np
 
 from ..errors import BridgeError, files_named
 from ..spec.spec import ModelSpec
-from ..text.tokenizer import open_tokenizer
-from ..text.tokenizer_files import guarded
-from ..text.tokens import TOKENIZER
 from .chat.jsonl import read_line
 from .chat.masks import open_chat_tokenizer
 from .chat.prepare import find_generation
 from .chat.samples import build_samples, check_options
+from .documents import document_tokens, needed_tokenizer
 from .kinds import elements, find_chats, look, refuse_others
 from .packed import opened
 from .sources import BadSource, explained, find_sources, texts, units
@@ -133,35 +131,22 @@ def show_texts(
     Raises:
         BridgeError: as there.
     """
-    tokenizer = open_tokenizer(tokenizer_folder, spec)
-    if tokenizer is None:
-        raise BridgeError(f"showing text: {tokenizer_folder} has no {TOKENIZER}; put the released one there")
-    library = tokenizer.library
-    library.encode_special_tokens = True
-    start = [tokenizer.bos] if bos and tokenizer.bos is not None else []
+    tokenizer = needed_tokenizer(tokenizer_folder, spec, "showing text")
 
-    def documents() -> Iterator[tuple[str, str]]:
+    def samples() -> Iterator[Shown]:
         with tempfile.TemporaryDirectory() as folder:
             sources = find_sources(named, Path(folder), suffixes, key, skip=skip)
             shown = {source.path: source.shown or source.path for source in sources}
             try:
                 for unit in units(sources):
-                    for path, _, text in texts(unit, key, [] if skip else None):
-                        yield str(shown[path]), text
+                    for one in texts(unit, key, [] if skip else None):
+                        if one[2].strip():
+                            (tokens,) = document_tokens([one], tokenizer, spec, bos, unit.lines is not None)
+                            yield _shown(str(shown[one[0]]), tokens, np.arange(len(tokens)) > 0, tokenizer.library)
             except BadSource as error:
                 raise explained(error, sources) from None
 
-    found = []
-    for where, text in documents():
-        if not text.strip():
-            continue
-        doing = f"tokenizing with {tokenizer.path}"
-        ids = guarded(doing, "", lambda text=text: library.encode(text, add_special_tokens=False).ids)
-        tokens = np.array([*start, *ids, spec.eos_token_id], np.int64)
-        found.append(_shown(where, tokens, np.arange(len(tokens)) > 0, library))
-        if len(found) == count:
-            break
-    return found
+    return list(itertools.islice(samples(), count))
 
 
 def _rows(path: Path) -> Iterator[tuple[int, bytes]]:

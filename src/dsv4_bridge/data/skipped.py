@@ -1,7 +1,7 @@
 """What was left out of training data, and why: counted, and listed beside the output as JSON lines."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,23 +95,3 @@ def report_lines(count: int, first: Sequence[str], path: str) -> list[str]:
         return []
     more = ["  …"] * (count > len(first))
     return [f"{count:,} skipped, listed in {path}:", *(f"  {printable(one)}" for one in first), *more]
-
-
-def in_shares(packed: int, plain: int, advance: Callable[[int], object]) -> Callable[[int], None]:
-    """`advance` in bytes of a packed file, told of the bytes that it holds.
-
-    Args:
-        packed: size of the file; all told together comes to it.
-        plain: size of what it holds.
-        advance: called with bytes that are done, since the last call.
-    """
-    done = said = 0
-
-    def step(nbytes: int) -> None:
-        nonlocal done, said
-        done = min(plain, done + nbytes)
-        now = packed * done // plain if plain else packed
-        advance(now - said)
-        said = now
-
-    return step

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BridgeError, files_named
+from ..files import put
 from ..web_page import GENERATOR, facts, page, verdict
 from .charts import STYLE, Line, chart
 from .choose import Chosen, choose, load, values
@@ -116,9 +117,7 @@ def write_run_report(report: RunReport, out: Path | None = None) -> Path:
         raise BridgeError(f"writing the report: {path} is no page of this command; name another file")
     text = _page(report)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    part.replace(path)
+    put(path, text.encode())
     return path
 
 

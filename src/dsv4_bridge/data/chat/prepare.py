@@ -18,8 +18,8 @@ from ...errors import BridgeError, files_named, some
 from ...files import scratch_folder
 from ...lock import hold
 from ..kinds import find_chats, is_array, look, refuse_others, unpacked
-from ..packed import unwrapped
-from ..skipped import ENDING, SkipList, Skipped, in_shares, report_lines
+from ..packed import in_shares, unwrapped
+from ..skipped import ENDING, SkipList, Skipped, report_lines
 from .jsonl import numbered_lines, read_line
 from .masks import ChatTokenizer, open_chat_tokenizer
 from .packing import plan_packs
