@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from html_page import Page
 from reference import draft_spec
-from test_parity import Page
 
 import faults
 from dsv4_bridge import make_toy
@@ -42,8 +42,8 @@ def test_a_model_agrees_with_itself_in_all_parts(dtype: str, good: Path, tmp_pat
     for told in ("index_topk 8 in both models instead of 512", "MTP block by the formula", "all 3,000 rows"):
         assert told in report.verdict.text.replace("All", "all")
     assert "the indexers' choice" not in report.verdict.text and report.left_out is None
-    page = Page()
-    page.feed(write_report(report, tmp_path / "page").read_text())
+    page = Page(write_report(report, tmp_path / "page").read_text())
+    assert page.open == page.fetched == []
     runs = 2 + (report.replayed is not None) + (report.narrow.replayed is not None)
     assert page.rows[: runs + 2] == [8] * (runs + 2)
     assert json.loads((tmp_path / "page" / "parity.json").read_text())["narrow"]["index_topk"] == 8
