@@ -3,6 +3,7 @@
     python benchmarks/failing_calls.py                    # every verb, every call
     python benchmarks/failing_calls.py import --every 7   # of one verb, every seventh
     python benchmarks/failing_calls.py import --every 7 --first 3   # the same from the third on
+    python benchmarks/failing_calls.py train --places   # one of each place: a call, its file's kind, who calls
     python benchmarks/failing_calls.py --every 7 --variant V4.1-Flash   # of those that convert its checkpoints
 
 A verb runs in a forked child, and its N-th call on a path of the trial (open, rename, mkdir, unlink, listing, mapping,
@@ -16,7 +17,9 @@ import contextlib
 import errno
 import faulthandler
 import io
+import json
 import os
+import re
 import select
 import shutil
 import signal
@@ -52,7 +55,9 @@ class Faults:
     """Counts the calls on paths below `root` and has one of them fail."""
 
     def __init__(self, root: str):
-        self.root, self.at, self.number, self.calls, self.on = root, -1, 0, 0, False
+        self.root, self.number, self.calls, self.on = root, 0, 0, False
+        self.at: int | str = -1  # a call's number, or a place
+        self.places: dict[str, int] | None = None  # where they are counted: place -> calls
         self.failed = ""
         self._lock = threading.Lock()
         sys.addaudithook(self._audit)
@@ -81,12 +86,28 @@ class Faults:
     def _count(self, name: str, path: str) -> None:
         if not path.startswith(self.root):
             return
+        place = _place(name, path) if isinstance(self.at, str) or self.places is not None else ""
         with self._lock:
             self.calls += 1
-            if self.calls != self.at:
+            if self.places is not None:
+                self.places[place] = self.places.get(place, 0) + 1
+            if self.failed or self.at not in (self.calls, place):
                 return
-        self.failed = f"{name} {path.removeprefix(self.root)}"
+            self.failed = f"{name} {path.removeprefix(self.root)}"
         raise OSError(self.number, os.strerror(self.number), path)
+
+
+def _place(name: str, path: str) -> str:
+    """The call, its file's name without numbers, and the lines of ours and megatron-core's that lead to it."""
+    lines, frame = list[str](), sys._getframe(2)
+    while frame:
+        module = frame.f_globals.get("__name__", "")
+        if module.startswith(("dsv4_bridge", "megatron")):
+            lines.append(f"{module}:{frame.f_lineno}")
+        frame = frame.f_back
+    # Words made anew each run (parts are named by a process) are hexadecimal.
+    kind = re.sub(r"[0-9a-f]*[0-9][0-9a-f]*", "#", Path(path).name)
+    return " ".join((name, kind, *lines))
 
 
 @dataclass
@@ -97,10 +118,11 @@ class Ran:
     said: str
     calls: int
     failed: str
+    places: tuple[str, ...] = ()
 
 
-def run(faults: Faults, words: list[str], at: int = -1, number: int = 0) -> Ran:
-    """The command in a child; its call number `at` fails with `number`."""
+def run(faults: Faults, words: list[str], at: int | str = -1, number: int = 0, *, places: bool = False) -> Ran:
+    """The command in a child; its call number `at`, or the first at that place, fails with `number`."""
     read, write = os.pipe()
     if not (pid := os.fork()):
         os.close(read)
@@ -109,7 +131,7 @@ def run(faults: Faults, words: list[str], at: int = -1, number: int = 0) -> Ran:
         code, said, leave = 99, io.StringIO(), os._exit
         os._exit = _left  # the command's way out beside a display that is stuck
         sys.stdout, sys.stderr = io.StringIO(), said
-        faults.at, faults.number, faults.calls = at, number, 0
+        faults.at, faults.number, faults.calls, faults.places = at, number, 0, {} if places else None
         try:
             from dsv4_bridge.cli import main
 
@@ -124,7 +146,8 @@ def run(faults: Faults, words: list[str], at: int = -1, number: int = 0) -> Ran:
 
             said.write(traceback.format_exc())
         faults.on = False
-        raw = f"{code}\n{faults.calls}\n{faults.failed}\n{said.getvalue()}".encode(errors="replace")
+        report = (code, faults.calls, faults.failed, list(faults.places or ()), said.getvalue())
+        raw = json.dumps(report).encode()
         with contextlib.suppress(BaseException), open(write, "wb") as pipe:
             pipe.write(raw)
         leave(0)
@@ -141,27 +164,29 @@ def run(faults: Faults, words: list[str], at: int = -1, number: int = 0) -> Ran:
         os.killpg(pid, signal.SIGKILL)
     os.close(read)
     _, status = os.waitpid(pid, 0)
-    parts = raw.decode(errors="replace").split("\n", 3)
-    if len(parts) < 4:
+    if not raw:
         hung = time.monotonic() >= ends
         return Ran(-1, "hang" if hung else f"died: {os.waitstatus_to_exitcode(status)}", 0, "")
-    return Ran(int(parts[0]), parts[3], int(parts[1]), parts[2])
+    code, calls, failed, found, words = json.loads(raw)
+    return Ran(code, words, calls, failed, tuple(found))
 
 
 def _left(code: int) -> NoReturn:
     raise SystemExit(code)
 
 
-def examine(faults: Faults, verb: Verb, folder: Path, calls: slice) -> Iterator[tuple[str, str]]:
+def examine(faults: Faults, verb: Verb, folder: Path, calls: slice, places: bool) -> Iterator[tuple[str, str]]:
     """Outcomes of one verb: what it was, and the story where it is a bad one."""
     expected = folder / "expected" / "out"
     expected.parent.mkdir(parents=True)
-    whole = run(faults, verb.words(expected))
+    whole = run(faults, verb.words(expected), places=places)
     if whole.code:
         raise RuntimeError(f"{verb.name}: {whole.said}")
-    for at in range(whole.calls + 1)[calls]:
-        number = ERRORS[(at // calls.step) % len(ERRORS)]
-        trial = folder / f"{at}"
+    every = sorted(whole.places) if places else range(whole.calls + 1)
+    print(f"{verb.name}: {whole.calls} calls, {len(every[calls])} of them fail", flush=True)
+    for turn, at in enumerate(every[calls]):
+        number = ERRORS[turn % len(ERRORS)]
+        trial = folder / f"{turn}"
         trial.mkdir()
         out = trial / "out"
         ran = run(faults, verb.words(out), at, number)
@@ -205,14 +230,20 @@ def _again(faults: Faults, verb: Verb, out: Path, expected: Path) -> str:
     return f"{wrong[:3]} after {options}: {ran.code} {ran.said[-500:]}" if wrong else ""
 
 
+def _outcomes(tally: Counter[str]) -> str:
+    return "; ".join(f"{k} {n}" for k, n in sorted(tally.items()))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verbs", nargs="*", help="which verbs; by default all")
     parser.add_argument("--every", type=int, default=1)
-    parser.add_argument("--first", type=int, default=1)
+    parser.add_argument("--first", type=int, help="by default 1, of places 0")
+    parser.add_argument("--places", action="store_true", help="the first call of each place, and no other")
     parser.add_argument("--variant", default="Flash", help="of the checkpoint, as V4.1-Flash")
     args = parser.parse_args()
-    calls = slice(args.first, None, args.every)
+    first = args.first if args.first is not None else 0 if args.places else 1
+    calls = slice(first, None, args.every)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     bad = 0
     with tempfile.TemporaryDirectory(prefix="dsv4-calls-") as name:
@@ -226,15 +257,16 @@ def main() -> int:
             if args.verbs and verb.name not in args.verbs:
                 continue
             tally: Counter[str] = Counter()
-            stories: list[str] = []
-            for what, story in examine(faults, verb, Path(name) / verb.name.replace(" ", "-"), calls):
+            where, told = Path(name) / verb.name.replace(" ", "-"), time.monotonic()
+            for what, story in examine(faults, verb, where, calls, args.places):
                 tally[what] += 1
-                stories += [f"{what}: {story}"] if story else []
-            outcomes = "; ".join(f"{k} {n}" for k, n in sorted(tally.items()))
-            print(f"| {verb.name} | {outcomes} |", flush=True)
-            for story in stories[:20]:
-                print(f"  {story}", flush=True)
-            bad += len(stories)
+                if story:
+                    bad += 1
+                    print(f"  {what}: {story}", flush=True)
+                if time.monotonic() > told + 60:
+                    told = time.monotonic()
+                    print(f"  so far: {_outcomes(tally)}", flush=True)
+            print(f"| {verb.name} | {_outcomes(tally)} |", flush=True)
     return bool(bad)
 
 

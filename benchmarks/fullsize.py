@@ -8,7 +8,8 @@ and decodes every byte and writes into sinks that count and discard. Shows tenso
 and resident memory sampled once a second: the first and last tenth of the run and the peak.
 `--back` makes a Megatron checkpoint of sparse files too, as the importer lays it out, and exports it like the release:
 every byte is compared with the release's on its way into the sink.
-With fewer experts a layer, or rows of an Engram table, it is shorter; every other number stays as released.
+With fewer experts a layer, or rows of an Engram table, it is shorter; every other number stays as released. `--part`
+does the whole in several runs.
 """
 
 import argparse
@@ -144,6 +145,17 @@ def compare(job: Job, folder: Path, progress: Progress) -> tuple[Report, int]:
     return report, differing
 
 
+def part_of(job: Job, part: str) -> Job:
+    """The job with those of its files that begin in that part of its bytes."""
+    number, parts = map(int, part.split("/"))
+    whole, at, kept = sum(f.nbytes for f in job.files), 0, []
+    for file in job.files:
+        if at * parts // whole == number - 1:
+            kept.append(file)
+        at += file.nbytes
+    return replace(job, files=tuple(kept))
+
+
 def resident() -> float:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmRSS:"):
@@ -158,6 +170,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, help="of a layer, fewer than released")
     parser.add_argument("--engram-rows", type=int, help="of each table, fewer than released")
     parser.add_argument("--back", action="store_true", help="export, and compare every byte")
+    parser.add_argument("--part", default="1/1", help="K/N: the K-th of N parts of the output's bytes; whole files")
     args = parser.parse_args()
     show = Console(highlight=False, soft_wrap=True).print
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="dsv4-full-") as name:
@@ -173,13 +186,16 @@ def main() -> None:
             make_sparse_megatron(checkpoint, Path(name) / "megatron")
             megatron = open_megatron(Path(name) / "megatron", checkpoint)
             job = export_job(megatron, checkpoint, open_along(megatron), "source")
+            job = part_of(job, args.part)
             (report, differing), seconds, told = watched(before, lambda: compare(job, folder, TerminalProgress()))
             show(f"{report.tensors:,} weights, {report.bytes_written:,} bytes of files out, {differing:,} differ")
         else:
-            job = import_job(checkpoint)
+            job = part_of(import_job(checkpoint), args.part)
             report, seconds, told = watched(before, lambda: dry_run(job, TerminalProgress()))
-        rates = f"{source / seconds / 1e9:.2f} GB/s released, {report.bytes_written / seconds / 1e9:.2f} GB/s out"
-        show(f"{source / 1e9:.1f} GB released, {report.bytes_written / 1e9:.1f} GB out, {seconds:.0f} s: {rates}")
+        out = report.bytes_written
+        of = f" of {source / 1e9:.1f} GB released" if args.part == "1/1" else f", part {args.part}"
+        speed = f"{seconds:.0f} s: {out / seconds / 1e9:.2f} GB/s out"
+        show(f"{report.tensors:,} tensors, {out / 1e9:.1f} GB out{of}, {speed}")
         show(told)
 
 
