@@ -1,7 +1,10 @@
 """Samples of indexed data: the documents' own tokens in order, labels, boundaries, blends, splits, resume."""
 
+import errno
+import gc
 import json
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -246,3 +249,27 @@ def test_a_damaged_cache_is_named(tmp_path: Path) -> None:
         path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(BridgeError, match="remove that folder, or name another cache"):
         build(data, cache=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("end", [".bin", ".idx"])
+def test_data_that_cannot_be_opened_is_named_and_nothing_else_is_said(
+    tmp_path: Path, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """megatron-core's readers are half made then, and their finalizers fail: nobody is told of those."""
+    from megatron.core.datasets import indexed_dataset
+
+    data, said = write_data(tmp_path / "a", make_documents(9, 30)), list[object]()
+
+    def refused(path: str, *_: str, **__: str) -> object:
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    if end == ".bin":
+        monkeypatch.setattr(indexed_dataset._MMapBinReader, "__init__", lambda _, path: refused(path))
+    else:
+        monkeypatch.setattr(indexed_dataset, "open", refused, raising=False)
+    monkeypatch.setattr(sys, "unraisablehook", said.append)
+    with pytest.raises(BridgeError) as caught:
+        build(data, cache=tmp_path / "cache")
+    gc.collect()
+    assert str(caught.value) == f"building datasets: {tmp_path / 'a'}{end}: Permission denied"
+    assert not said

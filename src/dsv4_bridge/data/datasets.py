@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..errors import BridgeError, short
+from ..errors import BridgeError, let_go, os_error, short
 from ..strict_json import read_json
 from .index_files import IndexFacts, check_indexed
 from .token_ids import check_token_ids
@@ -190,13 +190,13 @@ def build_pretraining_datasets(
     _check_shares(held, shares, samples)
     try:
         built = BlendedMegatronDatasetBuilder(GPTDataset, list(samples), _here, config).build()
-    except (OSError, ValueError, EOFError) as error:
-        raise _unusable(place, error) from None
     except Exception as error:
-        # megatron wraps what the disk says in a bare Exception.
-        if isinstance(error.__cause__, OSError):
-            raise _unusable(place, error.__cause__) from None
-        raise
+        # megatron wraps what the disk says of its cache in a bare Exception.
+        reason = error.__cause__ if isinstance(error.__cause__, OSError) else error
+        if not isinstance(reason, (OSError, ValueError, EOFError)):
+            raise
+        let_go(error)
+        raise _unusable(place, reason) from None
     evenly = blend.weights is None or len(held) == 1
     found = (
         PretrainingDataset(rows, seq_length, eos_token_id, apart, evenly) if wanted else None
@@ -223,7 +223,10 @@ def _check_cache(place: Path) -> None:
         raise _unusable(place, error) from None
 
 
-def _unusable(place: Path, error: Exception) -> BridgeError:
+def _unusable(place: Path, error: BaseException) -> BridgeError:
+    named = error.filename if isinstance(error, OSError) else None
+    if isinstance(named, str) and place.absolute() not in Path(named).absolute().parents:
+        return BridgeError(f"building datasets: {os_error(error)}")  # type: ignore[arg-type]
     return BridgeError(f"building datasets in {place}: {error}; remove that folder, or name another cache")
 
 
