@@ -9,10 +9,11 @@ The unit of work is a block scored for one query; making a query of its low-rank
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
-from ..parallel.rows import Segment
-from ..spec.flops import block_pairs
+from ..parallel.rows import Segment, segments_of
+from ..spec.flops import block_pairs, share_flops
 from ..spec.spec import ModelSpec
 from .rates import BETWEEN, LATENCY, RATE
 
@@ -124,6 +125,35 @@ def spread(every: Sequence[Sequence[Segment]], costs: Costs, mode: str = "auto",
     takes = rows * busiest * (costs.there + costs.back) / BETWEEN + LATENCY
     why = f"sending up to {busiest:,} queries of a rank saves {saved * 1e3:.3g} ms a layer and takes {takes * 1e3:.3g}"
     return Spread(found.runs, home, found.work, why) if saved > takes else Spread(runs, home, home, why)
+
+
+@cache
+def spread_rows(
+    spec: ModelSpec, length: int, ranks: int, value_bytes: int, mode: str = "auto", rows: int = 1
+) -> Spread:
+    """`spread` of rows of `length` tokens that are a document each."""
+    every = segments_of([slice(0, length)], ranks, length // ranks)
+    return spread(every, query_costs(spec, value_bytes), mode, rows)
+
+
+def rank_flops(
+    spec: ModelSpec, length: int, ranks: int, value_bytes: int, mode: str = "auto", rows: int = 1
+) -> tuple[float, ...]:
+    """Training FLOPs of every context-parallel rank on one sequence, with the indexers' queries where they are scored.
+
+    Args:
+        spec: the model, its indexers not trained.
+        length: tokens of the sequence, which the ranks divide.
+        ranks: that it is cut over.
+        value_bytes: of the model's type.
+        mode: see `spread`.
+        rows: see `spread`.
+    """
+    found = spread_rows(spec, length, ranks, value_bytes, mode, rows)
+    layers = spec.compress_ratios[: spec.num_hidden_layers + spec.mtp_layers].count(4)
+    each = layers * query_costs(spec, value_bytes).block
+    shares = zip(share_flops(spec, length, ranks), found.work, found.home, strict=True)
+    return tuple(share + (work - home) * each for share, work, home in shares)
 
 
 def _at_home(rank: int, segments: Sequence[Segment], costs: Costs) -> list[Run]:

@@ -23,8 +23,8 @@ from ..errors import BridgeError
 from ..parallel.balance import flop_costs, parameter_costs, solve
 from ..parallel.layout import Layout
 from ..parallel.topology import Sizes, Topology, check_rows, make_topology
-from ..spec.flops import share_flops
 from ..spec.spec import ModelSpec
+from .index_queries import rank_flops
 from .memory import MemoryPlan, Run, expert_dp, least_dp, plan_memory
 from .rates import BETWEEN, INSIDE, RATE
 from .row_traffic import sent_backward, sent_forward
@@ -170,7 +170,7 @@ def ranked(spec: ModelSpec, plan: MemoryPlan, gpu_memory: int) -> Ranked:
     whole = sum(map(costs.of, layout.chunks))
     slowest = passes * tokens * costs.worst(layout) / (topology.tp * topology.cp) / RATE
     if topology.cp > 1 and run.mode != "inference":  # the last rank of a row sees most blocks
-        shares = share_flops(spec, run.seq_length, topology.cp)
+        shares = rank_flops(spec, run.seq_length, topology.cp, run.shape(topology).e, rows=run.micro_batch)
         slowest *= max(shares) * len(shares) / sum(shares)
     ideal = passes * tokens * whole / (topology.tp * topology.pp * topology.cp) / RATE
     bubble = (topology.pp - 1) / (layout.vp * run.micro_batches)
