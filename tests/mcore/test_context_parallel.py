@@ -58,6 +58,9 @@ CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "cp2ep2": (2, "two", {"parallel": {"cp": 2, "ep": 2}}),
     "cp4": (4, "four", {"parallel": {"cp": 4}}),
     "cp2tp2": (4, "even", {"parallel": {"cp": 2, "tp": 2}}),
+    "cp2tp2-whole-logits": (4, "even", {"parallel": {"cp": 2, "tp": 2}, "settings": OBJECTIVES | {"loss_chunk": 0}}),
+    "cp2pp2vp2": (4, "two", {"parallel": {"cp": 2, "pp": 2}, "vp": 2}),
+    "cp2pp2vp2-spread": (4, "per-token", {"parallel": {"cp": 2, "pp": 2}, "vp": 2, "settings": PER_TOKEN | SPREAD}),
     "cp2pp2": (4, "two", {"parallel": {"cp": 2, "pp": 2}}),
     "cp2dp2": (4, "two", {"parallel": {"cp": 2}}),
     "cp2dp2ep4": (4, "two", {"parallel": {"cp": 2, "ep": 4}}),
@@ -140,6 +143,27 @@ def test_two_ranks_equal_one(quick: dict[str, tuple[list[Any], list[Any]]], name
 @pytest.mark.parametrize("name", [name for name in CASES if name not in QUICK])
 def test_ranks_equal_one(slow: dict[str, tuple[list[Any], list[Any]]], name: str) -> None:
     assert_equal_one_rank(*slow[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("queries", ["home", "spread"])
+def test_bf16_is_no_further_from_float32_than_on_one_rank(toy: Path, queries: str) -> None:
+    case: dict[str, Any] = {"action": "objectives", "boundaries": TWO}
+    narrow = PLAIN | {"dtype": "bfloat16", "index_queries": queries}
+    tag, cases = f"bf16-{queries}", [case | {"settings": PLAIN}, case | {"settings": narrow}]
+    exact, one = run_ranks(toy.parent, f"{tag}1", 1, cases, weights=toy)
+    (several,) = run_ranks(toy.parent, f"{tag}2", 2, [cases[1] | {"parallel": {"cp": 2}}], weights=toy)
+    assert losses(several) == pytest.approx(losses(exact), rel=1e-2)
+    theirs = with_scales(whole(exact, "gradients"))
+    far = {}
+    for name, results in (("one", one), ("several", several)):
+        found = with_scales(whole(results, "gradients"))
+        each = {n: float((found[n].float() - g).norm() / g.norm()) for n, g in theirs.items() if g.norm() > 1e-6}
+        far[name] = sorted(each.values())
+    assert len(far["one"]) > 100
+    for share in (0.5, 0.9):  # a near tie may go either way, and moves some
+        at = int(share * len(far["one"]))
+        assert far["several"][at] <= 1.3 * far["one"][at], far
 
 
 @pytest.mark.slow
