@@ -23,7 +23,7 @@ class TooLong(StrEnum):
     """What becomes of conversations longer than a pack."""
 
     cut = "cut"
-    split = "split"
+    several = "split"  # str has a split of its own
     skip = "skip"
     refuse = "refuse"
 
