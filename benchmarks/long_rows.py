@@ -1,7 +1,7 @@
 """What a rank holds of long rows that context-parallel ranks share, and one step of a row of a million tokens.
 
-    python benchmarks/long_rows.py [--lengths 8192,16384,32768,65536] [--ranks 1,2,4] [--json]
-    python benchmarks/long_rows.py --million [--ranks 1,4] [--length 1048576] [--json]
+    python benchmarks/long_rows.py [--lengths 8192,16384,32768,65536] [--ranks 1,2,4] [--loss-chunk 2048] [--json]
+    python benchmarks/long_rows.py --million [--ranks 1,4] [--length 1048576] [--index-queries auto] [--json]
 
 Every rank is a process of its own (gloo, on the CPU, one thread). The model has a window layer, a CSA layer with its
 indexer and an HCA layer, four hyper-connection streams and routed experts; windows and ratios are the released ones,
@@ -9,10 +9,11 @@ widths are small. Weights and tokens are random and the same for any number of r
 
 "kept" is what autograd holds between forward and backward, each storage once; "peak" is the kernel's high-water mark
 of the pass above what was resident before it, temporaries and messages with it. Both are those of the fullest rank. The
-head's share is what it keeps, of the loss in chunks of 2,048 tokens and of all tokens at once.
+head's share is how far "kept" rises from where the head begins, of the loss in chunks and of all tokens at once.
 
 With `--million`, one forward and backward of a small vocabulary with full recompute at each number of ranks: seconds,
-the peak of every rank, the loss, and how far loss and gradients lie from those of the first.
+the peak of every rank, the loss, how far loss and gradients lie from those of the first, and the seconds of its core
+that a rank scores blocks for the indexer, the longest over the mean too.
 """
 
 import argparse
@@ -65,6 +66,7 @@ def child(told: dict[str, Any]) -> None:
     from reference import randomise
 
     from dsv4_bridge.mcore import Parallel, build_model, initialize
+    from dsv4_bridge.mcore.layers.indexer import Indexer
     from dsv4_bridge.mcore.schedule import Batch, cut, forward_backward
     from dsv4_bridge.spec.spec import replace_spec
     from dsv4_bridge.spec.variants import VARIANTS, tiny
@@ -86,18 +88,30 @@ def child(told: dict[str, Any]) -> None:
         return float(loss)
 
     step(512 * told["ranks"])
+    scored, choose = [0.0], Indexer.choose
+
+    def timed(*given: Any, **named: Any) -> torch.Tensor:
+        began = time.thread_time()
+        chosen = choose(*given, **named)
+        scored[0] += time.thread_time() - began
+        return chosen
+
+    Indexer.choose = timed  # type: ignore[method-assign]
     found = []
     for length in told["lengths"]:
         dist.barrier()
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark is now what is resident
-        before, began = status("VmRSS"), time.perf_counter()
+        before, began, scored[0] = status("VmRSS"), time.perf_counter(), 0.0
         loss = step(length)
         at = {"loss": loss, "seconds": time.perf_counter() - began, "peak": status("VmHWM") - before}
+        at["scoring"] = scored[0]
         if told["kept"]:  # apart: held tensors are not freed as soon
-            kept = Kept([*model.parameters(), *model.buffers()])
+            kept, begins = Kept([*model.parameters(), *model.buffers()]), list[int]()
+            watched = model.decoder.register_forward_hook(lambda *_, kept=kept, begins=begins: begins.append(kept.now))
             with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda saved: saved.tensor):
                 step(length)
-            at["kept"] = kept.most
+            watched.remove()
+            at |= {"kept": kept.most, "head": kept.most - begins[0]}
         found.append(at)
     if told["gradients"]:
         gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -118,21 +132,22 @@ def run(ranks: int, lengths: list[int], **told: Any) -> list[list[dict[str, Any]
     return run_ranks(ranks, __file__, "--child", word, what=f"{ranks} ranks", **env)
 
 
-def memory(lengths: list[int], counts: list[int]) -> dict[str, Any]:
-    """Bytes of the fullest rank: kept and peak with chunks, by ranks; and kept by one with all logits at once."""
+def memory(lengths: list[int], counts: list[int], chunk: int) -> dict[str, Any]:
+    """Bytes of the fullest rank: with chunks, by ranks; and what one keeps with all logits at once."""
     found: dict[str, Any] = {}
     for ranks in counts:
-        each = run(ranks, lengths, kept=True)
-        for what in ("kept", "peak"):
+        each = run(ranks, lengths, kept=True, settings={"loss_chunk": chunk})
+        for what in ("kept", "head", "peak"):
             found[f"{what}, cp {ranks}"] = [max(rank[at][what] for rank in each) for at in range(len(lengths))]
         found[f"loss, cp {ranks}"] = [at["loss"] for at in each[0]]
         print(f"cp {ranks}", found[f"kept, cp {ranks}"], file=sys.stderr, flush=True)
     (whole,) = run(1, lengths, kept=True, settings={"loss_chunk": 0})
-    found["kept, cp 1, logits of all tokens at once"] = [at["kept"] for at in whole]
+    for what in ("kept", "head"):
+        found[f"{what}, cp 1, logits of all tokens at once"] = [at[what] for at in whole]
     return found
 
 
-def million(length: int, counts: list[int]) -> list[dict[str, Any]]:
+def million(length: int, counts: list[int], queries: str) -> list[dict[str, Any]]:
     """A step at each number of ranks; distances to the first one's."""
     import torch
 
@@ -140,9 +155,10 @@ def million(length: int, counts: list[int]) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="dsv4-bench-") as name:
         for ranks in counts:
             file = Path(name) / f"{ranks}.pt"
-            each = [rank[0] for rank in run(ranks, [length], settings=FULL, spec=NARROW, gradients=str(file))]
+            settings = FULL | {"index_queries": queries}
+            each = [rank[0] for rank in run(ranks, [length], settings=settings, spec=NARROW, gradients=str(file))]
             at = {"ranks": ranks, "loss": each[0]["loss"], "peaks": [rank["peak"] for rank in each]}
-            at["seconds"] = max(rank["seconds"] for rank in each)
+            at |= {"seconds": max(rank["seconds"] for rank in each), "scoring": [rank["scoring"] for rank in each]}
             theirs, ours = (torch.load(Path(name) / f"{n}.pt") for n in (counts[0], ranks))
             at["loss_apart"] = abs(at["loss"] / (found or [at])[0]["loss"] - 1)
             apart = {n: float((ours[n] - g).norm() / g.norm()) for n, g in theirs.items() if g.norm() > 1e-9}
@@ -157,8 +173,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", default="8192,16384,32768,65536")
     parser.add_argument("--ranks", default=None, help="context-parallel ranks; 1,2,4, of a million tokens 1,4")
+    parser.add_argument("--loss-chunk", type=int, default=2048, help="tokens whose logits a rank holds at a time")
     parser.add_argument("--million", action="store_true")
     parser.add_argument("--length", type=int, default=1 << 20, help="tokens of the long row")
+    parser.add_argument("--index-queries", default="auto", help="of the long row: auto, home or spread")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -168,20 +186,30 @@ def main() -> None:
     lengths = [int(length) for length in args.lengths.split(",")]
     counts = [int(ranks) for ranks in (args.ranks or ("1,4" if args.million else "1,2,4")).split(",")]
     if args.million:
-        steps = million(args.length, counts)
+        steps = million(args.length, counts, args.index_queries)
         if args.json:
             print(json.dumps({"length": args.length, "steps": steps}))
             return
         table = Table(title=f"one forward and backward of {args.length} tokens")
-        for column in ("ranks", "seconds", "peak of a rank, MiB", "loss", "loss apart", "gradients apart"):
+        for column in (
+            "ranks",
+            "seconds",
+            "peak of a rank, MiB",
+            "loss",
+            "loss apart",
+            "gradients apart",
+            "scoring, s",
+        ):
             table.add_column(column, justify="right")
         for at in steps:
             peaks = f"{max(at['peaks']) / 2**20:.0f}"
             apart = f"{at['loss_apart']:.1e}", f"{at['gradient_apart']:.1e}"
-            table.add_row(str(at["ranks"]), f"{at['seconds']:.0f}", peaks, f"{at['loss']:.7f}", *apart)
+            longest, mean = max(at["scoring"]), sum(at["scoring"]) / len(at["scoring"])
+            took = f"{longest:.1f}, {longest / mean:.2f} x mean"
+            table.add_row(str(at["ranks"]), f"{at['seconds']:.0f}", peaks, f"{at['loss']:.7f}", *apart, took)
         Console(width=110).print(table)
         return
-    found = memory(lengths, counts)
+    found = memory(lengths, counts, args.loss_chunk)
     if args.json:
         print(json.dumps({"lengths": lengths, "bytes": found}))
         return

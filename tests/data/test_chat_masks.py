@@ -4,6 +4,7 @@ import json
 import random
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -154,6 +155,59 @@ def test_cutting_takes_ids_and_mask_together(tokenizer: ChatTokenizer) -> None:
     for wrong in (1, 0, "4"):
         with pytest.raises(BridgeError, match="expected at least 2 tokens"):
             list(build_samples(talks, tokenizer, seq_length=wrong))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mask", ["assistant", "each_turn", "full"])
+def test_too_long_ones_are_split_left_out_or_refused(tokenizer: ChatTokenizer, mask: str) -> None:
+    """Split, every learned token is learned once, behind the token that was in front of it."""
+    rng = random.Random(6)
+    lines = [conversation(rng, 12) for _ in range(25)]
+    talks = [
+        Conversation(read_messages(x["messages"], tools=x.get("tools")), x["enable_thinking"], None, i)
+        for i, x in enumerate(lines, 1)
+    ]
+    whole = list(build_samples(talks, tokenizer, seq_length=1 << 20, mask=mask))
+    for seq_length in (2, 3, 17, 150, 1 << 20):
+        longer = [s for s in whole if len(s.tokens) > seq_length]
+        counts = SampleCounts()
+        found = list(build_samples(talks, tokenizer, seq_length=seq_length, mask=mask, too_long="split", counts=counts))
+        rest = iter(found)
+        for sample in whole:
+            learned = np.flatnonzero(sample.loss_mask)
+            while len(learned):
+                part = next(rest)
+                assert part.line == sample.line and 2 <= len(part.tokens) <= seq_length and not part.loss_mask[0]
+                first = learned[0] - np.flatnonzero(part.loss_mask)[0]  # of the part, in the sample
+                assert first % max(1, seq_length - 1) == 0 or first == 0
+                own = slice(first, first + len(part.tokens))
+                assert np.array_equal(part.tokens, sample.tokens[own])
+                assert np.array_equal(part.loss_mask[1:], sample.loss_mask[own][1:])
+                learned = learned[part.loss_mask.sum() :]
+        assert next(rest, None) is None
+        assert (counts.split, counts.too_long, counts.truncated, counts.dropped) == (len(longer), 0, 0, 0)
+        assert counts.learned == sum(int(s.loss_mask.sum()) for s in whole) and counts.cut_learned == 0
+        assert counts.samples == len(found) and counts.tokens == sum(len(s.tokens) for s in found)
+
+        counts, left_out = SampleCounts(), list[tuple[int, str]]()
+        options: dict[str, Any] = {"seq_length": seq_length, "mask": mask, "counts": counts, "left_out": left_out}
+        found = list(build_samples(talks, tokenizer, too_long="skip", **options))
+        kept = [s for s in whole if len(s.tokens) <= seq_length]
+        assert [s.tokens.tolist() for s in found] == [s.tokens.tolist() for s in kept]
+        assert [line for line, _ in left_out] == [s.line for s in longer] and counts.too_long == len(longer)
+        assert [reason.split()[0] for _, reason in left_out] == [f"{len(s.tokens):,}" for s in longer]
+        assert (counts.cut_tokens, counts.samples) == (sum(len(s.tokens) for s in longer), len(kept))
+
+        refused = build_samples(talks, tokenizer, seq_length=seq_length, mask=mask, too_long="refuse", where="talks")
+        if longer:
+            size = f"{len(longer[0].tokens):,}"
+            with pytest.raises(
+                BridgeError, match=rf"talks, line {longer[0].line}: {size} tokens, more than .*--too-long"
+            ):
+                list(refused)
+        else:
+            assert len(list(refused)) == len(whole)
+    with pytest.raises(BridgeError, match="too_long 'trim', expected one of cut, split, skip, refuse"):
+        list(build_samples(talks, tokenizer, seq_length=9, too_long="trim"))
 
 
 def test_a_token_over_a_boundary_is_not_learned_and_counted(tmp_path: Path) -> None:

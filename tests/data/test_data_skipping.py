@@ -212,3 +212,35 @@ def test_samples_are_shown_as_they_are_learned(toy_flash: Path, tmp_path: Path) 
     text.write_text("abc")
     done = dsv4("data", text, "--tokenizer", toy_flash, "--show", "3")
     assert done.returncode == 0 and "a⟦bc<｜end▁of▁sentence｜>⟧" in done.stdout
+
+
+@pytest.mark.parametrize("how", ["jsonl", "array"])
+def test_conversations_longer_than_a_pack(how: str, toy_flash: Path, tmp_path: Path) -> None:
+    """Cut, split, left out and listed, or refused, as is asked for; refused ones may be skipped as others are."""
+    long = [TALK[0], {"role": "assistant", "content": "x" * 300}]
+    rows, unit = [{"messages": talk} for talk in (TALK, long, TALK)], {"array": "element"}.get(how, "line")
+    src = tmp_path / "talks.json"
+    src.write_text(json.dumps(rows) if how == "array" else "".join(json.dumps(row) + "\n" for row in rows))
+    args = ("--tokenizer", toy_flash, "--seq-length", "64", "--no-thinking")
+
+    def made(name: str, *more: str) -> dict[str, Any]:
+        done = dsv4("data", src, tmp_path / name, *args, *more, "--json")
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    cut, split, skip = (made(way, "--too-long", way) for way in ("cut", "split", "skip"))
+    assert made("default")["counts"] == cut["counts"] and same_files(tmp_path / "default", tmp_path / "cut") == []
+    assert (cut["counts"]["truncated"], cut["counts"]["samples"]) == (1, 3)
+    learned = cut["counts"]["learned"] + cut["counts"]["cut_learned"]
+    assert (split["counts"]["split"], split["counts"]["learned"], split["counts"]["cut_learned"]) == (1, learned, 0)
+    assert split["counts"]["samples"] > 6 and open_chat_data(tmp_path / "split").facts["too_long"] == "split"
+    assert (skip["counts"]["too_long"], skip["counts"]["samples"], skip["skipped"]) == (1, 2, 1)
+    (one,) = listed(tmp_path / "skip.skipped.jsonl")
+    assert one[unit] == 2 and one["file"] == str(src) and "tokens, more than a sample's 64" in one["reason"]
+    refused = dsv4("data", src, tmp_path / "refused", *args, "--too-long", "refuse")
+    assert refused.returncode == 2 and not (tmp_path / "refused").exists()
+    assert f"{src}, {unit} 2: {one['reason']}" in refused.stderr and "--too-long" in refused.stderr
+    again = made("again", "--too-long", "refuse", "--on-error", "skip")
+    assert again["counts"]["samples"] == 2 and listed(tmp_path / "again.skipped.jsonl")[0][unit] == 2
+    text = dsv4("data", "--tokenizer", toy_flash, "--too-long", "cut", __file__, tmp_path / "text")
+    assert text.returncode == 2 and "--too-long is not for documents" in text.stderr

@@ -246,7 +246,15 @@ def traffic(told: dict[str, Any]) -> dict[str, int]:
     return run(told)
 
 
+def chosen(told: dict[str, Any]) -> dict[str, Any]:
+    """What the ranks' indexers choose."""
+    from rank_index import chosen as run
+
+    return run(told)
+
+
 ACTIONS = {
+    "chosen": chosen,
     "memory": memory,
     "step": step,
     "resume": resume,

@@ -19,6 +19,8 @@ from dsv4_bridge import BridgeError, make_toy
 from dsv4_bridge.mcore.layers.context import share_of
 from dsv4_bridge.mcore.schedule import Batch, cut
 from dsv4_bridge.parallel.topology import Sizes, check_rows, least_share
+from dsv4_bridge.planning.index_queries import query_costs
+from dsv4_bridge.spec.variants import VARIANTS
 
 pytestmark = pytest.mark.megatron
 
@@ -31,6 +33,8 @@ OBJECTIVES: dict[str, Any] = {
     "mtp_loss_scaling_factor": 0.3,
 }
 PER_TOKEN: dict[str, Any] = {"mtp_loss_scaling_factor": 0.3, "calculate_per_token_loss": True}
+PLAIN: dict[str, Any] = {"mtp_loss_scaling_factor": 0.3}
+SPREAD: dict[str, Any] = {"index_queries": "spread"}
 DENSE: dict[str, Any] = OBJECTIVES | {"csa_dense_attention": True, "dsa_indexer_use_sparse_loss": False}
 FULL: dict[str, Any] = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 # The last document of each is padding. Two ranks cut at 131, four at 131, 262 and 393.
@@ -39,17 +43,24 @@ FOUR = [[0, 100, 420, 524], [0, 131, 262, 520, 524], [0, 7, 390, 393, 524], [0, 
 # Processes, the case of one rank that they must equal, and how they are cut.
 CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "few": (2, "few", {"parallel": {"cp": 2}}),
-    "few-per-token": (2, "few-per-token", {"parallel": {"cp": 2}}),
+    "few-per-token": (2, "few-per-token", {"parallel": {"cp": 2}, "settings": PER_TOKEN | SPREAD}),
     "cp2": (2, "two", {"parallel": {"cp": 2}}),
     "cp2-recompute": (2, "two", {"parallel": {"cp": 2}, "settings": OBJECTIVES | FULL}),
     "cp2-chunks": (2, "two", {"parallel": {"cp": 2}, "settings": OBJECTIVES | {"loss_chunk": 50}}),
     "cp2tp2-chunks": (4, "even", {"parallel": {"cp": 2, "tp": 2}, "settings": OBJECTIVES | {"loss_chunk": 50}}),
     "cp2-fractions": (2, "fractions", {"parallel": {"cp": 2}}),
     "cp2-per-token": (2, "per-token", {"parallel": {"cp": 2}}),
+    "cp2-spread-recompute": (2, "per-token", {"parallel": {"cp": 2}, "settings": PER_TOKEN | SPREAD | FULL}),
+    "cp2-spread-objective": (2, "two", {"parallel": {"cp": 2}, "settings": OBJECTIVES | SPREAD | FULL}),
+    "cp4-spread": (4, "four-plain", {"parallel": {"cp": 4}, "settings": PLAIN | SPREAD}),
+    "cp2tp2-spread": (4, "even-plain", {"parallel": {"cp": 2, "tp": 2}, "settings": PLAIN | SPREAD}),
     "cp2-dense": (2, "dense", {"parallel": {"cp": 2}}),
     "cp2ep2": (2, "two", {"parallel": {"cp": 2, "ep": 2}}),
     "cp4": (4, "four", {"parallel": {"cp": 4}}),
     "cp2tp2": (4, "even", {"parallel": {"cp": 2, "tp": 2}}),
+    "cp2tp2-whole-logits": (4, "even", {"parallel": {"cp": 2, "tp": 2}, "settings": OBJECTIVES | {"loss_chunk": 0}}),
+    "cp2pp2vp2": (4, "two", {"parallel": {"cp": 2, "pp": 2}, "vp": 2}),
+    "cp2pp2vp2-spread": (4, "per-token", {"parallel": {"cp": 2, "pp": 2}, "vp": 2, "settings": PER_TOKEN | SPREAD}),
     "cp2pp2": (4, "two", {"parallel": {"cp": 2, "pp": 2}}),
     "cp2dp2": (4, "two", {"parallel": {"cp": 2}}),
     "cp2dp2ep4": (4, "two", {"parallel": {"cp": 2, "ep": 4}}),
@@ -61,11 +72,14 @@ ALONE: dict[str, dict[str, Any]] = {
     "two": {"boundaries": TWO, "settings": OBJECTIVES},
     "even": {"boundaries": [[*ends[:-1], 264] for ends in TWO], "settings": OBJECTIVES},
     "four": {"boundaries": FOUR, "settings": OBJECTIVES},
+    "even-plain": {"boundaries": [[*ends[:-1], 264] for ends in TWO], "settings": PLAIN},
+    "four-plain": {"boundaries": FOUR, "settings": PLAIN},
     "dense": {"boundaries": TWO, "settings": DENSE},
-    "fractions": {"boundaries": TWO, "settings": {"mtp_loss_scaling_factor": 0.3}, "fractions": True},
+    "fractions": {"boundaries": TWO, "settings": PLAIN, "fractions": True},
     "per-token": {"boundaries": TWO, "settings": PER_TOKEN, "fractions": True},
 }
 QUICK = ("few", "few-per-token")
+COSTS = query_costs(VARIANTS["Flash"].spec, 2)
 ROWS: dict[str, Any] = {"batch": 2, "length": 262}
 
 
@@ -88,11 +102,11 @@ def ran(toy: Path, tag: str, names: list[str]) -> dict[str, tuple[list[Any], lis
     return {name: (found[name], expected[CASES[name][1]]) for name in names}
 
 
-def logits(toy: Path, parallel: dict[str, int], ends: list[int] | None = None) -> torch.Tensor:
+def logits(toy: Path, parallel: dict[str, int], ends: list[int] | None = None, **settings: Any) -> torch.Tensor:
     """Of whole rows, put together from the shares of the context-parallel ranks."""
     world = parallel.get("cp", 1) * parallel.get("tp", 1)
     shape = ROWS if ends is None else {"batch": 1, "length": ends[-1]}
-    case = {"action": "logits", "parallel": parallel, "ends": ends}
+    case = {"action": "logits", "parallel": parallel, "ends": ends, "settings": settings}
     (found,) = run_ranks(toy.parent, f"logits{world}", world, [case], weights=toy, **shape)
     return torch.cat(found[:: parallel.get("tp", 1)], 1)
 
@@ -132,10 +146,31 @@ def test_ranks_equal_one(slow: dict[str, tuple[list[Any], list[Any]]], name: str
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("queries", ["home", "spread"])
+def test_bf16_is_no_further_from_float32_than_on_one_rank(toy: Path, queries: str) -> None:
+    case: dict[str, Any] = {"action": "objectives", "boundaries": TWO}
+    narrow = PLAIN | {"dtype": "bfloat16", "index_queries": queries}
+    tag, cases = f"bf16-{queries}", [case | {"settings": PLAIN}, case | {"settings": narrow}]
+    exact, one = run_ranks(toy.parent, f"{tag}1", 1, cases, weights=toy)
+    (several,) = run_ranks(toy.parent, f"{tag}2", 2, [cases[1] | {"parallel": {"cp": 2}}], weights=toy)
+    assert losses(several) == pytest.approx(losses(exact), rel=1e-2)
+    theirs = with_scales(whole(exact, "gradients"))
+    far = {}
+    for name, results in (("one", one), ("several", several)):
+        found = with_scales(whole(results, "gradients"))
+        each = {n: float((found[n].float() - g).norm() / g.norm()) for n, g in theirs.items() if g.norm() > 1e-6}
+        far[name] = sorted(each.values())
+    assert len(far["one"]) > 100
+    for share in (0.5, 0.9):  # a near tie may go either way, and moves some
+        at = int(share * len(far["one"]))
+        assert far["several"][at] <= 1.3 * far["one"][at], far
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("cut_up", "ends"), [({"cp": 2}, None), ({"cp": 2, "tp": 2}, [0, 3, 250, 264])], ids=str)
 def test_logits(toy: Path, cut_up: dict[str, int], ends: list[int] | None) -> None:
     """Of two rows that are a document each, and of a packed one with a cut vocabulary."""
-    one, several = logits(toy, {}, ends), logits(toy, cut_up, ends)
+    one, several = logits(toy, {}, ends), logits(toy, cut_up, ends, index_queries="spread")
     assert one.shape == several.shape
     assert (several - one).abs().max() <= 1e-5 * one.abs().max()
 
@@ -191,7 +226,7 @@ def test_every_rank_sees_the_entries_of_its_documents(data: st.DataObject) -> No
     bounds = data.draw(st.sets(st.integers(1, ranks * size - 1), max_size=9))
     ends = torch.tensor([0, *sorted(bounds), ranks * size], dtype=torch.int32)
     cpu = torch.device("cpu")
-    shares = [share_of(Rank(rank, ranks), 1, size, ends, cpu) for rank in range(ranks)]  # type: ignore[arg-type]
+    shares = [share_of(Rank(rank, ranks), 1, size, ends, cpu, COSTS) for rank in range(ranks)]  # type: ignore[arg-type]
     lengths = ends.diff().tolist()
     expected = torch.cat([torch.arange(length) for length in lengths])
     assert torch.equal(torch.cat([share.positions() for share in shares]), expected)

@@ -87,6 +87,34 @@ def test_gradients_of_narrow_weights_are_added_up_in_float32() -> None:
     assert errors[1] < 4e-3 and errors[1] < 2 * errors[0]
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_the_error_of_chunks_is_that_of_rounding(seed: int) -> None:
+    """Against whole logits in float64; 257 tokens of two rows, which no chunk but the first and the last divides."""
+    random = torch.Generator().manual_seed(seed)
+    length, batch, width, words = 257, 2, 48, 1000
+    hidden, weight = (torch.randn(shape, generator=random) for shape in ((length, batch, width), (words, width)))
+    labels, scale = torch.randint(0, words, (batch, length), generator=random), torch.rand(batch, length)
+    exact = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
+    logits = torch.einsum("sbh,vh->bvs", *exact)
+    losses64 = F.cross_entropy(logits, labels, reduction="none")
+    gradients64 = torch.autograd.grad((losses64 * scale.double()).sum(), exact)
+    # A product of n terms is off by n units at most; the softmax's sum by the largest of them, and by its own rounding.
+    unit = torch.finfo(torch.float32).eps / 2
+    most = torch.einsum("sbh,vh->bsv", hidden.double().abs(), weight.double().abs()).amax(-1)
+    bound = unit * (2 * (width + 1) * most + 16 * (1 + losses64.detach().abs()))
+    errors = []
+    for chunk in (0, 2, 7, 50, 512, 514):
+        given = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        losses = token_losses(Head(given[1]), given[0], labels, given[1], chunk)
+        assert ((losses.detach().double() - losses64.detach()).abs() <= bound).all(), chunk
+        gradients = torch.autograd.grad((losses * scale).sum(), given)
+        error = [float((g.double() - e).norm() / e.norm()) for g, e in zip(gradients, gradients64, strict=True)]
+        assert max(error) <= 64 * unit, (chunk, error)
+        errors.append(error)
+    whole, *chunked = errors
+    assert all(e <= 2 * w + unit for error in chunked for e, w in zip(error, whole, strict=True)), errors
+
+
 def run(model: Any, ids: torch.Tensor, chunk: int) -> dict[str, torch.Tensor]:
     """Losses and gradients of a step."""
     model.config.loss_chunk = chunk

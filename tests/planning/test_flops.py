@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import batched
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -16,6 +17,7 @@ from dsv4_bridge import BridgeError
 from dsv4_bridge.cli.app import app
 from dsv4_bridge.parallel.balance import flop_costs
 from dsv4_bridge.planning.flops_report import flop_report
+from dsv4_bridge.planning.index_queries import rank_flops
 from dsv4_bridge.planning.peaks import mfu, peak_tflops
 from dsv4_bridge.spec.flops import (
     Terms,
@@ -393,6 +395,10 @@ def test_shares_of_a_row_are_its_work() -> None:
         assert sum(shares) == pytest.approx(count_flops(FLASH, length).training.total, rel=1e-12)
     documented = (Path(__file__).parents[2] / "docs" / "concepts" / "flops.md").read_text()
     for length in (1 << 16, 1 << 18, 1 << 20):
-        shares = [share_flops(FLASH, length, ranks) for ranks in (2, 4, 8, 16)]
-        over = " | ".join(f"{max(each) * len(each) / sum(each):.3f}" for each in shares)
-        assert f"| {length:,} | {over} |" in documented
+        cells = []
+        for ranks in (2, 4, 8, 16):
+            home, level = (rank_flops(FLASH, length, ranks, 2, mode) for mode in ("home", "auto"))
+            assert home == share_flops(FLASH, length, ranks) and sum(level) == pytest.approx(sum(home), rel=1e-12)
+            cells += [f"{max(each) * len(each) / sum(each):.3f}" for each in (level, home)]
+        rows = " | ".join(f"{level} ({home})" for level, home in batched(cells, 2))
+        assert f"| {length:,} | {rows} |" in documented, rows

@@ -19,6 +19,7 @@ from dsv4_bridge.parallel.balance import solve
 from dsv4_bridge.parallel.pieces import pieces
 from dsv4_bridge.parallel.topology import Coordinate, Sizes, make_topology
 from dsv4_bridge.planning.activations import Shape, chunk_bytes, in_flight, layer_bytes
+from dsv4_bridge.planning.index_queries import rank_flops
 from dsv4_bridge.planning.memory import Run, make_run_topology, plan_memory
 from dsv4_bridge.planning.parameters import chunk_part
 from dsv4_bridge.planning.ranks import GIB, Asked, plan_ranks
@@ -270,6 +271,21 @@ STAGE = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize(("length", "level"), [(1 << 20, True), (8192, False)])
+def test_the_command_tells_how_level_rows_are_cut(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, length: int, level: bool
+) -> None:
+    args = ("plan", "Flash", "--cp", "8", "--pp", "4", "--ep", "8", "--seq-length", str(length), "--recompute")
+    code, out, _ = run(capsys, monkeypatch, *args, "--json")
+    rows = json.loads(out)["rows"]
+    shares = rank_flops(FLASH, length, 8, 2)
+    assert code == 0 and rows["slowest"] == pytest.approx(max(shares) * 8 / sum(shares), rel=1e-12)
+    assert (rows["slowest"] < rows["at_home"] - 0.2) == level and (rows["slowest"] == rows["at_home"]) != level
+    _, out, _ = run(capsys, monkeypatch, *args)
+    assert f"the slowest of 8 ranks has {rows['slowest']:.3f} times the mean work" in out
+    assert (f", {rows['at_home']:.3f} with every query" in out) == level and rows["queries"] in out
+
+
 def test_the_command_says_what_fits(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     args = ("plan", "Pro", "--tp", "2", "--pp", "8", "--ep", "16", "--gpu-memory", "80")
     code, out, _ = run(capsys, monkeypatch, *args, "--json")
@@ -282,6 +298,7 @@ def test_the_command_says_what_fits(capsys: pytest.CaptureFixture[str], monkeypa
         "what",
         "plan",
         "estimate",
+        "rows",
         "gpu_memory",
         "usable",
         "fits",
@@ -299,6 +316,8 @@ def test_the_command_says_what_fits(capsys: pytest.CaptureFixture[str], monkeypa
     assert plan["worst"]["total"] == max(stage["total"] for stage in plan["stages"])
     assert {"considered", "fitting", "best"} <= set(found["search"])
     assert len(found["search"]["best"]) == 10
+
+    assert found["rows"] is None
 
     code, out, _ = run(capsys, monkeypatch, "plan", "Flash", "--gpus", "128", "--gpu-memory", "80", "--recompute")
     assert code == 0

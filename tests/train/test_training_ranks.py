@@ -105,6 +105,37 @@ def test_rows_cut_over_ranks_and_resumed_where_they_are_not(start: Path, text: P
         )
 
 
+CUT: dict[str, tuple[int, str, list[str]]] = {
+    "muon": (2, "flash-pretrain-muon", ["parallel.cp=2"]),
+    "lora": (2, "flash-lora", ["parallel.cp=2", "data.kind=text", "lora.rank=4"]),
+    "muon-chunks": (4, "flash-pretrain-muon", ["parallel.cp=2", "parallel.tp=2", "model.loss_chunk=96"]),
+    "lora-chunks": (4, "flash-lora", ["parallel.cp=2", "parallel.tp=2", "data.kind=text", "lora.rank=4"]),
+    "interleaved": (4, "flash-pretrain", ["parallel.cp=2", "parallel.pp=2", "parallel.vp=2", "batch.micro=1"]),
+}
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_rows_are_cut_with_other_optimizers_and_pipelines(world: int, start: Path, text: Path) -> None:
+    """Muon, adapters, chunks of the head and interleaved pipelines make the steps of one rank."""
+    folder = start.parent / f"cut{world}"
+    folder.mkdir()
+    words = [f"start={start}", f"data.train={text}", "data.seq_length=264", "batch.size=4", "schedule.steps=3"]
+    words += ["schedule.warmup=0", "checkpoint.optimizer=false"]
+    cases = {name: case for name, case in CUT.items() if case[0] == world}
+
+    def told(name: str, layout: bool) -> Run:
+        _, recipe, more = cases[name]
+        kept = more if layout else [word for word in more if not word.startswith("parallel.")]
+        return recipe, [*words, *kept, f"out={folder / f'{name}-{layout}'}"]
+
+    one = run_ranks(folder, "one", 1, [told(name, False) for name in cases])
+    several = run_ranks(folder, "several", world, [told(name, True) for name in cases])
+    for name, theirs, ours in zip(cases, one, several, strict=True):
+        assert ours[0] == pytest.approx(theirs[0], rel=1e-5), name
+        assert ours == pytest.approx(theirs, rel=2e-4), name
+        assert theirs[2] != pytest.approx(theirs[0], rel=1e-3), name
+
+
 INTERLEAVED = ["parallel.pp=2", "parallel.vp=2", "batch.micro=1", "batch.size=8", "log.valid_steps=2"]
 
 

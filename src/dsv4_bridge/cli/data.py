@@ -19,6 +19,15 @@ class Mask(StrEnum):
     full = "full"
 
 
+class TooLong(StrEnum):
+    """What becomes of conversations longer than a pack."""
+
+    cut = "cut"
+    several = "split"  # str has a split of its own
+    skip = "skip"
+    refuse = "refuse"
+
+
 class Generation(StrEnum):
     """Generations of the released encodings, which word reasoning effort differently."""
 
@@ -55,6 +64,10 @@ def data(
     bos: Annotated[bool | None, typer.Option("--bos/--no-bos", help="Begin every document with BOS.")] = None,
     seq_length: Annotated[int | None, typer.Option("--seq-length", min=2, help="Chat: tokens of a pack.")] = None,
     mask: Annotated[Mask | None, typer.Option("--mask", help="Chat: what is learned; assistant by default.")] = None,
+    too_long: Annotated[
+        TooLong | None,
+        typer.Option("--too-long", help="Chat: what becomes of samples longer than a pack; cut by default."),
+    ] = None,
     pack: Annotated[bool | None, typer.Option("--pack/--no-pack", help="Chat: several samples in a pack.")] = None,
     thinking: Annotated[
         Thinking | None,
@@ -90,7 +103,7 @@ def data(
     if not sources:
         raise BridgeError(f"preparing data: only {paths[0]} is named; give SRC and OUT")
     of_chat: dict[str, Any] = {"--seq-length": seq_length, "--mask": mask, "--pack": pack, "--thinking": thinking}
-    of_chat["--generation"] = generation
+    of_chat |= {"--generation": generation, "--too-long": too_long}
     of_text = {"--key": key, "--suffix": suffix, "--bos": bos}
     skip = on_error is OnError.skip
     chats = _chats(sources, key, seq_length, of_chat, of_text, skip)
@@ -98,6 +111,7 @@ def data(
     chat_options: dict[str, Any] = {
         "seq_length": seq_length or 0,
         "mask": mask.value if mask else "assistant",
+        "too_long": too_long.value if too_long else "cut",
         "thinking": _MODES[thinking],
         "generation": generation.value if generation else None,
         "skip": skip,

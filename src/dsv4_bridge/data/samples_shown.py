@@ -51,6 +51,7 @@ def show_chats(
     *,
     seq_length: int,
     mask: str = "assistant",
+    too_long: str = "cut",
     thinking: bool | str | None = None,
     generation: str | None = None,
     skip: bool = False,
@@ -63,6 +64,7 @@ def show_chats(
         count: most samples.
         seq_length: as there.
         mask: as there.
+        too_long: as there.
         thinking: as there.
         generation: as there.
         skip: as there; nothing is listed.
@@ -70,7 +72,7 @@ def show_chats(
     Raises:
         BridgeError: as there.
     """
-    check_options(seq_length, mask)
+    check_options(seq_length, mask, too_long)
     tokenizer = open_chat_tokenizer(tokenizer_folder)
     generation = generation or find_generation(tokenizer_folder)
     files, _ = find_chats(named, skip)
@@ -89,6 +91,7 @@ def show_chats(
                             tokenizer,
                             seq_length=seq_length,
                             mask=mask,
+                            too_long=too_long,
                             thinking=thinking,
                             generation=generation,
                             where=str(path),

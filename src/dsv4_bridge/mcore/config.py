@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 from ..errors import BridgeError
 from ..parallel.topology import Topology
 from ..planning.activations import LOSS_CHUNK
+from ..planning.index_queries import MODES
 from ..spec.megatron_config import megatron_model
 from ..spec.plan import check_computed
 from ..spec.spec import ModelSpec
@@ -52,6 +53,9 @@ class DeepSeekV4Config(MLATransformerConfig):
             `triton`, fused kernels; `auto`, fused ones on a CUDA device, and on a CPU a compiled loop where few
             tokens are mixed. With `deterministic_mode` (megatron's field) the fused ones add gradients up in a
             fixed order.
+        index_queries: where context-parallel ranks score an indexer's queries: `home`, on the rank that has the token;
+            `spread`, on ranks with less to score; `auto`, spread where by estimate that saves more time than sending
+            takes. A trained indexer's stay at home.
         csa_dense_attention: layers with an indexer attend to all visible blocks, whatever it would choose:
             the first phase of pretraining, and the indexer's warm-up.
         dsa_indexer_loss_coeff: weight of the indexer's own loss (megatron's field); None or 0: it is not trained.
@@ -72,6 +76,7 @@ class DeepSeekV4Config(MLATransformerConfig):
     loss_chunk: int = LOSS_CHUNK
     expert_layout: str = "sequential"
     kernels: str = "auto"
+    index_queries: str = "auto"
     csa_dense_attention: bool = False
 
     @property
@@ -174,6 +179,7 @@ def refuse_unsound(config: DeepSeekV4Config) -> None:
         ),
         (config.loss_chunk < 0, "loss_chunk", "expected a number of tokens, or 0 for all of a micro-batch"),
         (config.kernels not in KERNELS, "kernels", f"expected one of {', '.join(KERNELS)}"),
+        (config.index_queries not in MODES, "index_queries", f"expected one of {', '.join(MODES)}"),
         (
             config.expert_layout == "transformer_engine" and not HAVE_TE,
             "expert_layout",

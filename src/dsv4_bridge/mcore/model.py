@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import BridgeError
 from ..parallel.layout import Layout
 from ..parallel.topology import Coordinate, Sizes, Topology, check_rows, make_topology
+from ..planning.index_queries import query_costs
 from ..spec.spec import ModelSpec
 from .config import DeepSeekV4Config, model_config
 from .layers.block import HyperConnectedBlock
@@ -188,7 +189,9 @@ class DeepSeekV4Model(GPTModel):
         """Turns of whole rows, or of the documents of one; of this rank's share of them."""
         if self.pg_collection.cp.size() > 1:
             batch, length = input_ids.shape
-            share = share_of(self.pg_collection.cp, batch, length, cu_seqlens, input_ids.device)
+            costs = query_costs(self.spec, self.config.params_dtype.itemsize)
+            cut = self.pg_collection.cp, batch, length, cu_seqlens, input_ids.device
+            share = share_of(*cut, costs, self.config.index_queries)
             return make_rotary(self.config, share.positions(), None, share)
         if cu_seqlens is None:
             return make_rotary(self.config, torch.arange(input_ids.shape[1], device=input_ids.device))

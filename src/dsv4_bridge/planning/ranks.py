@@ -1,6 +1,6 @@
 """What was asked of `dsv4 plan` about ranks, checked and answered: one layout, and those that fit."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ..errors import BridgeError
@@ -8,6 +8,7 @@ from ..parallel.notation import parse_layout
 from ..parallel.topology import Sizes
 from ..spec.plan import check_computed
 from ..spec.spec import ModelSpec
+from .index_queries import rank_flops, spread_rows
 from .memory import Run, make_run_topology, plan_memory
 from .search import USABLE, Ranked, Search, micro_batches, ranked, search
 
@@ -56,20 +57,48 @@ class Asked:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """How level the work of context-parallel ranks is.
+
+    Attributes:
+        slowest: training FLOPs of the busiest rank over the mean.
+        at_home: the same if every rank scored all blocks of its own queries.
+        queries: why the indexers' queries are scored elsewhere, or are not.
+    """
+
+    slowest: float
+    at_home: float
+    queries: str
+
+
+@dataclass(frozen=True)
 class RanksReport:
     """The answer.
 
     Attributes:
         what: the checkpoint or variant.
+        spec: its numbers.
         chosen: the layout that was asked for, or the best.
         gpu_memory: bytes of one GPU, where given.
         search: what else fits, where it was asked for.
     """
 
     what: str
+    spec: ModelSpec
     chosen: Ranked
     gpu_memory: int | None
     search: Search | None
+
+    @property
+    def rows(self) -> Rows | None:
+        """Of the chosen layout, where it cuts rows that are trained on."""
+        topology, run = self.chosen.plan.topology, self.chosen.plan.run
+        if topology.cp == 1 or run.mode == "inference":
+            return None
+        cut = self.spec, run.seq_length, topology.cp, run.shape(topology).e
+        every = [rank_flops(*cut, mode, run.micro_batch) for mode in ("auto", "home")]
+        slowest, at_home = (max(each) * len(each) / sum(each) for each in every)
+        return Rows(slowest, at_home, spread_rows(*cut, rows=run.micro_batch).reason)
 
     @property
     def fits(self) -> bool:
@@ -83,6 +112,7 @@ class RanksReport:
             "what": self.what,
             "plan": self.chosen.plan.to_json(),
             "estimate": {k: getattr(self.chosen, k) for k in ("bubble", "imbalance", "communication", "time")},
+            "rows": self.rows and asdict(self.rows),
             "gpu_memory": self.gpu_memory,
             "usable": USABLE,
             "fits": None if self.gpu_memory is None else self.chosen.fits,
@@ -110,13 +140,13 @@ def plan_ranks(what: str, spec: ModelSpec, asked: Asked) -> RanksReport:
                 f"tokens a row, micro-batches of {asked.run.micro_batch}, {_batch(asked, asked.gpus)} rows a step and "
                 f"{asked.vp or 1} chunks a rank; try a power of two of GPUs, and rows a step that it divides"
             )
-        return RanksReport(what, found.best[0], memory, found)
+        return RanksReport(what, spec, found.best[0], memory, found)
     chosen = _chosen(spec, asked, memory)
     others = None
     if memory is not None:
         gpus = chosen.plan.gpus
         others = search(spec, gpus, memory, asked.run, _batch(asked, gpus), asked.vp or 1)
-    return RanksReport(what, chosen, memory, others)
+    return RanksReport(what, spec, chosen, memory, others)
 
 
 def _batch(asked: Asked, gpus: int) -> int:

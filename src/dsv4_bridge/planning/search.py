@@ -23,14 +23,12 @@ from ..errors import BridgeError
 from ..parallel.balance import flop_costs, parameter_costs, solve
 from ..parallel.layout import Layout
 from ..parallel.topology import Sizes, Topology, check_rows, make_topology
-from ..spec.flops import share_flops
 from ..spec.spec import ModelSpec
+from .index_queries import rank_flops
 from .memory import MemoryPlan, Run, expert_dp, least_dp, plan_memory
+from .rates import BETWEEN, INSIDE, RATE
 from .row_traffic import sent_backward, sent_forward
 
-# Operations a second of a GPU that is busy, and bytes a second of its links, in a node and between nodes: round
-# numbers of an H100 with 400 Gbit/s of network each. Only their ratios matter to the order.
-_RATE, _INSIDE, _BETWEEN = 400e12, 300e9, 40e9
 NODE = 8
 # Share of the memory that plans may use: CUDA and NCCL take some, temporaries and fragments more.
 USABLE = 0.9
@@ -170,11 +168,11 @@ def ranked(spec: ModelSpec, plan: MemoryPlan, gpu_memory: int) -> Ranked:
     passes = 1 if run.mode == "inference" else 4 if run.recompute else 3
     tokens = run.micro_batches * run.micro_batch * run.seq_length  # of one pipeline; others have rows of their own
     whole = sum(map(costs.of, layout.chunks))
-    slowest = passes * tokens * costs.worst(layout) / (topology.tp * topology.cp) / _RATE
+    slowest = passes * tokens * costs.worst(layout) / (topology.tp * topology.cp) / RATE
     if topology.cp > 1 and run.mode != "inference":  # the last rank of a row sees most blocks
-        shares = share_flops(spec, run.seq_length, topology.cp)
+        shares = rank_flops(spec, run.seq_length, topology.cp, run.shape(topology).e, rows=run.micro_batch)
         slowest *= max(shares) * len(shares) / sum(shares)
-    ideal = passes * tokens * whole / (topology.tp * topology.pp * topology.cp) / _RATE
+    ideal = passes * tokens * whole / (topology.tp * topology.pp * topology.cp) / RATE
     bubble = (topology.pp - 1) / (layout.vp * run.micro_batches)
     sent = _sent_seconds(spec, plan, tokens / (topology.tp * topology.cp), passes)
     step = slowest * (1 + bubble) + sent
@@ -208,7 +206,7 @@ def _sent_seconds(spec: ModelSpec, plan: MemoryPlan, tokens: float, passes: int)
             # Both groups are charged half of what the rank holds: gradients once, weights once.
             share = (stage.gradients + stage.weights * (plan.run.mode == "training")) / 2
             groups.append((share * (copies - 1) / copies, span))
-    return sum(size / (_INSIDE if span <= NODE else _BETWEEN) for size, span in groups)
+    return sum(size / (INSIDE if span <= NODE else BETWEEN) for size, span in groups)
 
 
 def _row_bytes(spec: ModelSpec, plan: MemoryPlan, passes: int) -> float:

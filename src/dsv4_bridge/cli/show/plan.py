@@ -55,6 +55,12 @@ def ranks_table(report: RanksReport) -> Group:
             f"communication {found.communication:.1%} of the step, {found.time:.2f} times the ideal step"
         )
     )
+    if report.rows is not None:
+        rows = report.rows
+        work = f"the slowest of {t.cp} ranks has {rows.slowest:.3f} times the mean work"
+        if rows.slowest < rows.at_home:
+            work += f", {rows.at_home:.3f} with every query of the indexers at home"
+        lines += [Text(f"rows      {work}"), Text(f"          {rows.queries}")]
     parts = [table, *lines]
     if report.gpu_memory is not None:
         parts.append(_verdict(report))

@@ -66,11 +66,13 @@ class ChatReport:
             f" in {self.packs:,} pack{'s' * (self.packs != 1)} of {self.seq_length:,}",
             f"{c.tokens:,} tokens, {c.learned:,} learned ({self.mask}); packs are {self.fill_rate:.1%} full",
         ]
-        if c.truncated or c.dropped:
+        if c.truncated or c.dropped or c.cut_tokens:
             found.append(
                 f"{c.truncated:,} samples cut, {c.dropped:,} dropped without a learned token:"
                 f" {c.cut_tokens:,} tokens left out, {c.cut_learned:,} of them learned"
             )
+        if c.split or c.too_long:
+            found.append(f"{c.split:,} longer ones split, {c.too_long:,} left out")
         if c.lost_thoughts:
             found.append(f"{c.lost_thoughts:,} thoughts left out: chat mode has none")
         if c.empty_thoughts:
@@ -88,6 +90,7 @@ def prepare_chat(
     *,
     seq_length: int,
     mask: str = "assistant",
+    too_long: str = "cut",
     thinking: bool | str | None = None,
     pack: bool = True,
     workers: int = 1,
@@ -106,6 +109,8 @@ def prepare_chat(
         tokenizer_folder: a checkpoint, for its tokenizer.json.
         seq_length: most tokens of a sample and of a pack.
         mask: `assistant`, `last_turn`, `each_turn` or `full`, see `samples.build_samples`.
+        too_long: what becomes of more than `seq_length` tokens: `cut`, `split`, `skip` (then they are listed as what is
+            skipped for other reasons) or `refuse`, see `samples.build_samples`.
         thinking: mode of lines that do not say it, or `auto`: thinking where an answer has thoughts; None refuses
             those.
         pack: whether several samples share a pack.
@@ -121,14 +126,15 @@ def prepare_chat(
         BridgeError: an unusable line (by number), tokenizer or argument; nothing to learn in the whole file;
             `out` exists, or the disk is full.
     """
-    check_options(seq_length, mask)
+    check_options(seq_length, mask, too_long)
     sources, others = find_chats([src] if isinstance(src, Path) else list(src), skip)
     start(sum(path.stat().st_size for path in sources))
     tokenizer = open_chat_tokenizer(tokenizer_folder)
     generation = generation or find_generation(tokenizer_folder)
     effort_text(None, generation)
     check_free(out, overwrite)
-    options = {"seq_length": seq_length, "mask": mask, "thinking": thinking, "generation": generation}
+    options: dict[str, Any] = {"seq_length": seq_length, "mask": mask, "too_long": too_long}
+    options |= {"thinking": thinking, "generation": generation}
     # The order of the packs is known once all lengths are: until then samples lie beside it.
     with hold(out, f"preparing {out}"), scratch_folder(out.with_name(out.name + ".samples.part")) as part:
         left_out = SkipList(out)
@@ -142,6 +148,7 @@ def prepare_chat(
             facts = {
                 "tokenizer_sha256": tokenizer.sha256,
                 "mask": mask,
+                "too_long": too_long,
                 "thinking": thinking,
                 "generation": generation,
                 "packed": pack,
@@ -324,12 +331,14 @@ def _batch(chunk: Chunk, tokenizer: ChatTokenizer, where: str, options: dict[str
         own = SampleCounts()
         try:
             conversation = read_line(raw, where, number)
-            samples += build_samples([conversation], tokenizer, counts=own, where=where, **options)
+            given = {"counts": own, "where": where, "left_out": skipped}
+            made = list(build_samples([conversation], tokenizer, **given, **options))
         except BridgeError as error:
             if not skip:
                 raise
             skipped.append((number, str(error)))
             continue
+        samples += made
         counts.add(own)
     return _Batch(
         np.concatenate([np.zeros(0, np.int32), *(s.tokens for s in samples)]),

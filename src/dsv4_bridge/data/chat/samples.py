@@ -14,6 +14,7 @@ from .jsonl import Conversation, mode_of
 from .masks import ChatTokenizer, Tokens, tokenize_all
 
 MASKS = (*SEGMENT_MASKS, "each_turn")
+TOO_LONG = ("cut", "split", "skip", "refuse")
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,11 @@ class SampleCounts:
         samples: made of them; `each_turn` makes several of one.
         dropped: samples left out since no learned token is in them, cut or not.
         truncated: samples that were cut, the dropped ones among them.
+        split: conversations, or answers of `each_turn`, that became several samples for their length.
+        too_long: the same left out for it.
         tokens: in samples.
         learned: of these, the learned ones.
-        cut_tokens: cut off samples, or in dropped ones.
+        cut_tokens: cut off samples, in dropped ones or parts without a learned token, or left out for their length.
         cut_learned: of these, the learned ones.
         straddling: tokens not learned since part of their text is not, see `masks.Tokens`.
         lost_thoughts: thoughts that chat mode leaves out of the text.
@@ -54,6 +57,8 @@ class SampleCounts:
     samples: int = 0
     dropped: int = 0
     truncated: int = 0
+    split: int = 0
+    too_long: int = 0
     tokens: int = 0
     learned: int = 0
     cut_tokens: int = 0
@@ -74,14 +79,14 @@ def build_samples(
     *,
     seq_length: int,
     mask: str = "assistant",
+    too_long: str = "cut",
     thinking: bool | str | None = None,
     generation: str | None = None,
     counts: SampleCounts | None = None,
     where: str = "conversations",
+    left_out: list[tuple[int, str]] | None = None,
 ) -> Iterator[Sample]:
     """Samples of conversations, in order.
-
-    A conversation longer than `seq_length` tokens loses its end, ids and mask together.
 
     Args:
         conversations: see `jsonl.read_chat_jsonl`.
@@ -90,15 +95,19 @@ def build_samples(
         mask: `assistant`, `last_turn` or `full`, see `encode.encode_segments`; or `each_turn`: where
             thoughts of earlier turns are dropped, one sample for each answer, with all that the model sees
             and says there and nothing else learned, and otherwise `assistant`.
+        too_long: what becomes of more than `seq_length` tokens: `cut`, the end is lost, ids and mask together; `split`,
+            they become several samples, each begins with the last token of the one before, not learned again, and
+            those without a learned token are left out; `skip`, all of them are; `refuse`, an error.
         thinking: mode of conversations that do not say it, or `auto`, see `jsonl.mode_of`; None refuses those.
         generation: which releases' reasoning efforts are meant, `april` or `0731`.
         counts: counted up as samples are taken.
         where: the file's name, for messages.
+        left_out: takes line and reason of what is skipped for its length.
 
     Raises:
-        BridgeError: unusable arguments or a conversation without a mode.
+        BridgeError: unusable arguments, a conversation without a mode, or one that is too long and refused.
     """
-    check_options(seq_length, mask)
+    check_options(seq_length, mask, too_long)
     counts = SampleCounts() if counts is None else counts
     for conversation in conversations:
         counts.conversations += 1
@@ -114,12 +123,26 @@ def build_samples(
             s.role == "assistant" and s.trained and s.text.startswith(THINK_END) for part in segments for s in part
         )
         for tokens in tokenize_all(tokenizer, segments):
-            if (sample := _cut(tokens, seq_length, conversation.line, counts)) is not None:
+            counts.straddling += tokens.straddling
+            line, length = conversation.line, len(tokens.ids)
+            if length > seq_length and too_long in ("skip", "refuse"):
+                reason = f"{length:,} tokens, more than a sample's {seq_length:,}"
+                if too_long == "refuse":
+                    choices = ", ".join(TOO_LONG[:-1])
+                    raise BridgeError(
+                        f"reading {where}, line {line}: {reason}; give a larger --seq-length, or --too-long ({choices})"
+                    )
+                _add_too_long(tokens, counts)
+                if left_out is not None:
+                    left_out.append((line, reason))
+            elif too_long == "split":
+                yield from _split(tokens, seq_length, line, counts)
+            elif (sample := _cut(tokens, seq_length, line, counts)) is not None:
                 yield sample
 
 
-def check_options(seq_length: int, mask: str) -> None:
-    """Refuse a length below 2 and an unknown mask.
+def check_options(seq_length: int, mask: str, too_long: str = "cut") -> None:
+    """Refuse a length below 2, an unknown mask, and an unknown choice of what is done with too long ones.
 
     Raises:
         BridgeError: so.
@@ -128,6 +151,8 @@ def check_options(seq_length: int, mask: str) -> None:
         raise BridgeError(f"building samples: seq_length {short(seq_length)}, expected at least 2 tokens")
     if mask not in MASKS:
         raise BridgeError(f"building samples: mask {short(mask)}, expected one of {', '.join(MASKS)}")
+    if too_long not in TOO_LONG:
+        raise BridgeError(f"building samples: too_long {short(too_long)}, expected one of {', '.join(TOO_LONG)}")
 
 
 def answers_apart(messages: Sequence[Message]) -> list[tuple[Message, ...]]:
@@ -152,7 +177,6 @@ def _cut(tokens: Tokens, seq_length: int, line: int, counts: SampleCounts) -> Sa
     ids, mask = tokens.ids[:seq_length], tokens.mask[:seq_length]
     kept = int(mask.sum())
     counts.truncated += length > seq_length
-    counts.straddling += tokens.straddling
     if not kept:
         counts.dropped += 1
         counts.cut_tokens += length
@@ -164,3 +188,33 @@ def _cut(tokens: Tokens, seq_length: int, line: int, counts: SampleCounts) -> Sa
     counts.cut_tokens += length - len(ids)
     counts.cut_learned += learned - kept
     return Sample(ids, mask, line)
+
+
+def _add_too_long(tokens: Tokens, counts: SampleCounts) -> None:
+    counts.too_long += 1
+    counts.cut_tokens += len(tokens.ids)
+    counts.cut_learned += int(tokens.mask.sum())
+
+
+def _split(tokens: Tokens, seq_length: int, line: int, counts: SampleCounts) -> Iterator[Sample]:
+    """Samples of at most `seq_length` tokens, in which every learned token is learned once."""
+    length = len(tokens.ids)
+    if length <= seq_length:
+        if (sample := _cut(tokens, seq_length, line, counts)) is not None:
+            yield sample
+        return
+    counts.split += 1
+    found = 0
+    for start in range(0, length - 1, seq_length - 1):
+        ids, mask = tokens.ids[start : start + seq_length], tokens.mask[start : start + seq_length].copy()
+        mask[0] = False
+        kept = int(mask.sum())
+        if not kept:
+            counts.cut_tokens += len(ids) - (start > 0)
+            continue
+        found += 1
+        counts.samples += 1
+        counts.tokens += len(ids)
+        counts.learned += kept
+        yield Sample(ids, mask, line)
+    counts.dropped += not found

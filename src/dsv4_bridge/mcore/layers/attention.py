@@ -5,7 +5,7 @@ on the output, a window plus compressed blocks (none, all of ratio 128, or chose
 learned sink, and an output projection by groups of heads.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -108,28 +108,31 @@ class CoreAttention(KeepsFloat32, MegatronModule):
         self, q: Tensor, kv: Tensor, x: Tensor, qr: Tensor, turn: Tensor, counted: Tensor | None, share: Share
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of what this rank has of rows that are cut over ranks; arguments as in `forward`, s the rank's."""
-        count, config = len(share.segments), self.config
-        blocks: list[Tensor | None] = [None] * count
-        terms: list[IndexTerms | None] = [None] * count
-        chosen: list[Tensor | None] = [None] * count
+        config, starts = self.config, [segment.start for segment in share.segments]
+        count = len(starts)
+        blocks: Sequence[Tensor | None] = [None] * count
+        terms: Sequence[IndexTerms | None] = [None] * count
+        chosen: Sequence[Tensor | None] = [None] * count
         if self.compressor is not None:
             entries = observe("attn.compressor", self.block, self.compressor.of_share(x, share))
             entries = copy_to_tensor_model_parallel_region(entries, self.tp_group)
             blocks = list(entries.split(share.blocks[self.ratio].counts, 1))
-        if self.indexer is not None and (self.trains_indexer or not config.csa_dense_attention):
-            with torch.set_grad_enabled(self.trains_indexer):
-                terms = list(self.indexer.of_share(x.detach(), qr.detach(), turn, share))
-            if not config.csa_dense_attention:
-                chosen = [
-                    observe("attn.index", self.block, self.indexer.choose(of, s.start))
-                    for of, s in zip(terms, share.segments, strict=True)
-                    if of is not None
-                ]
+        if self.indexer is not None:
+            given = x.detach(), qr.detach()
+            # The objective needs what scores are made of, and recomputation what the first pass chose: at home, both.
+            if self.training and config.dsa_indexer_loss_coeff:
+                with torch.set_grad_enabled(self.trains_indexer):
+                    terms = made = self.indexer.of_share(*given, turn, share)
+                if not config.csa_dense_attention:
+                    chosen = [self.indexer.choose(*of) for of in zip(made, starts, strict=True)]
+            elif not config.csa_dense_attention:
+                chosen = self.indexer.choose_of_share(*given, share)
+            chosen = [c if c is None else observe("attn.index", self.block, c) for c in chosen]
         queries, keys = q.split(share.sizes(), 1), share.with_window(kv, config.csa_window_size)
         learned = [None] * count if counted is None else counted.split(share.sizes(), 1)
         outs, losses = [], []
-        for number, segment in enumerate(share.segments):
-            reach = Reach(config.csa_window_size, self.ratio, config.attention_chunk, segment.start)
+        for number, start in enumerate(starts):
+            reach = Reach(config.csa_window_size, self.ratio, config.attention_chunk, start)
             given = queries[number], keys[number], blocks[number], chosen[number]
             outs.append(attend(*given, self.attn_sink, reach, config.kernel_choice))
             if self.trains_indexer and (of := terms[number]) is not None:

@@ -63,15 +63,16 @@ class Compressor(KeepsFloat32, MegatronModule):
             cache.fill(kv, gate, entries, lengths)
         return entries
 
-    def of_share(self, x: Tensor, share: Share) -> Tensor:
+    def of_share(self, x: Tensor, share: Share, rows: Tensor | None = None) -> Tensor:
         """Entries of all whole blocks of documents that lie across ranks.
 
         Args:
             x: [s, b, hidden], this rank's.
             share: what it has of the row.
+            rows: which entries of all ranks', as `Blocks.rows`; None: these.
 
         Returns:
-            [b, m, width], those that this rank's queries see: segment by segment, as `Blocks.counts` says.
+            [b, m, width]; those that this rank's queries see segment by segment, as `Blocks.counts` says.
         """
         blocks = share.blocks[self.ratio]
         both = torch.cat([self.linear_wkv(x), self.linear_wgate(x)], -1).transpose(0, 1)  # [b, s, 2 * wide]
@@ -85,7 +86,8 @@ class Compressor(KeepsFloat32, MegatronModule):
             kv, gate = part.chunk(2, -1)
             made = pool(kv, gate, self.ape, self.ratio, self.overlaps, self.config.kernel_choice)
             pooled.append(made[:, skipped:])
-        return of_all_ranks(self._entries(torch.cat(pooled, 1), blocks.positions), blocks, share.group)
+        entries = self._entries(torch.cat(pooled, 1), blocks.positions)
+        return of_all_ranks(entries, blocks.most, blocks.rows if rows is None else rows, share.group)
 
     def step(self, x: Tensor, cache: CompressorCache, positions: Positions) -> Tensor:
         """Take one token a row; a row that closes a block gets an entry.

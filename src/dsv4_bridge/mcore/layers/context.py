@@ -8,6 +8,7 @@ Most of the model looks at one token at a time. What looks back needs of other r
 | projections of a block of 128 that the cut goes through | the rank before | 127 |
 | the same of a block of 4 and of the one before it | the rank before | 7 |
 | compressed entries, keys of the indexer | all ranks | one in 128 or 4 |
+| the indexer's queries, where that levels its work, and back what they chose | any rank | those that are moved |
 | the token behind the last, for multi-token prediction | the rank behind | 1 a depth |
 
 A block is completed by the rank that has its last token. Documents of a packed row lie across cuts as they come.
@@ -18,7 +19,7 @@ backward runs in the reverse order of the forward, so no rank waits for a call t
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,23 +28,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from .documents import Documents, documents_of
+from ...parallel.rows import Segment, segments_of
+from ...planning.index_queries import Costs, Run, spread
+from .documents import documents_of
 
 RATIOS = (4, 128)
-
-
-class Segment(NamedTuple):
-    """A document's tokens on one rank.
-
-    Attributes:
-        document: its number in the row.
-        size: tokens.
-        start: tokens of the document on the ranks before.
-    """
-
-    document: int
-    size: int
-    start: int
+Every = Sequence[Sequence[Segment]]
 
 
 @dataclass(frozen=True)
@@ -71,6 +61,24 @@ class Blocks:
 
 
 @dataclass(frozen=True)
+class Scored:
+    """Queries of the indexer, and which rank scores them.
+
+    Attributes:
+        runs: of all ranks.
+        rows: [m] int64, keys that this rank's runs need, of all ranks' entries one behind another: document by
+            document, from its beginning.
+        begins: of each of these documents, where its keys begin in `rows`.
+        documents: of every rank's segments.
+    """
+
+    runs: tuple[Run, ...]
+    rows: Tensor
+    begins: Mapping[int, int]
+    documents: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
 class Share:
     """What a rank has of a row.
 
@@ -80,6 +88,7 @@ class Share:
         segments: of this rank.
         ends: [ranks * s] bool, whether a document ends with the token; the same on all ranks.
         blocks: by ratio.
+        scored: by the indexers that are not trained.
     """
 
     group: ProcessGroup
@@ -87,6 +96,7 @@ class Share:
     segments: tuple[Segment, ...]
     ends: Tensor
     blocks: Mapping[int, Blocks]
+    scored: Scored
 
     def positions(self) -> Tensor:
         """Of this rank's tokens in their documents: [s] int64."""
@@ -105,7 +115,15 @@ class Share:
         return whole.split([whole.shape[1] - kv.shape[1] - lead, lead + first, *others], 1)[1:]
 
 
-def share_of(group: ProcessGroup, batch: int, size: int, cu_seqlens: Tensor | None, device: torch.device) -> Share:
+def share_of(
+    group: ProcessGroup,
+    batch: int,
+    size: int,
+    cu_seqlens: Tensor | None,
+    device: torch.device,
+    costs: Costs,
+    queries: str = "auto",
+) -> Share:
     """What this rank has of rows of `size` tokens a rank.
 
     Args:
@@ -114,16 +132,19 @@ def share_of(group: ProcessGroup, batch: int, size: int, cu_seqlens: Tensor | No
         size: tokens of a rank.
         cu_seqlens: boundaries of the documents of the whole row; None: every row is one document.
         device: where indices are wanted.
+        costs: of a query of the model's indexers.
+        queries: where they are scored, see `spread`.
 
     Raises:
         BridgeError: boundaries that do not cover the row, see `documents_of`.
     """
     ranks, whole = group.size(), group.size() * size
     documents = (slice(0, whole),) if cu_seqlens is None else documents_of(cu_seqlens, batch, whole)
-    every = [segments_of(documents, rank * size, (rank + 1) * size) for rank in range(ranks)]
+    every = segments_of(documents, ranks, size)
     ends = ends_of(torch.tensor([0, *(part.stop for part in documents)]), whole, device)
     blocks = {ratio: _blocks(every, group.rank(), ratio, size, device) for ratio in RATIOS}
-    return Share(group, size, tuple(every[group.rank()]), ends, blocks)
+    scored = _scored(every, group.rank(), spread(every, costs, queries, batch).runs, size, device)
+    return Share(group, size, every[group.rank()], ends, blocks, scored)
 
 
 def ends_of(cu_seqlens: Tensor, length: int, device: torch.device) -> Tensor:
@@ -133,33 +154,14 @@ def ends_of(cu_seqlens: Tensor, length: int, device: torch.device) -> Tensor:
     return ends
 
 
-def segments_of(documents: Documents, low: int, high: int) -> list[Segment]:
-    """Parts of the documents between two tokens of the row."""
-    return [
-        Segment(number, min(part.stop, high) - max(part.start, low), max(part.start, low) - part.start)
-        for number, part in enumerate(documents)
-        if part.start < high and part.stop > low
-    ]
-
-
-def _blocks(every: Sequence[Sequence[Segment]], rank: int, ratio: int, size: int, device: torch.device) -> Blocks:
+def _blocks(every: Every, rank: int, ratio: int, size: int, device: torch.device) -> Blocks:
     most = -(-size // ratio)
     mine, seen = every[rank], [_ended(segment, ratio) for segment in every[rank]]
     overlaps = ratio == 4
     firsts = [max(0, s.start // ratio - overlaps) for s in mine]
     positions = [torch.arange(blocks.start, blocks.stop) * ratio for blocks in seen]
-    # Of every rank, where the entries of each segment begin.
-    begins = [list(accumulate((len(_ended(s, ratio)) for s in segments), initial=0)) for segments in every]
-    rows, counts = [torch.empty(0, dtype=torch.int64)], []
-    for segment in mine:
-        count = 0
-        for other in range(rank + 1) if segment.start else (rank,):
-            number = segment.document - every[other][0].document  # documents follow one another
-            if number < len(every[other]):
-                first, stop = begins[other][number : number + 2]
-                rows.append(torch.arange(first, stop) + other * most)
-                count += stop - first
-        counts.append(count)
+    begins = _begins(every, ratio)
+    rows = [_rows(every, begins, most, rank, segment) for segment in mine]
     return Blocks(
         ratio,
         tuple(s.start - first * ratio for s, first in zip(mine, firsts, strict=True)),
@@ -167,8 +169,39 @@ def _blocks(every: Sequence[Sequence[Segment]], rank: int, ratio: int, size: int
         torch.cat(positions).to(device, non_blocking=True),
         most,
         torch.cat(rows).to(device, non_blocking=True),
-        tuple(counts),
+        tuple(map(len, rows)),
     )
+
+
+def _scored(every: Every, rank: int, runs: tuple[Run, ...], size: int, device: torch.device) -> Scored:
+    last: dict[int, tuple[int, Segment]] = {}  # of every document that is needed, the segment that sees most
+    for run in runs:
+        segment = every[run.home][run.segment]
+        if run.at == rank and segment.start >= last.get(segment.document, (0, segment))[1].start:
+            last[segment.document] = run.home, segment
+    begins, rows, count = _begins(every, 4), [torch.empty(0, dtype=torch.int64)], 0
+    first: dict[int, int] = {}
+    for document, (home, segment) in last.items():
+        rows.append(_rows(every, begins, -(-size // 4), home, segment))
+        first[document], count = count, count + len(rows[-1])
+    documents = tuple(tuple(segment.document for segment in segments) for segments in every)
+    return Scored(runs, torch.cat(rows).to(device, non_blocking=True), first, documents)
+
+
+def _begins(every: Every, ratio: int) -> list[list[int]]:
+    """Of every rank, where the entries of each segment begin among its own, and where the last ones end."""
+    return [list(accumulate((len(_ended(s, ratio)) for s in segments), initial=0)) for segments in every]
+
+
+def _rows(every: Every, begins: Sequence[Sequence[int]], most: int, rank: int, segment: Segment) -> Tensor:
+    """Entries that a segment of `rank` sees, of all ranks' with `most` each: from the beginning of its document."""
+    found = [torch.empty(0, dtype=torch.int64)]
+    for other in range(rank + 1) if segment.start else (rank,):
+        number = segment.document - every[other][0].document  # documents follow one another
+        if 0 <= number < len(every[other]):
+            first, stop = begins[other][number : number + 2]
+            found.append(torch.arange(first, stop) + other * most)
+    return torch.cat(found)
 
 
 def _ended(segment: Segment, ratio: int) -> range:
@@ -209,11 +242,18 @@ def _passed(x: Tensor, step: int, group: ProcessGroup) -> Tensor:
     return got
 
 
-def of_all_ranks(entries: Tensor, blocks: Blocks, group: ProcessGroup) -> Tensor:
-    """Entries that this rank's queries see, of those that every rank has made: [b, n, w] -> [b, m, w]."""
-    filled = torch.nn.functional.pad(entries, (0, 0, 0, blocks.most - entries.shape[1])).transpose(0, 1)
+def of_all_ranks(entries: Tensor, most: int, rows: Tensor, group: ProcessGroup) -> Tensor:
+    """The `rows` of what all ranks have made, one behind another with `most` each: [b, n, w] -> [b, m, w]."""
+    filled = torch.nn.functional.pad(entries, (0, 0, 0, most - entries.shape[1])).transpose(0, 1)
     every = gather_from_sequence_parallel_region(filled.contiguous(), group=group)  # [ranks * most, b, w]
-    return every.index_select(0, blocks.rows).transpose(0, 1)
+    return every.index_select(0, rows).transpose(0, 1)
+
+
+def exchanged(sent: Mapping[int, Tensor], got: Mapping[int, Tensor], group: ProcessGroup) -> list[dist.Work]:
+    """Messages to and from ranks, under way: leave the tensors alone until all have been waited for."""
+    calls = [dist.P2POp(dist.isend, x, group=group, group_peer=to) for to, x in sorted(sent.items())]
+    calls += [dist.P2POp(dist.irecv, x, group=group, group_peer=source) for source, x in sorted(got.items())]
+    return dist.batch_isend_irecv(calls) if calls else []
 
 
 def ahead(x: Tensor, ends: Tensor | None = None, group: Any = None) -> Tensor:

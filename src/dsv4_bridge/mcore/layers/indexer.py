@@ -7,17 +7,21 @@ technical report 2.3.1). The Hadamard rotation of the released inference code is
 sides, and cancels.
 """
 
+from collections.abc import Sequence
+
 import torch
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from ...planning.index_queries import Run
 from ..config import DeepSeekV4Config
 from ..kernels.index import IndexTerms, best_blocks, choose_blocks, every_block, index_scores
 from ..kernels.rotary import rotate
 from .basics import Linear
 from .cache import CompressorCache, Positions
 from .compressor import Compressor
-from .context import Share
+from .context import Scored, Share, exchanged
+from .rope import turns
 
 
 class Indexer(MegatronModule):
@@ -66,6 +70,62 @@ class Indexer(MegatronModule):
         weights = self._weights(x).transpose(0, 1).split(sizes, 1)
         return [IndexTerms(*parts) for parts in zip(queries, keys, weights, strict=True)]
 
+    @torch.no_grad()
+    def choose_of_share(self, x: Tensor, qr: Tensor, share: Share) -> list[Tensor]:
+        """Blocks of every query of a rank's segments, scored on the ranks that `share.scored` says.
+
+        Others' queries are under way while a rank scores its own.
+
+        Args:
+            x: [s, b, hidden], this rank's.
+            qr: [s, b, q_lora_rank].
+            share: what it has of the row.
+
+        Returns:
+            [b, size, k] int64 of every segment, as `forward`'s.
+        """
+        scored, rank = share.scored, share.group.rank()
+        keys = self.compressor.of_share(x, share, scored.rows)
+        whole = torch.cat([qr, self.linear_weights_proj(x)], -1)  # [s, b, q_lora_rank + heads]
+        own = [run for run in scored.runs if run.home == rank]
+        parts = {run: whole[run.first : run.first + run.size] for run in own}
+        given, taken = _by_peer(own, rank), _by_peer([run for run in scored.runs if run.at == rank], rank)
+        sent = {peer: torch.cat([parts[run] for run in runs]) for peer, runs in given.items()}
+        got = {peer: whole.new_empty((_count(runs), *whole.shape[1:])) for peer, runs in taken.items()}
+        under_way = exchanged(sent, got, share.group)
+        chosen = {run: self._best(parts[run], keys, run, scored) for run in own if run.at == rank}
+        for work in under_way:
+            work.wait()
+        answers, asked = {}, {}
+        for peer, runs in taken.items():
+            each = zip(got[peer].split([run.size for run in runs]), runs, strict=True)
+            answers[peer] = torch.cat([self._best(part, keys, run, scored) for part, run in each], 1).int()
+        for peer, runs in given.items():
+            asked[peer] = whole.new_empty((x.shape[1], _count(runs), self.topk), dtype=torch.int32)
+        for work in exchanged(answers, asked, share.group):
+            work.wait()
+        for peer, runs in given.items():
+            chosen |= zip(runs, asked[peer].long().split([run.size for run in runs], 1), strict=True)
+        found: dict[int, list[Tensor]] = {}
+        for run in own:  # in the order of their tokens
+            found.setdefault(run.segment, []).append(chosen[run])
+        return [
+            torch.cat(found[number], 1)
+            if number in found
+            else every_block(segment.size, x.shape[1], count, x.device, segment.start)
+            for number, (segment, count) in enumerate(zip(share.segments, share.blocks[4].counts, strict=True))
+        ]
+
+    def _best(self, part: Tensor, keys: Tensor, run: Run, scored: Scored) -> Tensor:
+        """Blocks of the queries of a run: [n, b, q_lora_rank + heads], keys [b, m, width] -> [b, n, topk]."""
+        qr, weights = part.split([part.shape[-1] - self.heads, self.heads], -1)
+        begin = scored.begins[scored.documents[run.home][run.segment]]
+        turn = turns(self.config, 4, torch.arange(run.place, run.place + run.size, device=part.device))
+        queries = self._queries(qr, turn[:, None, None]).transpose(0, 1)
+        terms = IndexTerms(queries, keys[:, begin : begin + run.blocks], self._scaled(weights).transpose(0, 1))
+        found = self.choose(terms, run.place)
+        return torch.nn.functional.pad(found, (0, self.topk - found.shape[-1]), value=-1)
+
     def terms(self, x: Tensor, qr: Tensor, turn: Tensor, keys: Tensor | None = None) -> "IndexTerms":
         """What scores are made of, with gradients: x, qr and turn as in `forward`; `keys` where they are known."""
         queries = self._queries(qr, turn[:, None, None]).transpose(0, 1)
@@ -95,4 +155,20 @@ class Indexer(MegatronModule):
         return rotate(queries, turn, by=self.config.kernel_choice)
 
     def _weights(self, x: Tensor) -> Tensor:
-        return self.linear_weights_proj(x).float() * self.heads**-0.5
+        return self._scaled(self.linear_weights_proj(x))
+
+    def _scaled(self, weights: Tensor) -> Tensor:
+        return weights.float() * self.heads**-0.5
+
+
+def _by_peer(runs: Sequence[Run], rank: int) -> dict[int, list[Run]]:
+    """Runs by the other rank that has to do with them, in order; those that stay are left out."""
+    found: dict[int, list[Run]] = {}
+    for run in runs:
+        if run.at != run.home:
+            found.setdefault(run.at if run.home == rank else run.home, []).append(run)
+    return found
+
+
+def _count(runs: Sequence[Run]) -> int:
+    return sum(run.size for run in runs)
