@@ -391,11 +391,10 @@ def test_shares_of_a_row_are_its_work() -> None:
     for length, ranks in ((4096, 1), (5001, 3), (1 << 16, 4)):
         shares, whole = share_flops(FLASH, length, ranks), count_flops(FLASH, length).training.total
         assert max(shares) < 1.1 * min(shares) and sum(shares) == pytest.approx(whole, rel=1e-12)
-    documented = (Path(__file__).parents[2] / "docs" / "concepts" / "flops.md").read_text()
     for length in (1 << 16, 1 << 18, 1 << 20):
         row = f"| {length:,} |"
         for ranks in (2, 4, 8, 16):
             each = home, level = [rank_flops(FLASH, length, ranks, 2, mode) for mode in ("home", "auto")]
             assert home == share_flops(FLASH, length, ranks) and sum(level) == pytest.approx(sum(home), rel=1e-12)
             row += " {1:.3f} ({0:.3f}) |".format(*(max(shares) * ranks / sum(shares) for shares in each))
-        assert row in documented, row
+        assert row in (Path(__file__).parents[2] / "docs" / "concepts" / "flops.md").read_text()
