@@ -273,3 +273,17 @@ def test_data_that_cannot_be_opened_is_named_and_nothing_else_is_said(
     gc.collect()
     assert str(caught.value) == f"building datasets: {tmp_path / 'a'}{end}: Permission denied"
     assert not said
+
+
+def test_data_that_goes_away_meanwhile_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core.datasets import gpt_dataset
+
+    data, made = write_data(tmp_path / "a", make_documents(9, 30)), gpt_dataset.IndexedDataset
+
+    def late(*args: Any, **more: Any) -> object:
+        (tmp_path / "a.idx").unlink()
+        return made(*args, **more)
+
+    monkeypatch.setattr(gpt_dataset, "IndexedDataset", late)
+    with pytest.raises(BridgeError, match=r"^building datasets: .*\.idx.*at rest$"):
+        build(data, cache=tmp_path / "cache")

@@ -193,7 +193,7 @@ def build_pretraining_datasets(
     except Exception as error:
         # megatron wraps what the disk says of its cache in a bare Exception.
         reason = error.__cause__ if isinstance(error.__cause__, OSError) else error
-        if not isinstance(reason, (OSError, ValueError, EOFError)):
+        if not isinstance(reason, (OSError, ValueError, EOFError, AssertionError)):
             raise
         let_go(error)
         raise _unusable(place, reason) from None
@@ -227,6 +227,8 @@ def _unusable(place: Path, error: BaseException) -> BridgeError:
     named = error.filename if isinstance(error, OSError) else None
     if isinstance(named, str) and place.absolute() not in Path(named).absolute().parents:
         return BridgeError(f"building datasets: {os_error(error)}")  # type: ignore[arg-type]
+    if isinstance(error, AssertionError):  # how megatron-core says that a file which was there is gone
+        return BridgeError(f"building datasets: {error or 'megatron-core refuses them'}; repeat when it is at rest")
     return BridgeError(f"building datasets in {place}: {error}; remove that folder, or name another cache")
 
 
