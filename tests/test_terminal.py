@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from conftest import dsv4, fresh_dsv4
 from dsv4_bridge.cli import app
+from dsv4_bridge.cli.app import QUIET, quiet
 from dsv4_bridge.cli.help import VERBS
 
 
@@ -91,8 +93,24 @@ def test_json_says_what_it_is(toy_flash: Path) -> None:
 
 
 def test_quiet_is_quiet(toy_flash: Path, tmp_path: Path) -> None:
-    done = dsv4("-q", "import", toy_flash, tmp_path / "out")
-    assert done.returncode == 0 and not done.stderr and "tensors" in done.stdout
+    for number, words in enumerate((["-q", "import"], ["import", "-q"], ["import", "--quiet"])):
+        done = dsv4(*words, toy_flash, tmp_path / f"out-{number}")
+        assert done.returncode == 0 and not done.stderr and "tensors" in done.stdout
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_what_stands_before_a_verb_may_stand_behind_it(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for option in ("-q", "--quiet"):
+        for words in ([option, verb, "--version"], [verb, option, "--version"]):
+            monkeypatch.setenv(QUIET, "")
+            done = CliRunner().invoke(app, words)
+            assert done.exit_code == 0 and done.stdout.startswith("dsv4-bridge ") and quiet()
+    assert "--quiet" in CliRunner().invoke(app, [verb, "--help"]).stdout
+
+
+def test_an_option_is_not_taken_for_a_text(toy_flash: Path) -> None:
+    done = dsv4("generate", toy_flash, "--prompt", "-q", "--stop", "--version", "--max-new-tokens", "1", "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["continuations"][0]["prompt"] == "-q", done.stderr
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import BridgeError, printable
-from .app import Dtype, Json, Revision, app, finish, put
+from .app import Dtype, Json, Revision, app, finish, put, quiet
 
 
 class Against(StrEnum):
@@ -76,7 +76,7 @@ def parity(
         stream=stream,
         layers=_span(layers),
         work=work,
-        say=lambda line: print(printable(line), file=sys.stderr),
+        say=(lambda _: None) if quiet() else lambda line: print(printable(line), file=sys.stderr),
     )
     if report:
         print(f"written {write_report(found, report)}", file=sys.stderr)

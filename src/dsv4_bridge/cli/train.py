@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import BridgeError, printable
-from .app import Json, app, finish, put
+from .app import Json, app, finish, put, quiet
 
 
 @app.command()
@@ -72,7 +72,8 @@ def train(
     from .show.lines import columns, folded
 
     ranks = Ranks.from_environment()
-    say: Any = (lambda _: None) if as_json else lambda line: typer.echo(folded(printable(line), columns()))
+    silent = as_json or quiet()
+    say: Any = (lambda _: None) if silent else lambda line: typer.echo(folded(printable(line), columns()))
     from .. import mcore  # noqa: F401 - prepares torch for megatron-core
     from ..train.loop import train as run_train
 

@@ -1,11 +1,10 @@
 """Progress in a terminal, and in a log."""
 
-import os
 import time
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from ..app import QUIET
+from ..app import quiet
 from .console import Plain
 
 _QUIET_SECONDS = 10.0
@@ -20,7 +19,7 @@ class TerminalProgress:
         self._done = self._total = 0
         self._began = self._said = 0.0
         self._label = ""
-        self._quiet = bool(os.environ.get(QUIET))
+        self._quiet = quiet()
 
     def start(self, label: str, total: int, done: int) -> None:
         self._label, self._total, self._done = label, total, done
