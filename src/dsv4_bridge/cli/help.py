@@ -36,7 +36,7 @@ VERBS = {
     ),
     "plan": Help(
         "What goes where, how large, and does it fit?",
-        "dsv4 plan Flash --gpus 64 --gpu-memory 80",
+        "dsv4 plan Flash --gpus 256 --gpu-memory 80 --recompute",
         {"ckpt": "Folder, hub id, or a variant's name, as Flash."},
     ),
     "import": Help(

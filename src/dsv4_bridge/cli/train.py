@@ -17,15 +17,14 @@ def recipes(
     as_json: Json = False,
 ) -> None:
     """Training recipes; with NAME, every value of one and where it comes from."""
-    from rich.table import Table
-
     from ..train.choose import choose, dump, values
     from ..train.recipes import RECIPES
+    from .show.console import make_table
 
     if name is None:
         if as_yaml:
             raise BridgeError("printing a recipe as YAML: name one, as `dsv4 recipes flash-lora --yaml`")
-        table = Table("recipe", "what", box=None)
+        table = make_table("", "recipe", "what", box=None)
         for known, (summary, _) in RECIPES.items():
             table.add_row(known, summary)
         put({"recipes": {known: summary for known, (summary, _) in RECIPES.items()}}, as_json, table)
@@ -34,7 +33,7 @@ def recipes(
     if as_yaml:
         sys.stdout.write(dump(chosen.recipe))
         return
-    table = Table("key", "value", "where it comes from", box=None)
+    table = make_table("", "key", "value", "where it comes from", box=None)
     facts = {}
     for key, value in values(chosen.recipe).items():
         table.add_row(key, _shown(value), chosen.sources[key])

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import BridgeError, files_named
+from ..errors import BridgeError, counted, files_named
 from ..files import move, scratch_folder, sync
 from ..lock import hold
 from ..spec.spec import ModelSpec
@@ -76,9 +76,9 @@ class DataReport:
     def lines(self) -> list[str]:
         """The report for people."""
         size = self.tokens * np.dtype(self.dtype).itemsize
-        skipped = f", {self.empty:,} empty ones left out" if self.empty else ""
+        skipped = f", {counted(self.empty, 'empty one')} left out" if self.empty else ""
         return [
-            f"{self.out}.bin, .idx: {self.documents:,} documents of {self.files:,} files{skipped}",
+            f"{self.out}.bin, .idx: {counted(self.documents, 'document')} of {counted(self.files, 'file')}{skipped}",
             f"{self.tokens:,} tokens of {self.characters:,} characters "
             f"({self.characters / self.tokens:.2f} a token), {self.dtype}, {size:,} bytes",
             *report_lines(self.skipped, self.skipped_first, self.out + ENDING),

@@ -31,7 +31,7 @@ def flop_table(report: FlopReport) -> Any:
     change = f"{(totals[2] - totals[3]) / 1e9:+.3f}"
     table.add_row("all", *(_giga(v) for v in totals), change, "")
     lines = [
-        f"published convention: {totals[3] / 1e9:.3f} GFLOP a token; it leaves out router, hyper-connections (their",
+        f"published convention: {totals[3] / 1e9:.3f} GFLOP a token; it leaves out router, hyper-connections (their "
         "Sinkhorn too), hash lookup, adapters and recompute",
     ]
     if report.lora:

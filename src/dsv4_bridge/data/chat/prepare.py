@@ -14,7 +14,7 @@ import numpy as np
 
 from ...chat.encode import effort_text
 from ...chat.strings import EFFORTS
-from ...errors import BridgeError, files_named, some
+from ...errors import BridgeError, counted, files_named, some
 from ...files import scratch_folder
 from ...lock import hold
 from ..kinds import find_chats, is_array, look, refuse_others, unpacked
@@ -62,13 +62,13 @@ class ChatReport:
         """The report for people."""
         c = self.counts
         found = [
-            f"{c.conversations:,} conversations -> {c.samples:,} samples"
-            f" in {self.packs:,} pack{'s' * (self.packs != 1)} of {self.seq_length:,}",
+            f"{counted(c.conversations, 'conversation')} -> {counted(c.samples, 'sample')}"
+            f" in {counted(self.packs, 'pack')} of {self.seq_length:,}",
             f"{c.tokens:,} tokens, {c.learned:,} learned ({self.mask}); packs are {self.fill_rate:.1%} full",
         ]
         if c.truncated or c.dropped:
             found.append(
-                f"{c.truncated:,} samples cut, {c.dropped:,} dropped without a learned token:"
+                f"{counted(c.truncated, 'sample')} cut, {c.dropped:,} dropped without a learned token:"
                 f" {c.cut_tokens:,} tokens left out, {c.cut_learned:,} of them learned"
             )
         if c.lost_thoughts:
