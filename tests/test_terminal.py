@@ -9,6 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 from conftest import dsv4, fresh_dsv4
+from dsv4_bridge import BridgeError, make_toy
 from dsv4_bridge.cli import app
 from dsv4_bridge.cli.app import QUIET, quiet
 from dsv4_bridge.cli.help import VERBS
@@ -127,6 +128,66 @@ def test_an_option_is_not_taken_for_a_text(toy_flash: Path) -> None:
 def test_what_was_meant(words: list[str], meant: str) -> None:
     done = dsv4(*words)
     assert done.returncode == 2 and meant in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["improt", "a", "b"], "did you mean import? (dsv4 --help"),
+        (["import", "a"], "(dsv4 import --help lists its options)"),
+        (["train", "flash-lora", "--optimizer.lr", "1e-4"], "keys of a recipe have no dashes: optimizer.lr=VALUE"),
+        (["train", "flash-lora", "--lora.rank=4"], "have no dashes: lora.rank=4"),
+        (["train", "flash-lora", "start=some-one/Some", "--dry-run"], "hf download some-one/Some --local-dir Some"),
+        (["inspect", "TOY/model.gguf"], "GGUF files are not read"),
+        (["export", "TOY", "OUT", "--like", "MEGATRON"], "look swapped; dsv4 export MEGATRON OUT --like TOY"),
+    ],
+)
+def test_what_to_do_instead(
+    words: list[str], meant: str, toy_flash: Path, toy_megatron: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, path in (("TOY", toy_flash), ("MEGATRON", toy_megatron)):
+        (tmp_path / name).mkdir()
+        for part in path.iterdir():
+            (tmp_path / name / part.name).symlink_to(part)
+    (tmp_path / "TOY/model.gguf").write_bytes(b"GGUF")
+    monkeypatch.chdir(tmp_path)
+    done = dsv4(*words)
+    assert done.returncode == 2 and meant in done.stderr, done.stderr
+
+
+def test_without_a_word_the_help_is_shown() -> None:
+    done = dsv4()
+    assert done.returncode == 2 and done.stderr.startswith("Usage: ") and not done.stdout
+    assert done.stderr.strip() == dsv4("--help").stdout.strip()
+
+
+@pytest.mark.parametrize("scheme", ["s3", "gs", "memory", "hf", "file"])
+def test_addresses_are_no_folders(scheme: str, toy_flash: Path, toy_megatron: Path, tmp_path: Path) -> None:
+    """None is made of that name, by any verb that writes, nor by a function."""
+    there = f"{scheme}://bucket/folder"
+    (tmp_path / "a.txt").write_text("text")
+    code = f"import os; os.chdir({str(tmp_path)!r})"
+    for words in (
+        ["inspect", there],
+        ["import", there, "out"],
+        ["import", toy_flash, there],
+        ["export", toy_megatron, there, "--like", toy_flash],
+        ["export", there, "out", "--encoding", "bf16"],
+        ["rename", toy_megatron, there, "--naming", "hybrid"],
+        ["repack", toy_flash, there, "--encoding", "bf16"],
+        ["verify", toy_flash, there],
+        ["merge", toy_flash, toy_flash, there],
+        ["toy", there],
+        ["data", "a.txt", there, "--tokenizer", toy_flash],
+        ["train", "flash-lora", "--tiny", f"start={toy_flash}", "data.train=x", f"out={there}"],
+        ["train", "flash-lora", "--tiny", f"start={there}", "data.train=x", "out=out"],
+    ):
+        done = dsv4(*words, code=code)
+        assert done.returncode == 2 and there in done.stderr, (words, done.stderr)
+        assert "addresses are neither read nor written; name a folder" in done.stderr
+    with pytest.raises(BridgeError, match="addresses are neither read nor written"):
+        make_toy(there)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
 def test_a_folder_of_nearly_that_name(toy_flash: Path) -> None:

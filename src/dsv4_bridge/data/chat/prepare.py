@@ -15,7 +15,7 @@ import numpy as np
 from ...chat.encode import effort_text
 from ...chat.strings import EFFORTS
 from ...errors import BridgeError, counted, files_named, some
-from ...files import scratch_folder
+from ...files import local, scratch_folder
 from ...lock import hold
 from ..kinds import find_chats, is_array, look, refuse_others, unpacked
 from ..packed import in_shares, unwrapped
@@ -122,7 +122,9 @@ def prepare_chat(
             `out` exists, or the disk is full.
     """
     check_options(seq_length, mask)
-    sources, others = find_chats([src] if isinstance(src, Path) else list(src), skip)
+    for place in (named := [src] if isinstance(src, Path) else list(src)) + [out]:
+        local(place, "preparing data, at")
+    sources, others = find_chats(named, skip)
     start(sum(path.stat().st_size for path in sources))
     tokenizer = open_chat_tokenizer(tokenizer_folder)
     generation = generation or find_generation(tokenizer_folder)
@@ -149,9 +151,7 @@ def prepare_chat(
                 "counts": asdict(counts),
                 "skipped": left_out.count,
             }
-            check_free(out, overwrite)  # before an older list goes
-            left_out.place()
-            write_chat_data(out, samples, packing, facts, overwrite=overwrite)
+            write_chat_data(out, samples, packing, facts, overwrite=overwrite, beside=left_out.place)
         finally:
             left_out.drop()
     first = tuple(map(str, left_out.first))
