@@ -2,6 +2,8 @@
 
 import json
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,30 @@ def test_version_and_completion() -> None:
     words = {"_DSV4_COMPLETE": "complete_bash", "COMP_WORDS": "dsv4 ren", "COMP_CWORD": "1"}
     code = "import sys; sys.argv[0] = 'dsv4'"
     assert dsv4(code=code, **words).stdout.split() == ["rename"]
+
+
+def test_light_verbs_load_no_compiler_and_no_model(toy_flash: Path) -> None:
+    """In a fresh interpreter, one behind the other."""
+    code = """
+import contextlib, io, json, sys
+from dsv4_bridge.cli import main
+for words in json.loads(sys.argv[1]):
+    sys.argv[1:] = words
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+        main()
+print(*sorted({"torch", "numba", "megatron", "transformers", "tokenizers", "huggingface_hub"} & sys.modules.keys()))
+"""
+    lines = ["--help", "import --help", f"inspect {toy_flash}", f"plan {toy_flash}", "plan Flash", "plan Flash --tp 2"]
+    lines += ["flops Flash", f"flops {toy_flash}", "recipes", "recipes flash-lora", "train flash-lora --dry-run"]
+    words = json.dumps([line.split() for line in lines])
+    done = subprocess.run([sys.executable, "-c", code, words], capture_output=True, text=True, check=True, timeout=300)
+    assert not done.stdout.strip(), done.stdout
+
+
+def test_the_default_in_the_help_of_flops_is_the_default() -> None:
+    from dsv4_bridge.planning.activations import LOSS_CHUNK
+
+    assert f"{LOSS_CHUNK} by default" in " ".join(dsv4("flops", "--help").stdout.split())
 
 
 def test_names_from_anywhere_do_not_steer_a_terminal(tmp_path: Path) -> None:

@@ -88,14 +88,10 @@ def recipe_spec(recipe: Recipe, scaled: bool = False) -> ModelSpec:
     for place in (recipe.start, recipe.out, recipe.tokenizer, *recipe.data.train, *recipe.data.valid):
         local(place, doing)
     if recipe.start and not Path(recipe.start).is_dir():
-        hint = (
-            ""
-            if not re.fullmatch(r"[\w.-]+/[\w.-]+", recipe.start)
-            else (
-                f"; of a repository on the Hub every rank would read the files: fetch it first, hf download {recipe.start} "
-                f"--local-dir {recipe.start.rpartition('/')[2]}"
-            )
-        )
+        hint = ""
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", recipe.start):
+            fetch = f"hf download {recipe.start} --local-dir {recipe.start.rpartition('/')[2]}"
+            hint = f"; a repository on the Hub is fetched first: {fetch}"
         raise BridgeError(f"{doing} start={recipe.start}: no such folder{hint}")
     if scaled and not recipe.start and recipe.variant in VARIANTS:
         spec = tiny(VARIANTS[recipe.variant])

@@ -1,24 +1,29 @@
 """What the verbs about checkpoints found, for people; nothing here decides anything."""
 
+from __future__ import annotations
+
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from ...codec import Certificate, EncodeStats
-from ...convert.checksums import FilesReport
-from ...convert.contents import ContentsReport
-from ...convert.emitter import Report
-from ...convert.releases import ReleaseReport
-from ...convert.verify import VerifyReport
 from ...errors import counted, size
-from ...store.inspect import InspectReport
-from ..doctor import Check
 from .console import make_table
+
+if TYPE_CHECKING:
+    from ...codec import Certificate, EncodeStats
+    from ...convert.checksums import FilesReport
+    from ...convert.contents import ContentsReport
+    from ...convert.emitter import Report
+    from ...convert.releases import ReleaseReport
+    from ...convert.verify import VerifyReport
+    from ...store.inspect import InspectReport
+    from ..doctor import Check
 
 
 def verify_table(report: VerifyReport) -> Group:
