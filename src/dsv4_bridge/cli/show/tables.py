@@ -52,7 +52,8 @@ def verify_verdict(report: VerifyReport) -> Group:
         return Group(*lines, Text(verdict, "bold green"))
     what = [counted(report.differing, "tensor")] if report.differing or not report.config else []
     what += [f"{counted(len(report.config), 'number')} of the model"] if report.config else []
-    return Group(*lines, Text(f"{' and '.join(what)} differ between {report.a} and {report.b}", "bold red"))
+    differ = "differs" if report.differing + len(report.config) == 1 else "differ"
+    return Group(*lines, Text(f"{' and '.join(what)} {differ} between {report.a} and {report.b}", "bold red"))
 
 
 def files_verdict(report: FilesReport) -> Group:
