@@ -91,7 +91,8 @@ def release_verdict(report: ReleaseReport) -> Group:
         proven = f"{counted(len(report.proven), 'file')} proven, {len(report.unproven)} not"
         told = f"nothing differs of what is known, but {proven}: it cannot be said here that this is {whose}"
         return Group(*lines, Text(told, "bold yellow"))
-    return Group(*lines, Text(f"not {whose}: {counted(len(report.wrong), 'file')} differing", "bold red"))
+    differ = "differs" if len(report.wrong) == 1 else "differ"
+    return Group(*lines, Text(f"not {whose}: {counted(len(report.wrong), 'file')} {differ}", "bold red"))
 
 
 def _by_word(told: Mapping[str, str]) -> dict[str, list[str]]:
