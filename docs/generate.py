@@ -33,9 +33,10 @@ def python_blocks(text: str) -> list[tuple[str, str]]:
 
 
 _BEFORE_VERBS = """\
-Before the verb: `dsv4 --version`, `dsv4 -h` (of a verb too), `dsv4 -q VERB` shows no progress (so does `DSV4_QUIET=1`
-in the environment), `dsv4 --install-completion` for the shell. Tables fit the terminal; where one is too narrow, rows
-are stacked; in a pipe nothing is cut (`DSV4_WIDTH=100` says otherwise).
+Before a verb or behind it: `-h` for help, `--version`, and `-q` or `--quiet`, which shows no progress (so does
+`DSV4_QUIET=1` in the environment; a run of `train` then says its last line alone). `dsv4 --install-completion`
+completes words in the shell. Tables fit the terminal; where one is too narrow, rows are stacked; in a pipe nothing is
+cut (`DSV4_WIDTH=100` says otherwise).
 
 `--json` prints one object on stdout: `schema` (1; counted up when the meaning of a field changes), `verb`, `version`,
 and what the verb found. An error is an object too, beside its line on stderr: `error` and `exit_code`. Exit codes: 0
@@ -48,14 +49,14 @@ def _commands() -> str:
     from typer.main import get_command
 
     from dsv4_bridge.cli import app
-    from dsv4_bridge.cli.help import VERBS
+    from dsv4_bridge.cli.help import ANYWHERE, VERBS
 
     parts = [f"# Every verb and option\n\n{_NOTE}\n\n{_BEFORE_VERBS}"]
     group: Any = get_command(app)
     for name in group.list_commands(None):
         verb = group.get_command(None, name)
         rows = []
-        for param in verb.params:
+        for param in (p for p in verb.params if p.name not in ANYWHERE):
             option = param.opts[0].startswith("-")
             said = " / ".join([*param.opts, *param.secondary_opts]) if option else (param.metavar or param.name.upper())
             default = param.default if option and param.default not in (None, False, ()) else ""

@@ -144,6 +144,28 @@ def test_the_transcript_in_the_readme_is_what_the_demo_prints() -> None:
     assert not missing, missing
 
 
+@pytest.mark.parametrize(
+    ("page", "begins", "command"),
+    [
+        ("guides/finetune-flash.md", "ranks of flash-finetune", "train flash-finetune --dry-run --gpu-memory 80"),
+        ("guides/lora-one-node.md", "ranks of flash-lora", "train flash-lora --dry-run --gpu-memory 96"),
+        ("concepts/flops.md", "GFLOP a token", "flops Flash"),
+    ],
+)
+def test_calculated_transcripts_are_what_is_printed(page: str, begins: str, command: str) -> None:
+    """Spaces and the lines of tables aside."""
+    text = (DOCS / page).read_text()
+    assert f"dsv4 {command}\n" in text
+    (transcript,) = re.findall(rf"^{begins}.*?(?=^```)", text, re.S | re.M)
+    printed = {bare(line) for line in dsv4(*command.split()).stdout.splitlines()}
+    missing = [x for x in transcript.splitlines() if bare(x) not in printed and "…" not in x]
+    assert len(transcript.splitlines()) > 4 and not missing, missing
+
+
+def bare(line: str) -> str:
+    return " ".join(re.sub(r"[\u2500-\u257f]", " ", line).split())
+
+
 def blocks(page: Path) -> list[tuple[str, str]]:
     return generated.python_blocks(page.read_text())
 

@@ -2,13 +2,18 @@
 
 import json
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from conftest import dsv4, fresh_dsv4
+from dsv4_bridge import BridgeError, make_toy
 from dsv4_bridge.cli import app
+from dsv4_bridge.cli.app import QUIET, quiet
 from dsv4_bridge.cli.help import VERBS
 
 
@@ -43,6 +48,30 @@ def test_version_and_completion() -> None:
     words = {"_DSV4_COMPLETE": "complete_bash", "COMP_WORDS": "dsv4 ren", "COMP_CWORD": "1"}
     code = "import sys; sys.argv[0] = 'dsv4'"
     assert dsv4(code=code, **words).stdout.split() == ["rename"]
+
+
+def test_light_verbs_load_no_compiler_and_no_model(toy_flash: Path) -> None:
+    """In a fresh interpreter, one behind the other."""
+    code = """
+import contextlib, io, json, sys
+from dsv4_bridge.cli import main
+for words in json.loads(sys.argv[1]):
+    sys.argv[1:] = words
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+        main()
+print(*sorted({"torch", "numba", "megatron", "transformers", "tokenizers", "huggingface_hub"} & sys.modules.keys()))
+"""
+    lines = ["--help", "import --help", f"inspect {toy_flash}", f"plan {toy_flash}", "plan Flash", "plan Flash --tp 2"]
+    lines += ["flops Flash", f"flops {toy_flash}", "recipes", "recipes flash-lora", "train flash-lora --dry-run"]
+    words = json.dumps([line.split() for line in lines])
+    done = subprocess.run([sys.executable, "-c", code, words], capture_output=True, text=True, check=True, timeout=300)
+    assert not done.stdout.strip(), done.stdout
+
+
+def test_the_default_in_the_help_of_flops_is_the_default() -> None:
+    from dsv4_bridge.planning.activations import LOSS_CHUNK
+
+    assert f"{LOSS_CHUNK} by default" in " ".join(dsv4("flops", "--help").stdout.split())
 
 
 def test_names_from_anywhere_do_not_steer_a_terminal(tmp_path: Path) -> None:
@@ -91,8 +120,24 @@ def test_json_says_what_it_is(toy_flash: Path) -> None:
 
 
 def test_quiet_is_quiet(toy_flash: Path, tmp_path: Path) -> None:
-    done = dsv4("-q", "import", toy_flash, tmp_path / "out")
-    assert done.returncode == 0 and not done.stderr and "tensors" in done.stdout
+    for number, words in enumerate((["-q", "import"], ["import", "-q"], ["import", "--quiet"])):
+        done = dsv4(*words, toy_flash, tmp_path / f"out-{number}")
+        assert done.returncode == 0 and not done.stderr and "tensors" in done.stdout
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_what_stands_before_a_verb_may_stand_behind_it(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for option in ("-q", "--quiet"):
+        for words in ([option, verb, "--version"], [verb, option, "--version"]):
+            monkeypatch.setenv(QUIET, "")
+            done = CliRunner().invoke(app, words)
+            assert done.exit_code == 0 and done.stdout.startswith("dsv4-bridge ") and quiet()
+    assert "--quiet" in CliRunner().invoke(app, [verb, "--help"]).stdout
+
+
+def test_an_option_is_not_taken_for_a_text(toy_flash: Path) -> None:
+    done = dsv4("generate", toy_flash, "--prompt", "-q", "--stop", "--version", "--max-new-tokens", "1", "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["continuations"][0]["prompt"] == "-q", done.stderr
 
 
 @pytest.mark.parametrize(
@@ -109,6 +154,66 @@ def test_quiet_is_quiet(toy_flash: Path, tmp_path: Path) -> None:
 def test_what_was_meant(words: list[str], meant: str) -> None:
     done = dsv4(*words)
     assert done.returncode == 2 and meant in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["improt", "a", "b"], "did you mean import? (dsv4 --help"),
+        (["import", "a"], "(dsv4 import --help lists its options)"),
+        (["train", "flash-lora", "--optimizer.lr", "1e-4"], "keys of a recipe have no dashes: optimizer.lr=VALUE"),
+        (["train", "flash-lora", "--lora.rank=4"], "have no dashes: lora.rank=4"),
+        (["train", "flash-lora", "start=some-one/Some", "--dry-run"], "hf download some-one/Some --local-dir Some"),
+        (["inspect", "TOY/model.gguf"], "GGUF files are not read"),
+        (["export", "TOY", "OUT", "--like", "MEGATRON"], "look swapped; dsv4 export MEGATRON OUT --like TOY"),
+    ],
+)
+def test_what_to_do_instead(
+    words: list[str], meant: str, toy_flash: Path, toy_megatron: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, path in (("TOY", toy_flash), ("MEGATRON", toy_megatron)):
+        (tmp_path / name).mkdir()
+        for part in path.iterdir():
+            (tmp_path / name / part.name).symlink_to(part)
+    (tmp_path / "TOY/model.gguf").write_bytes(b"GGUF")
+    monkeypatch.chdir(tmp_path)
+    done = dsv4(*words)
+    assert done.returncode == 2 and meant in done.stderr, done.stderr
+
+
+def test_without_a_word_the_help_is_shown() -> None:
+    done = dsv4()
+    assert done.returncode == 2 and done.stderr.startswith("Usage: ") and not done.stdout
+    assert done.stderr.strip() == dsv4("--help").stdout.strip()
+
+
+@pytest.mark.parametrize("scheme", ["s3", "gs", "memory", "hf", "file"])
+def test_addresses_are_no_folders(scheme: str, toy_flash: Path, toy_megatron: Path, tmp_path: Path) -> None:
+    """None is made of that name, by any verb that writes, nor by a function."""
+    there = f"{scheme}://bucket/folder"
+    (tmp_path / "a.txt").write_text("text")
+    code = f"import os; os.chdir({str(tmp_path)!r})"
+    for words in (
+        ["inspect", there],
+        ["import", there, "out"],
+        ["import", toy_flash, there],
+        ["export", toy_megatron, there, "--like", toy_flash],
+        ["export", there, "out", "--encoding", "bf16"],
+        ["rename", toy_megatron, there, "--naming", "hybrid"],
+        ["repack", toy_flash, there, "--encoding", "bf16"],
+        ["verify", toy_flash, there],
+        ["merge", toy_flash, toy_flash, there],
+        ["toy", there],
+        ["data", "a.txt", there, "--tokenizer", toy_flash],
+        ["train", "flash-lora", "--tiny", f"start={toy_flash}", "data.train=x", f"out={there}"],
+        ["train", "flash-lora", "--tiny", f"start={there}", "data.train=x", "out=out"],
+    ):
+        done = dsv4(*words, code=code)
+        assert done.returncode == 2 and there in done.stderr, (words, done.stderr)
+        assert "addresses are neither read nor written; name a folder" in done.stderr
+    with pytest.raises(BridgeError, match="addresses are neither read nor written"):
+        make_toy(there)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
 def test_a_folder_of_nearly_that_name(toy_flash: Path) -> None:

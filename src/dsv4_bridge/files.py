@@ -6,6 +6,7 @@ then what says that it is there.
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,6 +14,32 @@ from pathlib import Path
 from .errors import BridgeError
 
 AnyPath = str | os.PathLike[str]
+_ADDRESS = re.compile(r"([A-Za-z][\w+.-]+):/+(.*)", re.DOTALL)  # a Path keeps one slash of two
+
+
+def local(place: AnyPath, doing: str) -> Path:
+    """A place on this machine's file systems.
+
+    Args:
+        place: as a user named it.
+        doing: for the message.
+
+    Raises:
+        BridgeError: an address, as `s3://bucket/folder`; a folder of that name would be made without a word.
+    """
+    found = _ADDRESS.fullmatch(os.fspath(place))
+    if found and not Path(place).exists():
+        scheme, rest = found.groups()
+        tool = _COPIES.get(scheme.lower())
+        copy = f"copy it ({tool})" if tool else "fetch it first"
+        raise BridgeError(
+            f"{doing} {scheme}://{rest}: addresses are neither read nor written; name a folder: {copy}, or mount it "
+            "as a file system. Of the Hub, name the repository as owner/name"
+        )
+    return Path(place)
+
+
+_COPIES = {"s3": "aws s3 sync", "gs": "gcloud storage rsync -r", "az": "azcopy sync", "abfs": "azcopy sync"}
 
 
 def sync(path: Path) -> None:

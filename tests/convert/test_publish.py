@@ -145,6 +145,19 @@ def test_what_is_not_whole_is_refused(what: str, out: Path, server: UploadHub, t
     assert not server.repos
 
 
+def test_names_of_files_do_not_break_the_head_of_a_card(server: UploadHub, out: Path, tmp_path: Path) -> None:
+    checksums_path(out).unlink()
+    for name in ("LICENSE: all [rights], #none", "LICENSE-7", "license 'quoted' {x}"):
+        for path in out.iterdir():
+            if path.name.upper().startswith("LICENSE"):
+                path.rename(out / name)
+                (out / name).write_text("Some other licence")
+        done = dsv4("push", out, REPO, "--dry-run", "--json", **env(server, tmp_path / "cache"))
+        assert done.returncode == 0, done.stderr
+        head = yaml.safe_load(json.loads(done.stdout)["card"].split("---\n")[1])
+        assert head["license_link"] == name and head["license_name"] == "see-file"
+
+
 def test_adapters_have_a_card_too(server: UploadHub, tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
     folder.mkdir()

@@ -85,7 +85,7 @@ def test_the_command_says_which_and_exits_with_1(toy_flash: Path, tmp_path: Path
     other = edited(toy_flash, tmp_path / "other", lambda c: c.update(index_topk=16))
     done = dsv4("verify", toy_flash, other, "--level", "bytes")
     assert done.returncode == 1 and "index_topk: 8 against 16" in done.stdout
-    assert "1 numbers of the model differ" in done.stdout
+    assert "1 number of the model differs" in done.stdout
     done = dsv4("verify", toy_flash, other, "--json")
     assert done.returncode == 1 and json.loads(done.stdout)["config"][0].startswith("index_topk")
 

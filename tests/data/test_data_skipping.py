@@ -208,6 +208,8 @@ def test_samples_are_shown_as_they_are_learned(toy_flash: Path, tmp_path: Path) 
     data = open_chat_data(tmp_path / "x")
     counts = [(len(pack.tokens), int(pack.loss_mask.sum())) for pack in (data[i] for i in range(3))]
     assert [(one["tokens"], one["learned"]) for one in shown] == counts
+    again = dsv4("data", src, tmp_path / "x", *args, "--show", "9", "--json")  # OUT is there, and is not shown
+    assert json.loads(again.stdout)["samples"] == shown
     text = tmp_path / "text.txt"
     text.write_text("abc")
     done = dsv4("data", text, "--tokenizer", toy_flash, "--show", "3")

@@ -133,7 +133,7 @@ def test_empty_documents_are_left_out_and_counted(toy_flash: Path, tmp_path: Pat
     source = write_lines(tmp_path / "a.jsonl", ["one", "", " \n\t", "two", ""])
     source.write_text(source.read_text() + "\n\n")
     done = run(source, tmp_path / "out", "--tokenizer", toy_flash)
-    assert "2 documents of 1 files, 3 empty ones left out" in done.stdout
+    assert "2 documents of 1 file, 3 empty ones left out" in done.stdout
     assert len(list(read(tmp_path / "out"))) == 2
 
 

@@ -322,10 +322,10 @@ def test_the_command_says_what_fits(capsys: pytest.CaptureFixture[str], monkeypa
     code, out, _ = run(capsys, monkeypatch, "plan", "Flash", "--gpus", "128", "--gpu-memory", "80", "--recompute")
     assert code == 0
     assert "the quickest by estimate" in out
-    assert "TOO LARGE" not in out
+    assert "│ over │" not in out
     code, out, _ = run(capsys, monkeypatch, "plan", "Flash", "--tp", "2", "--gpu-memory", "80", "--mode", "inference")
     assert code == 1
-    assert "TOO LARGE" in out
+    assert "│ over │" in out
 
 
 def test_a_written_layout_is_planned_as_written(

@@ -65,8 +65,8 @@ def test_folders_that_are_nearly_one(tmp_path: Path, toy_flash: Path, monkeypatc
     assert "there is no such folder; data/flash is there. As a repository on the Hub" in said
     said = one_message(dsv4("import", "DeepSeek-V4-Flash", "out", **offline))
     assert "on the Hub it is deepseek-ai/DeepSeek-V4-Flash" in said
-    assert "addresses are not read" in one_message(dsv4("inspect", "https://example.com/x/y", **offline))
-    assert "addresses are not read" in one_message(dsv4("import", "s3://bucket/x", "out", **offline))
+    assert "addresses are neither read" in one_message(dsv4("inspect", "https://example.com/x/y", **offline))
+    assert "addresses are neither read" in one_message(dsv4("import", "s3://bucket/x", "out", **offline))
     (tmp_path / "models--a--b" / "snapshots" / "c").mkdir(parents=True)
     assert "name the folder below" in one_message(dsv4("inspect", "models--a--b", **offline))
     (tmp_path / "gguf").mkdir()

@@ -1,10 +1,13 @@
 """What a run tells those who watch it: its lines, its log, trackers, logs of ranks, where a step's time goes."""
 
 import gzip
+import html
 import json
 import math
 import os
 import re
+import shlex
+import shutil
 import signal
 import time
 from collections.abc import Mapping
@@ -266,6 +269,30 @@ def test_the_page_of_a_run_shows_its_curves_recipe_and_commands(watched: tuple[P
     assert "optimizer.lr0.002given" in page.text and "optimizer.beta20.95technical report" in page.text
     assert f"train {out}/recipe.yaml schedule.steps=6" in page.text and f"export {out} {out}-hf --like" in page.text
     assert report(out / "iter_0000003").exit_code == 0  # the run is found from its checkpoint
+
+
+@pytest.mark.parametrize("kind", ["fresh", "released", "megatron"])
+def test_what_a_page_proposes_can_be_done(
+    kind: str,
+    watched: tuple[Path, Result],
+    toy_flash: Path,
+    toy_megatron: Path,
+    tmp_path: Path,
+) -> None:
+    """The export, as it stands: of fresh weights there is no release, and a Megatron checkpoint is none."""
+    start = {"fresh": "", "released": str(toy_flash), "megatron": str(toy_megatron)}[kind]
+    shutil.copytree(watched[0] if kind == "fresh" else toy_megatron, tmp_path / "run")
+    for name in ("recipe.yaml", "log.jsonl"):
+        shutil.copy(watched[0] / name, tmp_path / "run" / name)
+    path = tmp_path / "run/recipe.yaml"
+    path.write_text(re.sub(r"^start: .*$", f"start: {json.dumps(start)}", path.read_text(), flags=re.MULTILINE))
+    done = report(tmp_path / "run", tmp_path / "page.html")
+    assert done.exit_code == 0, done.output
+    (line,) = re.findall(r"dsv4 (export [^<\n]*)", (tmp_path / "page.html").read_text())
+    assert ("--like" in line) == (kind == "released")
+    done = CliRunner().invoke(app, shlex.split(html.unescape(line)))
+    assert done.exit_code == 0, (line, done.exception)
+    assert CliRunner().invoke(app, ["inspect", str(tmp_path / "run-hf")]).exit_code == 0
 
 
 def test_a_page_of_a_run_that_is_under_way(watched: tuple[Path, Result], tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The command `dsv4`: its verbs in the order of `--help`, its messages, its exit codes."""
 
 import contextlib
+import difflib
 import gc
 import json
 import os
@@ -49,7 +50,10 @@ def main() -> None:
         code = 2
     except _BAD_ARGUMENTS as error:
         message = getattr(error, "format_message", error.__str__)()
-        _refused(f"{message} (dsv4 --help lists verbs and options)")
+        if len(sys.argv) < 2:  # without a word: the help
+            sys.stderr.write(f"{message}\n")
+        else:
+            _refused(message + _hint(message))
         code = 2
     except _Terminated:
         code = 143
@@ -75,6 +79,18 @@ def main() -> None:
     if any(thread.name == "progress" for thread in threading.enumerate()):
         os._exit(code or 0)  # a display that is stuck in a full pipe would end the interpreter with an error
     sys.exit(code or 0)
+
+
+def _hint(message: str) -> str:
+    """What to do about arguments that cannot be used."""
+    if verb() not in _PLACE:
+        near = difflib.get_close_matches(verb(), _PLACE, 1)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        return f"{meant} (dsv4 --help lists the verbs)"
+    key = next((word.lstrip("-") for word in sys.argv[2:] if word.startswith("--") and "." in word), "")
+    change = key if "=" in key else f"{key}=VALUE"
+    said = f"; keys of a recipe have no dashes: {change}" if verb() == "train" and key else ""
+    return f"{said} (dsv4 {verb()} --help lists its options)"
 
 
 # Top-level modules -> what brings them.

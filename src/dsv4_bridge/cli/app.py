@@ -33,6 +33,16 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
+def _hush(asked: bool) -> None:
+    if asked:
+        os.environ[QUIET] = "1"
+
+
+def quiet() -> bool:
+    """Whether no progress is to be shown."""
+    return bool(os.environ.get(QUIET))
+
+
 def package_version() -> str:
     """Of this package, as it is installed."""
     from importlib.metadata import PackageNotFoundError, version
@@ -48,12 +58,13 @@ def root(
     version: Annotated[
         bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress; results and errors are.")] = False,
+    hushed: Annotated[
+        bool,
+        typer.Option("--quiet", "-q", help="Show no progress; results and errors are.", callback=_hush, is_eager=True),
+    ] = False,
 ) -> None:
-    """What comes before a verb."""
-    del version
-    if quiet:
-        os.environ[QUIET] = "1"
+    """What comes before a verb, or behind it: `Verbs` gives the same options to each."""
+    del version, hushed
 
 
 def described(facts: dict[str, Any], verb: str) -> dict[str, Any]:

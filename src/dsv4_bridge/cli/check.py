@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import BridgeError
+from ..errors import BridgeError, counted, size
 from .app import Json, NamingOption, Revision, Workers, app, finish, put
 
 
@@ -67,7 +67,7 @@ def toy(
     from ..spec.variants import variant_named
     from ..store.inspect import inspect as look
     from ..toy.checkpoint import make_toy, toy_bytes, toy_spec
-    from .show.console import say, size
+    from .show.console import say
     from .show.progress import TerminalProgress
 
     spec = toy_spec(variant, width.value, layers, ragged=ragged)
@@ -76,7 +76,8 @@ def toy(
     if width is Width.full:
         shown = ", ".join(f"{count} {name}" for name, count in kinds.items() if count)
         few = f"; too few layers for {', '.join(absent)}" if absent else ""
-        say(f"{dst}: {size(toy_bytes(variant, spec))} of disk, {spec.num_hidden_layers} layers ({shown}){few}")
+        deep = counted(spec.num_hidden_layers, "layer")
+        say(f"{dst}: {size(toy_bytes(variant, spec))} of disk, {deep} ({shown}){few}")
     make_toy(
         dst,
         variant,
@@ -99,7 +100,7 @@ def toy(
         "layers": kinds,
         "absent": absent,
     }
-    put(facts, as_json, f"{dst}: a toy {variant}, {made.tensors} tensors, {made.bytes / 1e6:.1f} MB")
+    put(facts, as_json, f"{dst}: a toy {variant}, {made.tensors:,} tensors, {size(made.bytes)}")
 
 
 @app.command()

@@ -98,7 +98,7 @@ def data(
         raise BridgeError(f"preparing data: --no-thinking and --thinking {thinking} contradict each other")
     thinking = Thinking.off if no_thinking else thinking
     sources, out = (paths, None) if show else (paths[:-1], paths[-1])
-    if show and len(paths) > 1 and not paths[-1].exists():  # the command as it will run, with --show behind it
+    if show and len(paths) > 1 and _is_out(paths[-1]):  # the command as it will run, with --show behind it
         sources = paths[:-1]
     if not sources:
         raise BridgeError(f"preparing data: only {paths[0]} is named; give SRC and OUT")
@@ -148,6 +148,13 @@ def data(
     finally:
         progress.stop()
     put(report.to_json() if as_json else {}, as_json, "" if as_json else "\n".join(report.lines()))
+
+
+def _is_out(path: Path) -> bool:
+    """Whether a path is where data goes, or lies already."""
+    from ..data.chat.store import NAME
+
+    return not path.exists() or (path / NAME).is_file()
 
 
 def _chats(

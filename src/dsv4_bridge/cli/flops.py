@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 
 from ..errors import BridgeError
-from ..planning.activations import LOSS_CHUNK
 from .app import Json, Revision, app, put
 
 
@@ -34,8 +33,9 @@ def flops(
     train_indexer: Annotated[bool, typer.Option("--train-indexer", help="Give the indexer gradients.")] = False,
     recompute: Annotated[Recompute | None, typer.Option("--recompute", help="What is computed twice.")] = None,
     loss_chunk: Annotated[
-        int, typer.Option("--loss-chunk", min=0, help="Tokens whose logits are there at a time; 0: all of a row.")
-    ] = LOSS_CHUNK,
+        int | None,
+        typer.Option("--loss-chunk", min=0, help="Tokens whose logits are there at a time, 0: all; 2048 by default."),
+    ] = None,
     tokens_per_second: Annotated[
         float | None,
         typer.Option("--tokens-per-second", min=0.0, help="Speed of one GPU: TFLOP/s, and MFU with --gpu."),
@@ -48,6 +48,7 @@ def flops(
 
     CKPT is a folder of either format, a hub id or a variant's name.
     """
+    from ..planning.activations import LOSS_CHUNK
     from ..planning.flops_report import flop_report
     from ..spec.lora import Lora
     from ..store.named import spec_of
@@ -70,7 +71,7 @@ def flops(
         lora=lora,
         train_indexer=train_indexer,
         recompute=recompute and recompute.value,
-        loss_chunk=loss_chunk,
+        loss_chunk=LOSS_CHUNK if loss_chunk is None else loss_chunk,
         tokens_per_second=tokens_per_second,
         gpu=gpu,
     )

@@ -1,5 +1,6 @@
-"""What `--help` says beside a verb's own options: a short line, its arguments, an example."""
+"""What `--help` says beside a verb's own options: a short line, its arguments, an example, options of every verb."""
 
+import copy
 from typing import Any, NamedTuple
 
 import typer.core
@@ -35,7 +36,7 @@ VERBS = {
     ),
     "plan": Help(
         "What goes where, how large, and does it fit?",
-        "dsv4 plan Flash --gpus 64 --gpu-memory 80",
+        "dsv4 plan Flash --gpus 256 --gpu-memory 80 --recompute",
         {"ckpt": "Folder, hub id, or a variant's name, as Flash."},
     ),
     "import": Help(
@@ -114,6 +115,9 @@ VERBS = {
 }
 
 
+ANYWHERE = ("hushed", "version")  # options that stand before a verb or behind it
+
+
 class Verbs(typer.core.TyperGroup):
     """The verbs, with these words."""
 
@@ -125,4 +129,13 @@ class Verbs(typer.core.TyperGroup):
             for parameter in command.params:
                 if parameter.name in found.arguments and getattr(parameter, "help", None) is None:
                     parameter.help = found.arguments[parameter.name]
+        if command is not None and not any(parameter.name in ANYWHERE for parameter in command.params):
+            command.params += [_behind(parameter) for parameter in self.params if parameter.name in ANYWHERE]
         return command
+
+
+def _behind(option: Any) -> Any:
+    """An option of the command as one of a verb, whose function is not told of it."""
+    one = copy.copy(option)
+    one.expose_value = False
+    return one

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ..errors import BridgeError, printable
-from .app import Dtype, Json, Revision, app, finish, put
+from ..errors import BridgeError, counted, printable, size
+from .app import Dtype, Json, Revision, app, finish, put, quiet
 
 
 class Against(StrEnum):
@@ -76,7 +76,7 @@ def parity(
         stream=stream,
         layers=_span(layers),
         work=work,
-        say=lambda line: print(printable(line), file=sys.stderr),
+        say=(lambda _: None) if quiet() else lambda line: print(printable(line), file=sys.stderr),
     )
     if report:
         print(f"written {write_report(found, report)}", file=sys.stderr)
@@ -152,9 +152,9 @@ def generate(
         put(report.to_json(), as_json, None)
     elif (kept := report.streamed) is not None:
         sys.stderr.write(
-            f"in memory: {kept.kept / 1e9:,.2f} of {kept.every_token / 1e9:,.2f} GB of what every token needs, and "
-            f"{kept.room:,} experts a layer; read: {kept.read / 1e9:,.2f} GB, {kept.misses:,} of "
-            f"{kept.hits + kept.misses:,} experts\n"
+            f"in memory: {size(kept.kept)} of {size(kept.every_token)} of what every token needs, and "
+            f"{counted(kept.room, 'expert')} a layer; read: {size(kept.read)}, {kept.misses:,} of "
+            f"{counted(kept.hits + kept.misses, 'expert')}\n"
         )
     for row in report.continuations:
         if row.right is False:

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import counted, size
 from .app import Json, Workers, app, put
 
 
@@ -26,10 +27,9 @@ def push(
     from ..convert.publish import prepare_push
     from ..convert.publish import push as send
     from .show.progress import TerminalProgress
-    from .show.tables import size
 
     found = prepare_push(folder, repo, base=base, revision=revision, workers=workers, progress=TerminalProgress())
-    total = f"{len(found.files) + 1:,} files, {size(sum(found.files.values()) + len(found.card.encode()))}"
+    total = f"{counted(len(found.files) + 1, 'file')}, {size(sum(found.files.values()) + len(found.card.encode()))}"
     if dry_run:
         listed = [f"{nbytes:>16,}  {name}" for name, nbytes in sorted(found.files.items())]
         text = "\n".join([found.card, "files:", *listed, f"would go to {repo}: {total}; nothing was sent"])

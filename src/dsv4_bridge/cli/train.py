@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import BridgeError, printable
-from .app import Json, app, finish, put
+from .app import Json, app, finish, put, quiet
 
 
 @app.command()
@@ -17,15 +17,14 @@ def recipes(
     as_json: Json = False,
 ) -> None:
     """Training recipes; with NAME, every value of one and where it comes from."""
-    from rich.table import Table
-
     from ..train.choose import choose, dump, values
     from ..train.recipes import RECIPES
+    from .show.console import make_table
 
     if name is None:
         if as_yaml:
             raise BridgeError("printing a recipe as YAML: name one, as `dsv4 recipes flash-lora --yaml`")
-        table = Table("recipe", "what", box=None)
+        table = make_table("", "recipe", "what", box=None)
         for known, (summary, _) in RECIPES.items():
             table.add_row(known, summary)
         put({"recipes": {known: summary for known, (summary, _) in RECIPES.items()}}, as_json, table)
@@ -34,7 +33,7 @@ def recipes(
     if as_yaml:
         sys.stdout.write(dump(chosen.recipe))
         return
-    table = Table("key", "value", "where it comes from", box=None)
+    table = make_table("", "key", "value", "where it comes from", box=None)
     facts = {}
     for key, value in values(chosen.recipe).items():
         table.add_row(key, _shown(value), chosen.sources[key])
@@ -72,7 +71,8 @@ def train(
     from .show.lines import columns, folded
 
     ranks = Ranks.from_environment()
-    say: Any = (lambda _: None) if as_json else lambda line: typer.echo(folded(printable(line), columns()))
+    silent = as_json or quiet()
+    say: Any = (lambda _: None) if silent else lambda line: typer.echo(folded(printable(line), columns()))
     from .. import mcore  # noqa: F401 - prepares torch for megatron-core
     from ..train.loop import train as run_train
 

@@ -23,37 +23,20 @@ is the scale 2^(E-127).
 Every function takes a whole tensor or a stripe of its rows that starts at a multiple of 128, with
 the scale rows of that stripe. What cannot be represented raises `CodecError`, whose `problem` says
 where and what; the caller, who knows the tensor's name, adds it.
+
+All but the errors is loaded on first use: compiled code takes half a second to get ready, and who looks at headers
+needs none.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Protocol
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from . import fp8, mxfp4, recode
-from .recode import Certificate, Regrouped, mxfp4_to_fp8
 from .report import CodecError, EncodeStats, Problem
 
-
-class Codec(Protocol):
-    """What the module of an encoding has; see `fp8` for shapes and errors."""
-
-    def decode(self, codes: np.ndarray, scale: np.ndarray, out: np.ndarray, /) -> None:
-        """Codes and scales to bf16 bit patterns."""
-
-    def encode(
-        self, values: np.ndarray, like_scale: np.ndarray | None, out: np.ndarray, out_scale: np.ndarray, /
-    ) -> EncodeStats:
-        """Values of bf16 to codes and scales, with the given scales where they fit."""
-        ...
-
-
-_SMALL = {"fp8_32x32": fp8.Blocks(32, 32), "fp8_1x32": fp8.Blocks(1, 32)}
-CODECS: Mapping[str, Codec] = {"mxfp4": mxfp4, "fp8": fp8, "fp8_f32": fp8, "fp8_pow2": fp8, **_SMALL}
-RECODERS: Mapping[tuple[str, str], Callable[..., Certificate]] = {
-    ("mxfp4", "fp8"): mxfp4_to_fp8,
-    **{(name, "fp8"): Regrouped(blocks) for name, blocks in _SMALL.items()},
-}
+if TYPE_CHECKING:
+    from . import fp8, mxfp4, recode
+    from .recode import Certificate, Regrouped, mxfp4_to_fp8
+    from .registry import CODECS, RECODERS, Codec
 
 __all__ = [
     "CODECS",
@@ -69,3 +52,16 @@ __all__ = [
     "mxfp4_to_fp8",
     "recode",
 ]
+
+_PLACES = {
+    **dict.fromkeys(("CODECS", "RECODERS", "Codec"), "registry"),
+    **dict.fromkeys(("Certificate", "Regrouped", "mxfp4_to_fp8"), "recode"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PLACES:
+        return getattr(import_module(f".{_PLACES[name]}", __name__), name)
+    if name in __all__:
+        return import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BridgeError, files_named
-from ..files import AnyPath
+from ..files import AnyPath, local
 from ..spec.encodings import ENCODINGS, QUANTISED, TARGETS, TILE
 from ..spec.megatron import Naming, check_naming, naming_for
 from ..spec.plan import Item, Plan, expand, target_encoding
@@ -17,7 +17,7 @@ from ..spec.spec import ModelSpec, differing
 from ..store.hf import HFCheckpoint, open_hf
 from ..store.hf_config import dialect_of, released_config, requantised
 from ..store.hub import resolve
-from ..store.megatron import ALONG, PASSENGERS, TRACKER, MegatronCheckpoint, open_along, open_megatron
+from ..store.megatron import ALONG, PASSENGERS, TRACKER, MegatronCheckpoint, looks_megatron, open_along, open_megatron
 from ..store.run_config import FILE as RUN_CONFIG
 from ..store.run_config import run_config
 from ..store.safetensors import INDEX
@@ -56,7 +56,7 @@ def import_hf(
         BridgeError: see `convert.run`.
     """
     check_naming(naming, f"importing {source}")
-    source, out = resolve(os.fspath(source)), Path(out)
+    source, out = resolve(os.fspath(source)), local(out, "writing")
     checkpoint = open_hf(source)
     try:
         job = import_job(checkpoint, naming=naming, drop_passengers=drop_passengers, allow_lossy=allow_lossy)
@@ -133,7 +133,13 @@ def export_hf(
     Raises:
         BridgeError: see `convert.run`.
     """
-    source, out, like = Path(source), Path(out), resolve(os.fspath(like)) if like is not None else None
+    source, out = local(source, "opening"), local(out, "writing")
+    like = resolve(os.fspath(like)) if like is not None else None
+    if like and looks_megatron(like) and (source / "config.json").is_file():
+        raise BridgeError(
+            f"exporting {source}: a Hugging Face folder, and --like {like} is a Megatron checkpoint: they look "
+            f"swapped; dsv4 export {like} {out} --like {source}"
+        )
     if encoding not in TARGETS:
         raise BridgeError(f"exporting {source}: encoding {encoding!r} is not one of {', '.join(TARGETS)}")
     if encoding == "source" and like is None and not (source / "config.json").is_file():
@@ -274,7 +280,7 @@ def repack(
     """
     if encoding not in ("fp8", "bf16"):
         raise BridgeError(f"repacking {source}: encoding {encoding!r} is not fp8 or bf16")
-    source, out = resolve(os.fspath(source)), Path(out)
+    source, out = resolve(os.fspath(source)), local(out, "writing")
     checkpoint = open_hf(source)
     try:
         apart(source, out)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..codec import CODECS
 from ..errors import BridgeError, files_named
-from ..files import AnyPath
+from ..files import AnyPath, local
 from ..lora.adapters import Adapter, Adapters, check_shapes, updated
 from ..lora.peft_reading import open_adapters
 from ..spec.encodings import ENCODINGS, QUANTISED, TARGETS
@@ -184,7 +184,7 @@ def merge(
             would round, or an output that is in the way.
     """
     options = options or Options()
-    source, adapter, out = resolve(os.fspath(source)), Path(adapter), Path(out)
+    source, adapter, out = resolve(os.fspath(source)), local(adapter, "opening"), local(out, "writing")
     if encoding not in TARGETS:
         raise BridgeError(f"merging {adapter}: encoding {encoding!r} is not one of {', '.join(TARGETS)}")
     if options.resume:

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ..errors import BridgeError, files_named, short, some
 from ..files import every_file
 from ..progress import Progress
@@ -158,7 +160,7 @@ def _held(folder: Path, workers: int, progress: Progress | None) -> tuple[str, l
     return f"{sentence} SHA-256 of that list: `{digest.partition(':')[2]}`.", rows
 
 
-def _of_checkpoint(folder: Path, report: InspectReport, base: str | None) -> tuple[dict[str, str], list[str]]:
+def _of_checkpoint(folder: Path, report: InspectReport, base: str | None) -> tuple[dict[str, Any], list[str]]:
     known = known_variant(report.variant.partition(" ")[0]) or VARIANTS.get(report.variant)
     base = base or (known.hub_id if known else None)
     head = {"library_name": "transformers" if report.format == "huggingface" else "megatron-core"}
@@ -177,14 +179,14 @@ def _of_checkpoint(folder: Path, report: InspectReport, base: str | None) -> tup
     return head, facts
 
 
-def _of_adapter(path: Path, base: str | None) -> tuple[dict[str, str], list[str]]:
+def _of_adapter(path: Path, base: str | None) -> tuple[dict[str, Any], list[str]]:
     config = read_json(path, 16 << 20)
     if not any((path.parent / name).is_file() for name in ("adapter_model.safetensors", "adapter_model.bin")):
         raise BridgeError(f"publishing {path.parent}: it has {ADAPTER} and no adapter_model.safetensors")
     named = config.get("base_model_name_or_path")
     said = named if isinstance(named, str) and _REPO.fullmatch(named) and not Path(named).exists() else None
     base = base or said
-    head = {"library_name": "peft"} | ({"base_model": base} if base else {}) | {"tags": "[lora]"}
+    head = {"library_name": "peft"} | ({"base_model": base} if base else {}) | {"tags": ["lora"]}
     modules = config.get("target_modules")
     count = f"{len(modules):,} names or endings" if isinstance(modules, list) else short(modules)
     kind = "DoRA" if config.get("use_dora") else "LoRA"
@@ -206,8 +208,9 @@ def _licence(folder: Path, base: str | None) -> dict[str, str]:
     return {"license": "other", "license_name": "see-file", "license_link": path.name}
 
 
-def _card(repo: str, head: Mapping[str, str], facts: list[str], verified: str, rows: list[str]) -> str:
-    lines = ["---", *(f"{key}: {value}" for key, value in head.items()), "---", "", f"# {repo.partition('/')[2]}", ""]
+def _card(repo: str, head: Mapping[str, Any], facts: list[str], verified: str, rows: list[str]) -> str:
+    yaml_head = yaml.safe_dump(dict(head), sort_keys=False, allow_unicode=True, width=1 << 20)
+    lines = ["---", *yaml_head.splitlines(), "---", "", f"# {repo.partition('/')[2]}", ""]
     if base := head.get("base_model"):
         lines += [f"Made from [{base}](https://huggingface.co/{base}).", ""]
     lines += [*(f"- {fact}" for fact in facts), "", "## Verified", "", verified, ""]

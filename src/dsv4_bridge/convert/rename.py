@@ -10,7 +10,7 @@ from collections.abc import Container, Iterable
 from pathlib import Path
 
 from ..errors import BridgeError, files_named, short
-from ..files import AnyPath, every_file
+from ..files import AnyPath, every_file, local
 from ..spec.megatron import STATES_OF, Naming, check_naming, naming_for, renamed
 from ..store.checkpoint import open_megatron_beside
 from ..store.hub import resolve
@@ -62,7 +62,7 @@ def rename(
         BridgeError: it has these names already, is none of this model, or holds a training state of which names alone
             do not say whose it is; and see `convert.run`.
     """
-    source, out = Path(source), Path(out)
+    source, out = local(source, "opening"), local(out, "writing")
     check_naming(naming, f"renaming {source}")
     beside = resolve(os.fspath(like)) if like is not None else None
     checkpoint = open_megatron_beside(source, beside)

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import BridgeError, files_named
-from ..files import move, scratch_folder, sync
+from ..errors import BridgeError, counted, files_named
+from ..files import local, move, scratch_folder, sync
 from ..lock import hold
 from ..spec.spec import ModelSpec
 from ..text.tokenizer import Tokenizer
@@ -76,9 +76,9 @@ class DataReport:
     def lines(self) -> list[str]:
         """The report for people."""
         size = self.tokens * np.dtype(self.dtype).itemsize
-        skipped = f", {self.empty:,} empty ones left out" if self.empty else ""
+        skipped = f", {counted(self.empty, 'empty one')} left out" if self.empty else ""
         return [
-            f"{self.out}.bin, .idx: {self.documents:,} documents of {self.files:,} files{skipped}",
+            f"{self.out}.bin, .idx: {counted(self.documents, 'document')} of {counted(self.files, 'file')}{skipped}",
             f"{self.tokens:,} tokens of {self.characters:,} characters "
             f"({self.characters / self.tokens:.2f} a token), {self.dtype}, {size:,} bytes",
             *report_lines(self.skipped, self.skipped_first, self.out + ENDING),
@@ -120,6 +120,8 @@ def prepare_pretraining(
     Raises:
         BridgeError: an unusable source (by line), tokenizer or prefix; nothing but empty documents.
     """
+    for place in (*named, out):
+        local(place, "preparing data, at")
     _check_place(out, named, overwrite)
     tokenizer = needed_tokenizer(tokenizer_folder, spec, f"preparing {out}")
     with hold(out, f"preparing {out}"), scratch_folder(out.with_name(f"{out.name}.unpacked.part")) as unpack:
@@ -178,8 +180,7 @@ def _prepare(
         report = _report(out, count, total, sources, encoder, _sha256(parts[".idx"]), left_out)
         facts = {"format": FORMAT} | {k: v for k, v in report.to_json().items() if k != "out"}
         parts[".json"].write_text(json.dumps(facts, ensure_ascii=False, indent=1) + "\n")
-        left_out.place()
-        _publish(out, parts)
+        _publish(out, parts, left_out)
     except BadSource as error:
         raise explained(error, sources) from None
     except OSError as error:
@@ -211,13 +212,14 @@ def _check_parent(out: Path) -> None:
     out.exists()
 
 
-def _publish(out: Path, parts: dict[str, Path]) -> None:
-    """Put the files in place, the index last: without it there is no dataset."""
+def _publish(out: Path, parts: dict[str, Path], left_out: SkipList) -> None:
+    """Put the files in place, the index last: without it there is no dataset, and no list beside another's."""
     for part in parts.values():
         sync(part)
     out.with_name(f"{out.name}.idx").unlink(missing_ok=True)
     sync(out.parent)
     move((parts[suffix], out.with_name(out.name + suffix)) for suffix in (".bin", ".json"))
+    left_out.place()
     move([(parts[".idx"], out.with_name(f"{out.name}.idx"))])
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import BridgeError, files_named
-from ..files import AnyPath, place_folder, scratch_folder, sync
+from ..files import AnyPath, local, place_folder, scratch_folder, sync
 from ..lock import hold
 from ..spec.spec import ModelSpec
 from .adapters import Adapter, Adapters, check_shapes
@@ -54,7 +54,7 @@ def export_peft(
         BridgeError: parameters that are no module of their own, under released names; the folder is in the way or
             cannot be written; adapters of another model.
     """
-    folder = Path(folder)
+    folder = local(folder, "writing")
     what = f"writing {folder}"
     if names not in NAMES:
         raise BridgeError(f"{what}: names {names!r}, expected {' or '.join(NAMES)}")

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from ..convert.jobs import apart, model_job
 from ..convert.run import Options, run
 from ..errors import BridgeError, files_named
-from ..files import AnyPath
+from ..files import AnyPath, local
 from ..parallel.topology import Sizes
 from ..store.hf import open_hf
 from ..store.hub import resolve
@@ -82,7 +82,7 @@ def save_pretrained(
     Raises:
         BridgeError: several ranks, an output in the way, or a tensor that cannot be represented.
     """
-    out = Path(folder)
+    out = local(folder, "saving")
     if dist.is_initialized() and dist.get_world_size() > 1:
         raise BridgeError(
             f"saving {out}: the model is cut over {dist.get_world_size()} ranks; save_checkpoint, then dsv4 export"

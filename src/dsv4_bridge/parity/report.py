@@ -8,7 +8,7 @@ from html import escape
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..errors import BridgeError, files_named
+from ..errors import BridgeError, counted, files_named, size
 from ..web_page import facts, page, verdict
 from .metrics import Choice, Difference, LogitsDifference
 from .result import ParityReport, Run, SiteResult
@@ -158,7 +158,7 @@ def about(report: ParityReport) -> list[str]:
     if report.steps:
         read, slowest = sum(step.nbytes for step in report.steps), max(report.steps, key=lambda step: step.seconds)
         lines.append(
-            f"by layers   {len(report.steps)} one at a time, {read / 1e6:,.0f} MB read by both; the slowest was layer "
+            f"by layers   {len(report.steps)} one at a time, {size(read)} read by both; the slowest was layer "
             f"{slowest.layer}, {slowest.seconds:,.1f} s"
         )
     if report.narrow is not None:
@@ -169,7 +169,7 @@ def about(report: ParityReport) -> list[str]:
         )
     if report.drafts:
         lines.append(
-            f"MTP         {len(report.drafts)} block(s) against a formula in float64, which transformers lacks"
+            f"MTP         {counted(len(report.drafts), 'block')} against a formula in float64, which transformers lacks"
         )
     return [*lines, f"left out    {report.left_out}"] if report.left_out else lines
 

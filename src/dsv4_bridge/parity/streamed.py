@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from ..errors import counted, size
 from ..files import every_file
 from ..spec.spec import ModelSpec
 from ..store.checkpoint import open_checkpoint
@@ -93,5 +94,5 @@ def _progress(state: State, last: int, spec: ModelSpec) -> str:
     worst = max((s.error for w in state.ways for s in w.sites if s.layer == step.layer), default=0.0)
     return (
         f"layer {step.layer} ({kind}) of {spec.num_hidden_layers}: worst {worst:.1e}, {step.seconds:,.1f} s, "
-        f"{step.nbytes / 1e9:,.2f} GB read, {step.experts:,} experts" + (f"; {until} left" if left else "")
+        f"{size(step.nbytes)} read, {counted(step.experts, 'expert')}" + (f"; {until} left" if left else "")
     )

@@ -114,7 +114,8 @@ def open_hf(
     """
     path = Path(path)
     if not path.is_dir():
-        raise BridgeError(f"opening {path}: not a folder")
+        gguf = "; GGUF files are not read" if path.suffix == ".gguf" else ""
+        raise BridgeError(f"opening {path}: not a folder{gguf}; name the folder of the released safetensors")
     config = read_config(path / "config.json")
     spec = spec_from_config(config, str(path / "config.json"))
     folder = SafetensorsFolder(path, headers)

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import BridgeError, files_named, short
+from ..files import local
 from ..spec.releases import Published
 from ..spec.variants import known_variant
 from .hf_config import read_config, refuse_other_models
@@ -142,10 +143,7 @@ def _local(source: str, revision: str | None) -> Path | None:
         if revision:
             raise BridgeError(f"opening {source}: --revision is for repositories on the Hub, and this is a local path")
         return path
-    if "://" in source:
-        raise BridgeError(
-            f"opening {source}: addresses are not read; name a folder, or a repository on the Hub as owner/name"
-        )
+    local(source, "opening")
     if not _REPO.fullmatch(source):
         known = known_variant(source)
         hint = f"; on the Hub it is {known.hub_id}" if known and known.hub_id else _near(path)

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from ..codec import CODECS, CodecError, EncodeStats
+from ..codec import CodecError, EncodeStats
 from ..errors import BridgeError
 from ..spec.dtypes import DTYPES
 from ..spec.encodings import ENCODINGS, TILE, of_dtype
@@ -143,6 +143,8 @@ class HFValues:
 
     def decoded(self, bound: Bound, first: int, raw: np.ndarray, scale: np.ndarray, scratch: Scratch) -> np.ndarray:
         """What a stripe of codes from row `first` on stands for, as bf16 bit patterns."""
+        from ..codec import CODECS  # compiled code, which headers do without
+
         columns = raw.shape[1] * ENCODINGS[bound.encoding].packed
         out = scratch.take("decoded", "<u2", (len(raw), columns))
         try:

@@ -22,7 +22,7 @@ import numpy as np
 from ..convert.jobs import import_hf
 from ..convert.prepare import check_space
 from ..errors import BridgeError, files_named
-from ..files import AnyPath
+from ..files import AnyPath, local
 from ..progress import Progress, Silent, in_background
 from ..spec.dtypes import DTYPES
 from ..spec.encodings import QUANTISED, Stored
@@ -89,7 +89,7 @@ def make_toy(
         BridgeError: unknown variant, payload or width, no such number of layers, the folder is in the way, or the
             disk has too little room.
     """
-    out, kind = Path(out), variant_named(variant)
+    out, kind = local(out, "writing"), variant_named(variant)
     if naming is not None:
         released = partial(make_toy, variant=variant, seed=seed, spec=spec, payload=payload, ragged=ragged)
         return _as_megatron(

@@ -217,6 +217,11 @@ def _chats(recipe: Recipe, spec: ModelSpec, where: Sequence[str]) -> Feed:
 
     if len(where) != 1:
         raise BridgeError(f"reading chats: {len(where)} folders ({', '.join(where)}), expected one")
+    if not Path(where[0]).is_dir() and Path(f"{where[0]}.idx").is_file():
+        raise BridgeError(
+            f"reading chats {where[0]}: that is data of text, and recipe {recipe.name} learns conversations; make them "
+            "with dsv4 data and --seq-length, or say data.kind=text"
+        )
     packs, length = open_chat_data(Path(where[0]), _tokenizer_of(recipe)), recipe.data.seq_length
     if packs.seq_length > length:
         raise BridgeError(

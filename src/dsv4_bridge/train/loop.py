@@ -19,7 +19,7 @@ from megatron.core.num_microbatches_calculator import (
     update_num_microbatches,
 )
 
-from ..errors import BridgeError, files_named
+from ..errors import BridgeError, counted, files_named
 from ..mcore.checkpoints import Saver, load_checkpoint
 from ..mcore.device import device
 from ..mcore.layers.context import over_ranks
@@ -120,8 +120,9 @@ def _train(recipe: Recipe, spec: ModelSpec, world: int, say: _Say, note: _Say) -
         talk("no validation: chats have no split; say data.valid=FOLDER")
     beside = _beside(recipe, resumed)
     talk(
-        f"{recipe.name}: {spec.num_hidden_layers} layers, {trainer.world} ranks (dp {trainer.ranks}), "
-        f"{train_feed.count:,} rows of {recipe.data.seq_length}, steps {state.step} to {recipe.schedule.steps}"
+        f"{recipe.name}: {counted(spec.num_hidden_layers, 'layer')}, "
+        f"{counted(trainer.world, 'rank')} (dp {trainer.ranks}), "
+        f"{counted(train_feed.count, 'row')} of {recipe.data.seq_length}, steps {state.step} to {recipe.schedule.steps}"
     )
     with (
         Teller(out if first else None, recipe.log.every, recipe.schedule.steps, talk, state.step, trackers) as teller,

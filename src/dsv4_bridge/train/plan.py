@@ -1,10 +1,12 @@
 """What a recipe would need, before anything starts: no torch, no megatron."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from ..errors import BridgeError
+from ..files import local
 from ..planning.memory import Run
 from ..planning.ranks import Asked, RanksReport, plan_ranks
 from ..spec.lora import Lora
@@ -82,14 +84,20 @@ def recipe_spec(recipe: Recipe, scaled: bool = False) -> ModelSpec:
     Raises:
         BridgeError: `start` is no checkpoint, or the variant is unknown.
     """
-    start = Path(recipe.start)
-    if recipe.start and not start.is_dir():
-        raise BridgeError(f"training with recipe {recipe.name}: start={recipe.start}: no such folder")
+    doing = f"training with recipe {recipe.name}:"
+    for place in (recipe.start, recipe.out, recipe.tokenizer, *recipe.data.train, *recipe.data.valid):
+        local(place, doing)
+    if recipe.start and not Path(recipe.start).is_dir():
+        hint = ""
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", recipe.start):
+            fetch = f"hf download {recipe.start} --local-dir {recipe.start.rpartition('/')[2]}"
+            hint = f"; a repository on the Hub is fetched first: {fetch}"
+        raise BridgeError(f"{doing} start={recipe.start}: no such folder{hint}")
     if scaled and not recipe.start and recipe.variant in VARIANTS:
         spec = tiny(VARIANTS[recipe.variant])
     else:
         spec = spec_of(recipe.start or recipe.variant)
-    check_computed(spec, f"training with recipe {recipe.name}")
+    check_computed(spec, doing.removesuffix(":"))
     return spec if recipe.model.mtp and not spec.dspark else spec.without_draft()
 
 

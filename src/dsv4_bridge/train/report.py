@@ -14,6 +14,7 @@ from typing import Any
 
 from ..errors import BridgeError, files_named
 from ..files import put
+from ..store.megatron import looks_megatron
 from ..web_page import GENERATOR, facts, page, verdict
 from .charts import STYLE, Line, chart
 from .choose import Chosen, choose, load, values
@@ -231,7 +232,7 @@ def _about(report: RunReport) -> Iterator[tuple[str, str]]:
 def commands(report: RunReport) -> Iterator[tuple[str, str]]:
     """What can be done with a run: why, and the command."""
     recipe, run = report.recipe, str(report.folder)
-    start = recipe.start or "DeepSeek-V4-Flash"
+    start = recipe.start if recipe.start and not looks_megatron(Path(recipe.start)) else ""  # a released folder
     gpus = recipe.parallel.gpus
     ranks = f"torchrun --nproc-per-node {min(gpus, 8)} -m dsv4_bridge" if gpus > 1 else "dsv4"
     if gpus > 8:
@@ -246,15 +247,20 @@ def commands(report: RunReport) -> Iterator[tuple[str, str]]:
         return
     if recipe.lora.rank:
         yield "The adapters for peft:", f"dsv4 lora {_quoted(run)} {_quoted(f'{run}-adapter')}"
-        yield "Or merged into the release:", f"dsv4 merge {_quoted(start)} {_quoted(run)} {_quoted(f'{run}-merged')}"
+        if start:
+            merged = _quoted(f"{run}-merged")
+            yield "Or merged into the release:", f"dsv4 merge {_quoted(start)} {_quoted(run)} {merged}"
         return
     hf = f"{run}-hf"
-    yield "To the released format:", f"dsv4 export {_quoted(run)} {_quoted(hf)} --like {_quoted(start)}"
+    how = f"--like {_quoted(start)}" if start else "--encoding bf16"  # of fresh weights there is no release
+    how += " --allow-lossy" if recipe.model.dtype == "float32" else ""
+    yield "To the released format:", f"dsv4 export {_quoted(run)} {_quoted(hf)} {how}"
     yield "What is in it, and is it the same model?", f"dsv4 inspect {_quoted(hf)}\ndsv4 parity {_quoted(hf)}"
-    yield (
-        "What changed since the start? Exit code 1: something did.",
-        f"dsv4 verify {_quoted(start)} {_quoted(hf)} --level bytes",
-    )
+    if start:
+        yield (
+            "What changed since the start? Exit code 1: something did.",
+            f"dsv4 verify {_quoted(start)} {_quoted(hf)} --level bytes",
+        )
     yield "Try it:", f'dsv4 generate {_quoted(run)} --prompt "Once upon a time"'
 
 

@@ -5,8 +5,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.segment import Segment
-from rich.table import Table
-from rich.text import Text
 
 from ...errors import printable
 from .fitting import Fitting
@@ -43,18 +41,9 @@ def say(line: str) -> None:
     Plain(stderr=True).print(line, highlight=False, soft_wrap=True, markup=False)
 
 
-def size(nbytes: int | float) -> str:
-    """Bytes for people, powers of ten."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(nbytes) < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.2f} TB"
-
-
-def make_table(title: str, *columns: str) -> Table:
+def make_table(heading: str, *columns: str, **style: Any) -> Fitting:
     """An empty table; a column that begins with `>` is set to the right. The first and these are never cut."""
-    table = Fitting(title=Text(title, "bold"), title_justify="left", header_style="bold", pad_edge=False)
+    table = Fitting(heading, **style)
     for number, column in enumerate(columns):
         right = column.startswith(">")
         whole = right or not number

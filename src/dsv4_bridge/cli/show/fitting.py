@@ -1,6 +1,7 @@
 """Tables that lose nothing where a terminal is narrow: columns that may fold do, and then rows are stacked."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -16,10 +17,16 @@ class Fitting(Table):
     """A table whose first column and whose numbers are never cut.
 
     Where they do not fit beside words of the other columns, every row becomes a paragraph: its first cell, then a line
-    a column.
+    a column. A header of two lines has in its upper one what the columns to its right have in common, up to the next.
     """
 
+    def __init__(self, heading: str = "", **style: Any) -> None:
+        super().__init__(header_style="bold", **style)
+        self._heading = heading
+
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if self._heading:
+            yield Text(self._heading, "bold")
         if self.least() <= options.max_width:
             yield from super().__rich_console__(console, options)
         else:
@@ -41,19 +48,29 @@ class Fitting(Table):
         words = (cell_len(word) for text in cells for word in text.split())
         return min(_WORD, max(words, default=0))
 
-    def _stacked(self) -> Iterator[Text]:
-        if self.title:
-            yield _styled(self.title, "bold")
-        names = [_text(column.header) for column in self.columns]
-        wide = max((cell_len(name) for name in names[1:]), default=0)
+    def _stacked(self) -> Iterator[Text | Table]:
+        names = self._names()
+        wide = 2 + max((cell_len(name) for name in names[1:]), default=0)
         for number, row in enumerate(self.rows):
-            cells = [column._cells[number] for column in self.columns]
-            yield _styled(cells[0], "bold")
-            for name, cell in list(zip(names, cells, strict=True))[1:]:
+            key, *cells = [column._cells[number] for column in self.columns]
+            if _text(key):
+                yield _styled(key, "bold")
+            lines = Table.grid(Column(width=wide, no_wrap=True), Column(overflow="fold"), padding=(0, 2, 0, 0))
+            for name, cell in zip(names[1:], cells, strict=True):
                 if _text(cell):
-                    yield Text("  " + name + " " * (wide - cell_len(name)) + "  ").append_text(_styled(cell))
+                    lines.add_row(f"  {name}", _styled(cell))
+            yield lines
             if row.end_section:
                 yield Text("")
+
+    def _names(self) -> list[str]:
+        """Of the columns, each with what stands over it."""
+        over, names = "", []
+        for column in self.columns:
+            above, _, name = _text(column.header).rpartition("\n")
+            over = above or over
+            names.append(f"{over} {name}".strip())
+        return names
 
 
 def _text(cell: object) -> str:

@@ -19,28 +19,32 @@ def flop_table(report: FlopReport) -> Any:
     differing = report.differing()
     where = f"{report.seq_length:,} tokens" + (f", {len(report.lengths)} documents" if len(report.lengths) > 1 else "")
     columns = ("term", ">forward", ">backward", ">training", ">published", ">difference", "why")
-    table = make_table(f"GFLOP a token: {report.what}, {where}", *columns)
+    tiny = max(sum(training.values()), report.convention.total) < 1e9
+    unit = "MFLOP" if tiny else "GFLOP"
+
+    def shown(flops: float, sign: str = "") -> str:
+        return f"{flops / (1e6 if tiny else 1e9):{sign}.3f}"
+
+    table = make_table(f"{unit} a token: {report.what}, {where}", *columns)
     for name in training:
         if not training[name] and not theirs[name]:
             continue
-        change = f"{(training[name] - theirs[name]) / 1e9:+.3f}" if name in differing else "="
+        change = shown(training[name] - theirs[name], "+") if name in differing else "="
         row = (forward.items()[name], backward.items()[name], training[name], theirs[name])
-        table.add_row(name.replace("_", "-"), *(_giga(v) for v in row), change, differing.get(name, ""))
+        table.add_row(name.replace("_", "-"), *map(shown, row), change, differing.get(name, ""))
     table.add_section()
     totals = (forward.total, backward.total, sum(training.values()), report.convention.total)
-    change = f"{(totals[2] - totals[3]) / 1e9:+.3f}"
-    table.add_row("all", *(_giga(v) for v in totals), change, "")
+    change = shown(totals[2] - totals[3], "+")
+    table.add_row("all", *map(shown, totals), change, "")
     lines = [
-        f"published convention: {totals[3] / 1e9:.3f} GFLOP a token; it leaves out router, hyper-connections (their",
+        f"published convention: {shown(totals[3])} {unit} a token; it leaves out router, hyper-connections (their "
         "Sinkhorn too), hash lookup, adapters and recompute",
     ]
     if report.lora:
         lines.append(f"adapters of rank {report.lora.rank} on {', '.join(report.lora.keys)}; the rest is frozen")
     if again.total:
-        lines.append(
-            f"computed again ({', '.join(report.again)}): {_giga(again.total)} GFLOP a token more, executed and not in "
-            "training"
-        )
+        more = f"{shown(again.total)} {unit} a token more, executed and not in training"
+        lines.append(f"computed again ({', '.join(report.again)}): {more}")
     lines += _speed_lines(report)
     return Group(table, *(Text(line) for line in lines))
 
@@ -56,7 +60,3 @@ def _speed_lines(report: FlopReport) -> list[str]:
         line += f", HFU {speed['hfu']:.1%}" if report.again else ""
         line += f" of {speed['peak_tflops']:,.0f} TFLOP/s ({report.gpu})"
     return [line]
-
-
-def _giga(flops: float) -> str:
-    return f"{flops / 1e9:.3f}"

@@ -6,7 +6,8 @@ from rich.console import Group
 from rich.text import Text
 
 from ...convert.merge import Merged, MergeReport
-from .console import make_table, size
+from ...errors import counted, size
+from .console import make_table
 
 
 def merge_table(report: MergeReport) -> Group:
@@ -28,7 +29,7 @@ def merge_table(report: MergeReport) -> Group:
             f"{100 * row.error:.1f} %",
             f"{100 * row.unchanged / row.values:.1f} %",
         )
-    written = f"{report.out}: {len(report.tensors):,} tensors merged, {report.copied:,} copied as they were"
+    written = f"{report.out}: {counted(len(report.tensors), 'tensor')} merged, {report.copied:,} copied as they were"
     last = f"{written}, {size(report.bytes_written)}" + (" in all, nothing written" if report.dry_run else "")
     return Group(table, Text(last))
 

@@ -1,6 +1,5 @@
 """A comparison as tables for a terminal."""
 
-import textwrap
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -10,7 +9,8 @@ from rich.text import Text
 
 from ...parity.metrics import Choice, Difference
 from ...parity.report import about, logits_of, runs_of
-from ...parity.result import ParityReport, Run, SiteResult, Tolerance
+from ...parity.result import ParityReport, SiteResult, Tolerance
+from .console import make_table
 
 _LEGEND = (
     "error: largest difference over the largest value; experts, blocks, flips: sets chosen otherwise, ~: near-ties\n"
@@ -21,17 +21,13 @@ def parity_table(report: ParityReport, every_site: bool = False) -> Group:
     """What was compared, a line a layer (or a sub-layer), the logits, the verdict."""
     table = sites_table(report) if every_site else layers_table(report)
     style = "bold green" if report.passed else "bold red"
-    verdict = "\n".join(textwrap.wrap(report.verdict.text, 118))
-    return Group(
-        Text("\n".join(about(report))), Text(), table, Text(_LEGEND, "dim"), logits_table(report), Text(verdict, style)
-    )
+    head, verdict = Text("\n".join(about(report))), Text(report.verdict.text, style)
+    return Group(head, Text(), table, Text(_LEGEND, "dim"), logits_table(report), verdict)
 
 
 def layers_table(report: ParityReport) -> Table:
     """One line a layer: its worst sub-layer, its flipped choices."""
-    table = _table("layer", "kind")
-    for run in runs_of(report):
-        _columns(table, run, len(runs_of(report)), "worst", ">error", ">1-cosine", ">experts", ">blocks")
+    table = _table("layer", "kind", *_columns(report, "worst", ">error", ">1-cosine", ">experts", ">blocks"))
     for layer, kind in [*enumerate(report.layers), (None, "")]:
         cells: list[Any] = []
         if not report.free.of_layer(layer):  # a part of the layers was compared
@@ -47,9 +43,7 @@ def layers_table(report: ParityReport) -> Table:
 
 def sites_table(report: ParityReport) -> Table:
     """One line a sub-layer."""
-    table = _table("layer", "sub-layer")
-    for run in runs_of(report):
-        _columns(table, run, len(runs_of(report)), ">error", ">1-cosine", ">relative", ">flips")
+    table = _table("layer", "sub-layer", *_columns(report, ">error", ">1-cosine", ">relative", ">flips"))
     last: int | None = report.free.sites[0].layer
     for index, first in enumerate(report.free.sites):
         if first.layer != last:
@@ -67,9 +61,7 @@ def sites_table(report: ParityReport) -> Table:
 
 def logits_table(report: ParityReport) -> Table:
     """The logits of every run, over all positions."""
-    table = _table("logits")
-    for column in (">error", ">cosine, last", ">cosine, least", ">top-1", ">KL mean", ">p95", ">max"):
-        _column(table, column)
+    table = _table("logits", ">error", ">cosine, last", ">cosine, least", ">top-1", ">KL mean", ">p95", ">max")
     for title, found in logits_of(report):
         table.add_row(
             title,
@@ -100,20 +92,14 @@ def _flips(site: SiteResult | None) -> Text:
 
 
 def _table(*columns: str) -> Table:
-    table = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        _column(table, column)
-    return table
+    return make_table("", *columns, box=SIMPLE_HEAD)
 
 
-def _columns(table: Table, run: tuple[str, Run], runs: int, *names: str) -> None:
-    """Columns of one run, its title above the first where there are several."""
-    for name in names:
-        over = "" if runs == 1 else f"{run[0] if name is names[0] else ''}\n"
-        right = name.startswith(">")
-        _column(table, f"{'>' if right else ''}{over}{name.lstrip('>')}")
-
-
-def _column(table: Table, name: str) -> None:
-    right = name.startswith(">")
-    table.add_column(name.lstrip(">"), justify="right" if right else "left", no_wrap=True)
+def _columns(report: ParityReport, *names: str) -> list[str]:
+    """The same columns for every run, its title above the first where there are several."""
+    runs = [title for title, _ in runs_of(report)]
+    columns = []
+    for title in runs:
+        above = [title, *[""] * (len(names) - 1)]
+        columns += [f"{'>' * n.startswith('>')}{over}\n{n.lstrip('>')}" for n, over in zip(names, above, strict=True)]
+    return columns if len(runs) > 1 else list(names)

@@ -3,12 +3,13 @@
 from rich.console import Group
 from rich.text import Text
 
+from ...errors import counted, size
 from ...planning.memory import StageMemory
 from ...planning.ranks import GIB, RanksReport
 from ...planning.search import USABLE, Ranked
 from ...planning.tensors import PlanReport
 from ...spec.lora import Lora
-from .console import make_table, size
+from .console import make_table
 
 
 def _gib(nbytes: int) -> str:
@@ -25,7 +26,7 @@ def ranks_table(report: RanksReport) -> Group:
     t = plan.topology
     cp = f", cp {t.cp}" if t.cp > 1 else ""
     sizes = f"tp {t.tp}, pp {t.pp}{cp}, ep {t.ep}, etp {t.etp}, dp {plan.dp} (experts: {plan.edp})"
-    title = f"ranks of {report.what}: {plan.gpus:,} GPUs, {sizes}"
+    title = f"ranks of {report.what}: {counted(plan.gpus, 'GPU')}, {sizes}"
     columns = ["stage", ">ranks", "layers", ">parameters", ">weights", ">gradients", ">optimizer", ">activations"]
     stepping = any(stage.step for stage in plan.stages)
     table = make_table(title, *columns, *([">or step"] if stepping else []), ">cache", ">GiB a rank", "")
@@ -79,7 +80,7 @@ def _mark(report: RanksReport, stage: StageMemory) -> Text:
     if report.gpu_memory is None:
         return Text("most" if stage is report.chosen.plan.worst else "")
     good = stage.total <= USABLE * report.gpu_memory
-    return Text("fits", "green") if good else Text("TOO LARGE", "bold red")
+    return Text("fits", "green") if good else Text("over", "bold red")
 
 
 def _verdict(report: RanksReport) -> Text:
@@ -88,14 +89,19 @@ def _verdict(report: RanksReport) -> Text:
     usable = f"{USABLE:.0%} of {_gib(report.gpu_memory)} GiB"
     if report.fits:
         return Text(f"fits      the largest rank has {_gib(worst.total)} GiB of {usable}", "bold green")
-    return Text(f"too large stage {worst.stage} needs {_gib(worst.total)} GiB a rank, {usable} are usable", "bold red")
+    why = f"too large stage {worst.stage} needs {_gib(worst.total)} GiB a rank, {usable} are usable"
+    run = report.chosen.plan.run
+    if run.mode != "inference" and not run.recompute:
+        why += "; with full recompute (--recompute, in a recipe model.recompute=full) a layer keeps its input alone"
+    return Text(why, "bold red")
 
 
 def _search(report: RanksReport) -> list[Text | object]:
     search = report.search
     assert search is not None
-    head = f"{search.fitting:,} of {search.considered:,} layouts of {search.gpus:,} GPUs fit"
-    tail = "the quickest by estimate" if search.fitting else "none does; the smallest"
+    some = f"{search.fitting:,}" if search.fitting else "none"
+    head = f"{some} of {search.considered:,} layouts of {counted(search.gpus, 'GPU')} fit"
+    tail = "the quickest by estimate" if search.fitting else "the smallest"
     cut = any(found.plan.topology.cp > 1 for found in search.best)
     columns = [
         ">tp",
@@ -120,10 +126,8 @@ def _search(report: RanksReport) -> list[Text | object]:
 def _ranked(found: Ranked, cut: bool) -> list[str]:
     plan, t = found.plan, found.plan.topology
     sizes = [str(n) for n in (t.tp, t.pp, *([t.cp] if cut else []), t.ep, t.etp, plan.dp)]
-    text = str(t.layout)
-    shown = text if len(text) <= 44 else text[:41] + "..."
     shares = [f"{x:.1%}" for x in (found.bubble, found.imbalance, found.communication)]
-    return [*sizes, shown, _gib(plan.worst.total), *shares, f"{found.time:.2f}"]
+    return [*sizes, str(t.layout), _gib(plan.worst.total), *shares, f"{found.time:.2f}"]
 
 
 def plan_table(report: PlanReport) -> Group:
@@ -163,9 +167,10 @@ def plan_table(report: PlanReport) -> Group:
         "",
         size(report.megatron_bytes),
     )
+    shards = counted(len(report.shards), "shard")
     lines = [
         *([Text(f"layers    {report.pattern}")] if report.naming == "hybrid" and report.pattern else []),
-        Text(f"released  {report.tensors:,} tensors, {report.released_bytes:,} bytes in {len(report.shards)} shards"),
+        Text(f"released  {report.tensors:,} tensors, {report.released_bytes:,} bytes in {shards}"),
         Text(f"megatron  {report.megatron_bytes:,} bytes + {report.passenger_bytes:,} bytes of passengers"),
     ]
     if report.compared and not report.findings:

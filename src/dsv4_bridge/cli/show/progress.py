@@ -1,11 +1,11 @@
 """Progress in a terminal, and in a log."""
 
-import os
 import time
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from ..app import QUIET
+from ...errors import size
+from ..app import quiet
 from .console import Plain
 
 _QUIET_SECONDS = 10.0
@@ -20,7 +20,7 @@ class TerminalProgress:
         self._done = self._total = 0
         self._began = self._said = 0.0
         self._label = ""
-        self._quiet = bool(os.environ.get(QUIET))
+        self._quiet = quiet()
 
     def start(self, label: str, total: int, done: int) -> None:
         self._label, self._total, self._done = label, total, done
@@ -39,11 +39,9 @@ class TerminalProgress:
             self._bar.advance(self._task, nbytes)
         elif time.monotonic() - self._said > _QUIET_SECONDS:
             self._said = time.monotonic()
-            speed = self._done / (self._said - self._began) / 1e9
+            speed = self._done / (self._said - self._began)
             share = 100 * self._done / max(1, self._total)
-            line = (
-                f"{self._label}: {share:5.1f} %  {self._done / 1e9:.1f} of {self._total / 1e9:.1f} GB  {speed:.2f} GB/s"
-            )
+            line = f"{self._label}: {share:5.1f} %  {size(self._done)} of {size(self._total)}  {size(speed)}/s"
             self._console.print(line, highlight=False)
 
     def stop(self) -> None:

@@ -1,23 +1,29 @@
 """What the verbs about checkpoints found, for people; nothing here decides anything."""
 
+from __future__ import annotations
+
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from ...codec import Certificate, EncodeStats
-from ...convert.checksums import FilesReport
-from ...convert.contents import ContentsReport
-from ...convert.emitter import Report
-from ...convert.releases import ReleaseReport
-from ...convert.verify import VerifyReport
-from ...store.inspect import InspectReport
-from ..doctor import Check
-from .console import make_table, size
+from ...errors import counted, size
+from .console import make_table
+
+if TYPE_CHECKING:
+    from ...codec import Certificate, EncodeStats
+    from ...convert.checksums import FilesReport
+    from ...convert.contents import ContentsReport
+    from ...convert.emitter import Report
+    from ...convert.releases import ReleaseReport
+    from ...convert.verify import VerifyReport
+    from ...store.inspect import InspectReport
+    from ..doctor import Check
 
 
 def verify_table(report: VerifyReport) -> Group:
@@ -42,11 +48,12 @@ def verify_verdict(report: VerifyReport) -> Group:
         lines.append(Text(f"  … and {report.differing - 20} more (--json lists them)"))
     total = report.total()
     if report.same:
-        verdict = f"identical: {total.tensors:,} tensors, {total.bytes:,} bytes, by {report.level}"
+        verdict = f"identical: {counted(total.tensors, 'tensor')}, {total.bytes:,} bytes, by {report.level}"
         return Group(*lines, Text(verdict, "bold green"))
-    what = [f"{report.differing:,} tensors"] if report.differing or not report.config else []
-    what += [f"{len(report.config)} numbers of the model"] if report.config else []
-    return Group(*lines, Text(f"{' and '.join(what)} differ between {report.a} and {report.b}", "bold red"))
+    what = [counted(report.differing, "tensor")] if report.differing or not report.config else []
+    what += [f"{counted(len(report.config), 'number')} of the model"] if report.config else []
+    differ = "differs" if report.differing + len(report.config) == 1 else "differ"
+    return Group(*lines, Text(f"{' and '.join(what)} {differ} between {report.a} and {report.b}", "bold red"))
 
 
 def files_verdict(report: FilesReport) -> Group:
@@ -57,10 +64,10 @@ def files_verdict(report: FilesReport) -> Group:
     if report.others:
         some = ", ".join(report.others[:3]) + (" …" if len(report.others) > 3 else "")
         lines.append(
-            Text(f"note: {len(report.others)} files were not written with it, not looked at: {some}", "yellow")
+            Text(f"note: {counted(len(report.others), 'file')} not written with it, not looked at: {some}", "yellow")
         )
     if report.same:
-        verdict = f"as written: {report.files:,} files, {report.bytes:,} bytes, by CRC-32C ({report.made})"
+        verdict = f"as written: {counted(report.files, 'file')}, {report.bytes:,} bytes, by CRC-32C ({report.made})"
         return Group(*lines, Text(verdict, "bold green"))
     return Group(*lines, Text(f"{len(report.wrong)} of {report.files} files are not as written", "bold red"))
 
@@ -74,15 +81,18 @@ def release_verdict(report: ReleaseReport) -> Group:
     lines += [Text(f"not proven: {_and_more(names)}: {what}", "yellow") for what, names in unproven.items()]
     for what, names in (("not in the folder, and not needed", report.absent), ("not looked at", report.others)):
         if names:
-            lines.append(Text(f"note: {len(names)} files {what}: {', '.join(names[:3])}{' …' * (len(names) > 3)}"))
+            some = ", ".join(names[:3]) + " …" * (len(names) > 3)
+            lines.append(Text(f"note: {counted(len(names), 'file')} {what}: {some}"))
     whose = f"{report.release} at {report.revision[:12]}"
     if report.whole:
-        proven = f"{len(report.proven):,} files, {report.bytes:,} bytes, by their published digests"
+        proven = f"{counted(len(report.proven), 'file')}, {report.bytes:,} bytes, by their published digests"
         return Group(*lines, Text(f"byte for byte {whose}: {proven}", "bold green"))
     if report.same:
-        proven = f"{len(report.proven)} files proven, {len(report.unproven)} not: it cannot be said here that this is"
-        return Group(*lines, Text(f"nothing differs of what is known, but {proven} {whose}", "bold yellow"))
-    return Group(*lines, Text(f"not {whose}: {len(report.wrong)} files differ", "bold red"))
+        proven = f"{counted(len(report.proven), 'file')} proven, {len(report.unproven)} not"
+        told = f"nothing differs of what is known, but {proven}: it cannot be said here that this is {whose}"
+        return Group(*lines, Text(told, "bold yellow"))
+    differ = "differs" if len(report.wrong) == 1 else "differ"
+    return Group(*lines, Text(f"not {whose}: {counted(len(report.wrong), 'file')} {differ}", "bold red"))
 
 
 def _by_word(told: Mapping[str, str]) -> dict[str, list[str]]:
@@ -135,7 +145,7 @@ def inspect_facts(report: InspectReport) -> Group:
 def conversion_table(report: Report, out: Path, *, dry_run: bool) -> Group:
     """What a conversion did."""
     what = "converted, nothing written" if dry_run else "written"
-    lines = [Text(f"{out}: {report.tensors:,} tensors, {size(report.bytes_written)} {what}")]
+    lines = [Text(f"{out}: {counted(report.tensors, 'tensor')}, {size(report.bytes_written)} {what}")]
     errors = (">values rounded", ">largest error", ">relative RMS")
     parts: list[Table | Text] = []
     if report.encoded:

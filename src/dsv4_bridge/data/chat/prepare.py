@@ -14,8 +14,8 @@ import numpy as np
 
 from ...chat.encode import effort_text
 from ...chat.strings import EFFORTS
-from ...errors import BridgeError, files_named, some
-from ...files import scratch_folder
+from ...errors import BridgeError, counted, files_named, some
+from ...files import local, scratch_folder
 from ...lock import hold
 from ..kinds import find_chats, is_array, look, refuse_others, unpacked
 from ..packed import in_shares, unwrapped
@@ -62,13 +62,13 @@ class ChatReport:
         """The report for people."""
         c = self.counts
         found = [
-            f"{c.conversations:,} conversations -> {c.samples:,} samples"
-            f" in {self.packs:,} pack{'s' * (self.packs != 1)} of {self.seq_length:,}",
+            f"{counted(c.conversations, 'conversation')} -> {counted(c.samples, 'sample')}"
+            f" in {counted(self.packs, 'pack')} of {self.seq_length:,}",
             f"{c.tokens:,} tokens, {c.learned:,} learned ({self.mask}); packs are {self.fill_rate:.1%} full",
         ]
         if c.truncated or c.dropped or c.cut_tokens:
             found.append(
-                f"{c.truncated:,} samples cut, {c.dropped:,} dropped without a learned token:"
+                f"{counted(c.truncated, 'sample')} cut, {c.dropped:,} dropped without a learned token:"
                 f" {c.cut_tokens:,} tokens left out, {c.cut_learned:,} of them learned"
             )
         if c.split or c.too_long:
@@ -127,7 +127,9 @@ def prepare_chat(
             `out` exists, or the disk is full.
     """
     check_options(seq_length, mask, too_long)
-    sources, others = find_chats([src] if isinstance(src, Path) else list(src), skip)
+    for place in (named := [src] if isinstance(src, Path) else list(src)) + [out]:
+        local(place, "preparing data, at")
+    sources, others = find_chats(named, skip)
     start(sum(path.stat().st_size for path in sources))
     tokenizer = open_chat_tokenizer(tokenizer_folder)
     generation = generation or find_generation(tokenizer_folder)
@@ -156,9 +158,7 @@ def prepare_chat(
                 "counts": asdict(counts),
                 "skipped": left_out.count,
             }
-            check_free(out, overwrite)  # before an older list goes
-            left_out.place()
-            write_chat_data(out, samples, packing, facts, overwrite=overwrite)
+            write_chat_data(out, samples, packing, facts, overwrite=overwrite, beside=left_out.place)
         finally:
             left_out.drop()
     first = tuple(map(str, left_out.first))

@@ -15,7 +15,7 @@ document a pack. A folder of this name is whole: it is written beside itself and
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +84,7 @@ def write_chat_data(
     facts: Mapping[str, Any] | None = None,
     *,
     overwrite: bool = False,
+    beside: Callable[[], object] = lambda: None,
 ) -> ChatData:
     """Write samples in packs, see `packing.plan_packs` or `one_a_pack`.
 
@@ -93,6 +94,7 @@ def write_chat_data(
         packing: of their lengths.
         facts: for `chat_data.json`, besides those that are written anyway.
         overwrite: replace chat data that is there.
+        beside: called when all is written, right before it gets its name.
 
     Raises:
         BridgeError: something is in the way, or the disk is full.
@@ -128,6 +130,7 @@ def write_chat_data(
         with (part / NAME).open("wb") as file:
             file.write((json.dumps(found, ensure_ascii=False, indent=1) + "\n").encode())
             _sync(file)
+        beside()
     return open_chat_data(out)
 
 
