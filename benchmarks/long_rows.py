@@ -117,7 +117,7 @@ def child(told: dict[str, Any]) -> None:
         gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         for gradient in gradients.values():  # what megatron-core averages over data and context
             dist.all_reduce(gradient)
-            gradient /= told["ranks"]
+            gradient.div_(told["ranks"])
         if dist.get_rank() == 0:
             torch.save(gradients, told["gradients"])
     dist.barrier()
