@@ -93,7 +93,8 @@ def test_the_error_of_chunks_is_that_of_rounding(seed: int) -> None:
     random = torch.Generator().manual_seed(seed)
     length, batch, width, words = 257, 2, 48, 1000
     hidden, weight = (torch.randn(shape, generator=random) for shape in ((length, batch, width), (words, width)))
-    labels, scale = torch.randint(0, words, (batch, length), generator=random), torch.rand(batch, length)
+    labels = torch.randint(0, words, (batch, length), generator=random)
+    scale = torch.rand(batch, length, generator=random)
     exact = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
     logits = torch.einsum("sbh,vh->bvs", *exact)
     losses64 = F.cross_entropy(logits, labels, reduction="none")

@@ -105,11 +105,12 @@ def test_rows_cut_over_ranks_and_resumed_where_they_are_not(start: Path, text: P
         )
 
 
+CHUNKS = ["parallel.cp=2", "parallel.tp=2", "model.loss_chunk=96"]
 CUT: dict[str, tuple[int, str, list[str]]] = {
     "muon": (2, "flash-pretrain-muon", ["parallel.cp=2"]),
     "lora": (2, "flash-lora", ["parallel.cp=2", "data.kind=text", "lora.rank=4"]),
-    "muon-chunks": (4, "flash-pretrain-muon", ["parallel.cp=2", "parallel.tp=2", "model.loss_chunk=96"]),
-    "lora-chunks": (4, "flash-lora", ["parallel.cp=2", "parallel.tp=2", "data.kind=text", "lora.rank=4"]),
+    "muon-chunks": (4, "flash-pretrain-muon", CHUNKS),
+    "lora-chunks": (4, "flash-lora", [*CHUNKS, "data.kind=text", "lora.rank=4"]),
     "interleaved": (4, "flash-pretrain", ["parallel.cp=2", "parallel.pp=2", "parallel.vp=2", "batch.micro=1"]),
 }
 

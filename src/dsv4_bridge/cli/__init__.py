@@ -53,7 +53,7 @@ def main() -> None:
         if len(sys.argv) < 2:  # without a word: the help
             sys.stderr.write(f"{message}\n")
         else:
-            _refused(message + _hint(message))
+            _refused(message + _hint())
         code = 2
     except _Terminated:
         code = 143
@@ -81,7 +81,7 @@ def main() -> None:
     sys.exit(code or 0)
 
 
-def _hint(message: str) -> str:
+def _hint() -> str:
     """What to do about arguments that cannot be used."""
     if verb() not in _PLACE:
         near = difflib.get_close_matches(verb(), _PLACE, 1)

@@ -6,7 +6,7 @@ from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
-from ..errors import BridgeError
+from ..errors import BridgeError, size
 from . import journal
 from .job import Job, Options, identity_hash
 
@@ -107,17 +107,12 @@ def readable(path: Path) -> int:
         return os.fstat(file.fileno()).st_size
 
 
-def amount(nbytes: int) -> str:
-    """Bytes for people."""
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
-
-
 def check_space(out: Path, need: int, label: str) -> None:
     """Refuse to write `need` bytes where they do not fit; `label` says in messages what they are of."""
     probe = next(p for p in (out, *out.parents) if p.exists())
     free = shutil.disk_usage(probe).free
     if need + _SLACK > free:
         raise BridgeError(
-            f"writing {out}: {label} needs {amount(need)} more and {amount(_SLACK)} to spare, "
-            f"{amount(free)} are free on that disk"
+            f"writing {out}: {label} needs {size(need)} more and {size(_SLACK)} to spare, "
+            f"{size(free)} are free on that disk"
         )

@@ -17,7 +17,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from ..errors import BridgeError
+from ..errors import BridgeError, size
 from ..files import copy, make_folder, move, put, sync
 from ..progress import Progress, Silent, in_background
 from ..ranks import shares
@@ -28,7 +28,7 @@ from .checksums import Sum, checksums_path, file_sum, remove_checksums, write_ch
 from .emitter import Emitter, Report
 from .job import Job, Options, identity_hash
 from .outputs import OutFile
-from .prepare import DONE, MARKS, RANKS, WORK, amount, begin, check_space, clear, examine, finished, readable
+from .prepare import DONE, MARKS, RANKS, WORK, begin, check_space, clear, examine, finished, readable
 from .team import Stopped, Team
 
 
@@ -322,7 +322,7 @@ def _named(job: Job, out: Path, error: BaseException | None) -> BridgeError | No
         return BridgeError(
             f"writing {out}: the disk is full; "
             + ("what is finished is kept: " if job.resumable else "")
-            + f"make room ({amount(job.nbytes)} in all) and repeat the command with "
+            + f"make room ({size(job.nbytes)} in all) and repeat the command with "
             + ("--resume" if job.resumable else "--overwrite")
         )
     return BridgeError(f"{job.label}: {error.filename or out}: {error.strerror or error}")

@@ -224,11 +224,11 @@ def _check_cache(place: Path) -> None:
 
 
 def _unusable(place: Path, error: BaseException) -> BridgeError:
-    named = error.filename if isinstance(error, OSError) else None
-    if isinstance(named, str) and place.absolute() not in Path(named).absolute().parents:
-        return BridgeError(f"building datasets: {os_error(error)}")  # type: ignore[arg-type]
-    if isinstance(error, AssertionError):  # how megatron-core says that a file which was there is gone
-        return BridgeError(f"building datasets: {error or 'megatron-core refuses them'}; repeat when it is at rest")
+    match error:
+        case OSError(filename=str(name)) if not Path(name).absolute().is_relative_to(place.absolute()):
+            return BridgeError(f"building datasets: {os_error(error)}")
+        case AssertionError():  # how megatron-core says that a file which was there is gone
+            return BridgeError(f"building datasets: {error or 'megatron-core refuses them'}; repeat when it is at rest")
     return BridgeError(f"building datasets in {place}: {error}; remove that folder, or name another cache")
 
 

@@ -127,7 +127,8 @@ def prepare_chat(
             `out` exists, or the disk is full.
     """
     check_options(seq_length, mask, too_long)
-    for place in (named := [src] if isinstance(src, Path) else list(src)) + [out]:
+    named = [src] if isinstance(src, Path) else list(src)
+    for place in (*named, out):
         local(place, "preparing data, at")
     sources, others = find_chats(named, skip)
     start(sum(path.stat().st_size for path in sources))

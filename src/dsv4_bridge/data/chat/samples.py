@@ -125,20 +125,22 @@ def build_samples(
         for tokens in tokenize_all(tokenizer, segments):
             counts.straddling += tokens.straddling
             line, length = conversation.line, len(tokens.ids)
-            if length > seq_length and too_long in ("skip", "refuse"):
-                reason = f"{length:,} tokens, more than a sample's {seq_length:,}"
-                if too_long == "refuse":
-                    choices = ", ".join(TOO_LONG[:-1])
-                    raise BridgeError(
-                        f"reading {where}, line {line}: {reason}; give a larger --seq-length, or --too-long ({choices})"
-                    )
-                _add_too_long(tokens, counts)
-                if left_out is not None:
-                    left_out.append((line, reason))
-            elif too_long == "split":
+            if length <= seq_length or too_long == "cut":
+                if (sample := _cut(tokens, seq_length, line, counts)) is not None:
+                    yield sample
+                continue
+            if too_long == "split":
                 yield from _split(tokens, seq_length, line, counts)
-            elif (sample := _cut(tokens, seq_length, line, counts)) is not None:
-                yield sample
+                continue
+            reason = f"{length:,} tokens, more than a sample's {seq_length:,}"
+            if too_long == "refuse":
+                choices = ", ".join(TOO_LONG[:-1])
+                raise BridgeError(
+                    f"reading {where}, line {line}: {reason}; give a larger --seq-length, or --too-long ({choices})"
+                )
+            _add_too_long(tokens, counts)
+            if left_out is not None:
+                left_out.append((line, reason))
 
 
 def check_options(seq_length: int, mask: str, too_long: str = "cut") -> None:
@@ -197,15 +199,10 @@ def _add_too_long(tokens: Tokens, counts: SampleCounts) -> None:
 
 
 def _split(tokens: Tokens, seq_length: int, line: int, counts: SampleCounts) -> Iterator[Sample]:
-    """Samples of at most `seq_length` tokens, in which every learned token is learned once."""
-    length = len(tokens.ids)
-    if length <= seq_length:
-        if (sample := _cut(tokens, seq_length, line, counts)) is not None:
-            yield sample
-        return
+    """Of more than `seq_length` tokens several samples, in which every learned token is learned once."""
     counts.split += 1
     found = 0
-    for start in range(0, length - 1, seq_length - 1):
+    for start in range(0, len(tokens.ids) - 1, seq_length - 1):
         ids, mask = tokens.ids[start : start + seq_length], tokens.mask[start : start + seq_length].copy()
         mask[0] = False
         kept = int(mask.sum())
