@@ -3,8 +3,10 @@
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import run_ranks
@@ -111,3 +113,25 @@ def test_queries_are_sent_where_that_pays(length: int, cp: int, sent: bool) -> N
 def test_another_mode_is_refused() -> None:
     with pytest.raises(BridgeError, match="index_queries='near': expected one of auto, home, spread"):
         model_config(small_spec(), index_queries="near")
+
+
+@pytest.mark.megatron
+def test_queries_made_in_pieces_choose_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dsv4_bridge.mcore import build_model
+    from dsv4_bridge.mcore.layers import indexer as module
+    from dsv4_bridge.mcore.layers.rope import turns
+
+    model = build_model(small_spec(index_topk=5), dtype=torch.float32)
+    indexer = next(part for part in model.modules() if isinstance(part, module.Indexer))
+    make = torch.Generator().manual_seed(5)
+    for parameter in indexer.parameters():
+        parameter.data.normal_(generator=make)
+    width, low = model.config.hidden_size, model.config.q_lora_rank
+    x, qr = (torch.randn(131, 2, size, generator=make) for size in (width, low))
+    turn = turns(model.config, 4, torch.arange(131))
+    whole = indexer.choose(indexer.terms(x, qr, turn))
+    monkeypatch.setattr(module, "_MADE", 25)
+    with patch.object(indexer, "choose", wraps=indexer.choose) as choose:
+        found = indexer(x, qr, turn)
+    assert torch.equal(found.sort(-1).values, whole.sort(-1).values)
+    assert [call.args[1] for call in choose.call_args_list] == [0, 25, 50, 75, 100, 125]

@@ -27,6 +27,7 @@ pytestmark = [pytest.mark.megatron, pytest.mark.slow]
 # Rows over all ranks, and tokens a row: with no block of 128 tokens, and with one and a rest.
 SHAPES = ((4, 72), (2, 136))
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+LEARNS = {"dsa_indexer_loss_coeff": 0.01, "dsa_indexer_use_sparse_loss": True}
 CASES: dict[str, dict[str, Any]] = {
     "dp2-whole-optimizer": {"distributed_optimizer": False, "settings": {"dtype": "bfloat16"}},
     "dp2-bf16": {"settings": {"dtype": "bfloat16"}, "grad_dtype": "bf16"},
@@ -38,6 +39,10 @@ CASES: dict[str, dict[str, Any]] = {
     "pp2-chunks": {"parallel": {"pp": 2}, "seeds": [0, 1, 2], "settings": FULL | {"loss_chunk": 50}},
     "pp2": {"parallel": {"pp": 2}, "seeds": [0, 1, 2], "settings": {"expert_layout": "grouped"}},
     "pp2-recompute": {"parallel": {"pp": 2}, "seeds": [0, 1, 2], "settings": FULL},
+    "dp2-indexer": {"settings": LEARNS},
+    "dp2-indexer-bf16": {"settings": LEARNS | {"dtype": "bfloat16"}},
+    "cp2-indexer": {"parallel": {"cp": 2}, "shapes": ((2, 254), (2, 544)), "settings": LEARNS},
+    "pp2-indexer-recompute": {"parallel": {"pp": 2}, "seeds": [0, 1, 2], "settings": FULL | LEARNS},
     "pp2vp2": {"parallel": {"pp": 2}, "vp": 2, "seeds": [0, 1, 2, 3]},
 }
 
@@ -72,6 +77,7 @@ def planned(toy: Path, name: str, rows: int = SHAPES[0][0], length: int = SHAPES
         distributed_optimizer=told.get("distributed_optimizer", True),
         fused=False,
         loss_chunk=settings.get("loss_chunk", 0),
+        indexer="dsa_indexer_loss_coeff" in settings,
     )
     return plan_memory(spec, topology, dp, run)
 

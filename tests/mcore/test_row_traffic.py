@@ -20,6 +20,11 @@ CASES: dict[str, dict[str, Any]] = {
     "queries": {"settings": {"index_queries": "spread"}, "batch": 2, "length": 300},
     "bf16-queries": {"settings": {"dtype": "bfloat16", "index_queries": "spread"}, "batch": 1, "length": 512},
     "indexer": {"settings": {"dsa_indexer_loss_coeff": 0.3}, "batch": 1, "length": 280},
+    "indexer-queries": {
+        "settings": {"dsa_indexer_loss_coeff": 0.3, "index_queries": "spread"},
+        "batch": 1,
+        "length": 280,
+    },
 }
 
 
@@ -37,7 +42,7 @@ def test_ranks_send_what_is_planned(counted: dict[str, list[dict[str, int]]], na
     case, (first, last) = CASES[name], counted[name]
     spec = small_spec(index_topk=5)
     dtype = "bf16" if case["settings"].get("dtype") else "float32"
-    shape = Shape(case["batch"], case["length"] // 2, dtype, cp=2)
+    shape = Shape(case["batch"], case["length"] // 2, dtype, cp=2, indexer=name.startswith("indexer"))
     queries = case["settings"].get("index_queries", "auto")
     forth = [sent_forward(spec, ratio, shape, queries) for ratio in spec.compress_ratios]
     moved = [queries_sent(spec, shape, queries) if ratio == 4 else (0, 0) for ratio in spec.compress_ratios]
@@ -48,7 +53,7 @@ def test_ranks_send_what_is_planned(counted: dict[str, list[dict[str, int]]], na
         others = [sent.window + sent.tails if rank == 0 else 0 for sent in forth]
         gathered = [sent.entries + sent.keys + by_rank[rank] for sent, by_rank in zip(forth, moved, strict=True)]
         assert [sends.get(f"layer {n}", 0) for n in range(4)] == [a + b for a, b in zip(others, gathered, strict=True)]
-    back = [sent_backward(spec, ratio, shape, indexer=name == "indexer") for ratio in spec.compress_ratios]
+    back = [sent_backward(spec, ratio, shape) for ratio in spec.compress_ratios]
     assert last["backward"] == sum(sent.total for sent in back)
     assert first["backward"] == sum(sent.entries + sent.keys for sent in back)
 

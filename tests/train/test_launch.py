@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from conftest import dsv4, fresh_dsv4
 from dsv4_bridge.ranks import slurm_ranks
@@ -60,6 +61,24 @@ def test_jobs_in_the_docs_have_the_gpus_that_their_recipes_were_planned_for() ->
     assert len(found) >= 3 and set(found) <= set(RECIPES)
     text = SCRIPT.read_text()
     assert "#SBATCH --ntasks-per-node=8\n" in text and "--signal=TERM@" in text and "--requeue" in text
+
+
+def test_nodes_of_skypilot_start_their_part_of_the_ranks(tmp_path: Path) -> None:
+    """Its variables of a node make the line that torchrun wants there."""
+    task = yaml.safe_load((ROOT / "examples/skypilot.yaml").read_text())
+    words = task["envs"]["WORDS"].split()
+    gpus = int(task["resources"]["accelerators"].split(":")[1])
+    assert task["num_nodes"] * gpus == choose(words[0]).recipe.parallel.gpus
+    (tmp_path / "torchrun").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "torchrun").chmod(0o755)
+    node = {"NUM_NODES": "2", "NODE_RANK": "1", "NUM_GPUS_PER_NODE": "8", "NODE_IPS": "10.0.0.7\n10.0.0.9"}
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", **task["envs"]}
+    env |= {f"SKYPILOT_{name}": value for name, value in node.items()}
+    done = subprocess.run(["bash", "-c", task["run"]], capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr
+    options = ["--nnodes", "2", "--node-rank", "1", "--nproc-per-node", "8"]
+    options += ["--master-addr", "10.0.0.7", "--master-port", "29500", "-m", "dsv4_bridge", "train"]
+    assert done.stdout.splitlines() == options + words
 
 
 # ---------------------------------------------------------------- ranks

@@ -53,6 +53,9 @@ def plan(
             help="Whether optimizer state is cut over data-parallel ranks; it is by default.",
         ),
     ] = None,
+    train_indexer: Annotated[
+        bool | None, typer.Option("--train-indexer", help="The indexers learn along with the model.")
+    ] = None,
     lora_rank: Annotated[int | None, _size("lora-rank", "Rank of the adapters; 16 by default.")] = None,
     lora_target: Annotated[
         list[str] | None, typer.Option("--lora-target", help="What carries adapters, as attn.wq_a; may be repeated.")
@@ -70,7 +73,8 @@ def plan(
     sizes = {"tp": tp, "pp": pp, "ep": ep, "etp": etp, "dp": dp, "cp": cp, "vp": vp}
     sizes |= {"layout": layout, "gpus": gpus, "gpu_memory": gpu_memory, "global_batch": global_batch}
     run: dict[str, Any] = {"seq_length": seq_length, "micro_batch": micro_batch, "recompute": recompute}
-    run |= {"distributed_optimizer": distributed_optimizer, "lora_rank": lora_rank, "lora_target": lora_target}
+    run |= {"distributed_optimizer": distributed_optimizer, "indexer": train_indexer}
+    run |= {"lora_rank": lora_rank, "lora_target": lora_target}
     run |= {k: v and v.value for k, v in {"mode": mode, "dtype": dtype, "grad_dtype": grad_dtype}.items()}
     found: tuple[Any, ...] = (ckpt,)
     if not Path(ckpt).exists() and (revision or known_variant(ckpt) is None) and "/" in ckpt:

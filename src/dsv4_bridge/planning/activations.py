@@ -38,6 +38,7 @@ class Shape:
         fused: by the fused kernels of a GPU, with experts of the grouped layout; else by the torch definitions.
         cp: context-parallel ranks; what is counted is the last one, which sees most compressed entries.
         loss_chunk: tokens whose logits a rank holds at a time; 0: all.
+        indexer: whether the indexers learn along with the model.
     """
 
     batch: int = 1
@@ -50,6 +51,7 @@ class Shape:
     fused: bool = False
     cp: int = 1
     loss_chunk: int = LOSS_CHUNK
+    indexer: bool = False
 
     @property
     def e(self) -> int:
@@ -114,15 +116,27 @@ def _attention(spec: ModelSpec, ratio: int, shape: Shape) -> int:
 
 
 def _compressed(spec: ModelSpec, ratio: int, shape: Shape) -> int:
-    """The compressor: gate and projection of every slot, entries; and the chosen blocks of a CSA layer."""
-    e, d, batch, several = shape.e, spec.head_dim, shape.batch, shape.cp > 1
-    if not ratio:
+    """The compressor, and of a CSA layer the chosen blocks and, where it learns, the indexer."""
+    every = shape.length * shape.cp // ratio if ratio else 0
+    if not every:
         return 0
+    found = _compressor(spec, ratio, spec.head_dim, shape)
+    if ratio == 4:
+        everything = every <= spec.index_topk  # one table for all rows
+        found += 8 * shape.length * (every if everything else shape.batch * spec.index_topk)
+    if ratio == 4 and shape.indexer:
+        # Its keys stay as their gradient, and so do its queries and the weights of its heads.
+        found += _compressor(spec, ratio, spec.index_head_dim, shape)
+        found += shape.tokens * spec.index_n_heads * (spec.index_head_dim * shape.e + 4)
+    return found
+
+
+def _compressor(spec: ModelSpec, ratio: int, d: int, shape: Shape) -> int:
+    """Gate and projection of every slot, and entries of `d` channels."""
+    e, batch, several = shape.e, shape.batch, shape.cp > 1
     # Of the whole row; those that end on this rank, and at ratio 4 one that another makes.
     every = shape.length * shape.cp // ratio
     blocks = every - shape.length * (shape.cp - 1) // ratio
-    if not every:
-        return 0
     wide = 2 if ratio == 4 else 1
     slots = batch * (blocks + (several and ratio == 4)) * ratio * wide
     tokens = shape.tokens + several * batch * (ratio * wide - 1)  # with the tail of the rank before
@@ -131,9 +145,6 @@ def _compressed(spec: ModelSpec, ratio: int, shape: Shape) -> int:
     kept = slots * d * e if ratio == 4 else tokens * d * e * (1 + several)
     entries = blocks * (batch * (_norm(d, shape) + d * e) + spec.qk_rope_head_dim * 4)
     found = entries + (2 * tokens * wide * d * e if shape.fused else slots * d * (4 + copy) + kept)
-    if ratio == 4:
-        everything = every <= spec.index_topk  # one table for all rows
-        found += 8 * shape.length * (every if everything else batch * spec.index_topk)
     if several:  # gathered from all ranks, and which of them this one sees
         found += every * (batch * d * e + 8)
     return found

@@ -141,8 +141,10 @@ def rank_flops(
 ) -> tuple[float, ...]:
     """Training FLOPs of every context-parallel rank on one sequence, with the indexers' queries where they are scored.
 
+    What an indexer's objective adds is as much for every query, and left out.
+
     Args:
-        spec: the model, its indexers not trained.
+        spec: the model.
         length: tokens of the sequence, which the ranks divide.
         ranks: that it is cut over.
         value_bytes: of the model's type.

@@ -40,6 +40,7 @@ class Run:
         lora: the adapters of mode lora.
         fused: by the fused kernels of a GPU, with grouped experts; else by the torch definitions.
         loss_chunk: tokens whose logits a rank holds at a time; 0: all of a micro-batch.
+        indexer: whether the indexers learn along with the model.
     """
 
     mode: str = "training"
@@ -55,6 +56,7 @@ class Run:
     moments_dtype: str = "float32"
     fused: bool = True
     loss_chunk: int = LOSS_CHUNK
+    indexer: bool = False
 
     @property
     def adapters(self) -> Lora | None:
@@ -74,6 +76,7 @@ class Run:
             self.fused,
             topology.cp,
             self.loss_chunk,
+            self.indexer,
         )
 
 
@@ -221,6 +224,8 @@ def check_run(spec: ModelSpec, topology: Topology, run: Run) -> None:
     for name in ("seq_length", "micro_batch", "micro_batches"):
         if getattr(run, name) < 1:
             raise BridgeError(f"planning ranks: {name} is {short(getattr(run, name))}, expected 1 or more")
+    if run.indexer and run.mode == "inference":
+        raise BridgeError("planning ranks: indexers learn in training alone; leave that out, or choose mode training")
     if run.mode == "lora":
         _ = run.lora.keys  # refuses what cannot be adapted
     tp, pp = topology.tp, topology.pp

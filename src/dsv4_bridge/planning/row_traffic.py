@@ -3,7 +3,7 @@
 Counted as real ranks send them by tests/mcore/test_row_traffic.py.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..spec.spec import ModelSpec
 from .activations import Shape
@@ -57,7 +57,8 @@ def sent_forward(spec: ModelSpec, ratio: int, shape: Shape, queries: str = "auto
     window = value * (spec.sliding_window - 1) * d
     if not ratio:
         return Sent(window)
-    widths = (d, spec.index_head_dim) if ratio == 4 else (d,)
+    # An indexer that learns makes its keys a second time, with gradients.
+    widths = (d, *((1 + shape.indexer) * [spec.index_head_dim])) if ratio == 4 else (d,)
     # Keys and gates; at ratio 4 each token has two of each, for its block and the next.
     tails = value * _BLOCK[ratio] * sum(widths) * (4 if ratio == 4 else 2)
     rows = (shape.cp - 1) * -(-shape.length // ratio)
@@ -75,10 +76,10 @@ def queries_sent(spec: ModelSpec, shape: Shape, queries: str = "auto") -> tuple[
     )
 
 
-def sent_backward(spec: ModelSpec, ratio: int, shape: Shape, indexer: bool = False) -> Sent:
-    """Of its backward: gradients go the same ways back; the indexer's if it is trained."""
-    forth = sent_forward(spec, ratio, shape, "home")
-    if ratio != 4 or indexer:
+def sent_backward(spec: ModelSpec, ratio: int, shape: Shape) -> Sent:
+    """Of its backward: gradients go the same ways back; the indexer's if it learns."""
+    forth = sent_forward(spec, ratio, replace(shape, indexer=False), "home")
+    if ratio != 4 or shape.indexer:
         return forth
     part = spec.head_dim / (spec.head_dim + spec.index_head_dim)
     return Sent(forth.window, round(forth.tails * part), forth.entries)

@@ -106,6 +106,7 @@ class _Work(NamedTuple):
     products: int
     weight: bool = True
     layer: bool = True  # inside a decoder layer: what full recompute does again
+    learned: int | None = None  # products that gradients go through, where these are fewer
 
 
 def count_flops(
@@ -123,8 +124,8 @@ def count_flops(
         spec: the model; its MTP runs as in training (`spec.without_draft()` has none), a DSpark drafter does not.
         lengths: tokens of one sequence, or of each document: documents do not meet, packed or not.
         lora: adapters on frozen weights; None: every weight is trained.
-        train_indexer: whether the indexer has gradients (its inputs never have). The attention weights
-            that its objective compares with are not counted.
+        train_indexer: whether the indexer has gradients (its inputs never have), of the blocks that are chosen: its
+            objective looks at no others once attention is sparse. What that compares with is not counted.
         recompute: None; `full`, every layer once more; `moe`, experts and router once more.
         logits_again: whether losses are computed in chunks, whose logits the backward makes once more.
 
@@ -145,7 +146,7 @@ def count_flops(
             inputs[work.term] += 0 if detached else once
             weights[work.term] += once if trained else 0
         elif trained or not detached:
-            inputs[work.term] += 2 * once
+            inputs[work.term] += 2 * (once if work.learned is None else 2 * work.learned)
         repeated = {"full": work.layer, "moe": work.term in ("experts", "router")}.get(recompute or "", False)
         if repeated or (logits_again and work.term == "logits"):
             again[work.term] += once
@@ -233,7 +234,8 @@ def _indexer(spec: ModelSpec, lengths: Sequence[int]) -> Iterator[_Work]:
     scored = [s for s in lengths if s // 4 > spec.index_topk]
     yield _Work("indexer", sum(scored) * heads * (spec.q_lora_rank * width + spec.hidden_size))
     # Every visible block by each head, and the heads' sum.
-    yield _Work("indexer", heads * (width + 1) * sum(block_pairs(s, 4) for s in scored), False)
+    every, chosen = (sum(block_pairs(s, 4, most) for s in scored) for most in (None, spec.index_topk))
+    yield _Work("indexer", heads * (width + 1) * every, False, learned=heads * (width + 1) * chosen)
 
 
 def window_pairs(length: int, window: int) -> int:

@@ -42,6 +42,7 @@ def run_of(recipe: Recipe, dp: int) -> Run:
         # Other layouts of experts keep what the definitions keep, and more than the fused activation.
         fused=recipe.model.kernels != "torch" and recipe.model.experts == "grouped",
         loss_chunk=recipe.model.loss_chunk,
+        indexer=recipe.losses.indexer != "frozen",
     )
 
 

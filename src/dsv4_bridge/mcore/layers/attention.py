@@ -119,14 +119,10 @@ class CoreAttention(KeepsFloat32, MegatronModule):
             blocks = list(entries.split(share.blocks[self.ratio].counts, 1))
         if self.indexer is not None:
             given = x.detach(), qr.detach()
-            # The objective needs what scores are made of, and recomputation what the first pass chose: at home, both.
-            if self.training and config.dsa_indexer_loss_coeff:
-                with torch.set_grad_enabled(self.trains_indexer):
-                    terms = made = self.indexer.of_share(*given, turn, share)
-                if not config.csa_dense_attention:
-                    chosen = [self.indexer.choose(*of) for of in zip(made, starts, strict=True)]
-            elif not config.csa_dense_attention:
+            if not config.csa_dense_attention:
                 chosen = self.indexer.choose_of_share(*given, share)
+            if self.trains_indexer:  # what the objective compares is made here, wherever it was scored to choose
+                terms = self.indexer.of_share(*given, turn, share)
             chosen = [c if c is None else observe("attn.index", self.block, c) for c in chosen]
         queries, keys = q.split(share.sizes(), 1), share.with_window(kv, config.csa_window_size)
         learned = [None] * count if counted is None else counted.split(share.sizes(), 1)
