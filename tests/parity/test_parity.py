@@ -25,7 +25,7 @@ from dsv4_bridge.parity.inputs import token_ids
 from dsv4_bridge.parity.metrics import Choice, Difference, compare_choices, compare_logits, compare_values
 from dsv4_bridge.parity.opened import opened
 from dsv4_bridge.parity.reference import record_reference, reference_model
-from dsv4_bridge.parity.report import write_report
+from dsv4_bridge.parity.report import about, write_report
 from dsv4_bridge.parity.result import ParityReport, SiteResult
 from dsv4_bridge.store.hf import open_hf
 
@@ -267,6 +267,8 @@ def test_the_page_names_every_layer_and_shows_its_pictures(plain: Path, tmp_path
     for layer, kind in enumerate(report.layers):
         assert f"layer {layer} ({kind})" in page.text
     assert all(version in page.text for version in report.versions.values())
+    assert {"checkpoint", "by layers"} <= dict(about(report)).keys()
+    assert all(f"<dt>{name}</dt><dd>" in path.read_text() for name, _ in about(report))
     assert page.rows == [8] * 3 + [3 + 2 * 3] * (2 + len(report.free.sites))
     assert len(page.pictures) == 3
     for picture in page.pictures:

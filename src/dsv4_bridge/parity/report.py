@@ -62,15 +62,13 @@ def write_report(report: ParityReport, folder: Path) -> Path:
 
 def _page(report: ParityReport, figures: dict[str, bytes]) -> str:
     title = f"Parity with {report.against}: {'passed' if report.passed else 'differs'}"
-    told = [line.split(maxsplit=1) for line in about(report)]
-    told = [("left out", words.removeprefix("out").strip()) if key == "left" else (key, words) for key, words in told]
     pictures = "\n".join(
         f'<figure><div class="wide"><img src="data:image/png;base64,{b64encode(picture).decode()}" '
         f'alt="{escape(words.partition(".")[0], quote=True)}"></div><figcaption>{escape(words)}</figcaption></figure>'
         for words, picture in figures.items()
     )
     body = f"""{verdict(report.passed, report.verdict.text)}
-{facts(told)}
+{facts(about(report))}
 <h2>Logits, all positions</h2>
 <div class="wide">{_logits(report)}</div>
 <h2>Pictures</h2>
@@ -140,38 +138,32 @@ def runs_of(report: ParityReport) -> list[tuple[str, Run]]:
     return [("own choices", report.free), *replayed]
 
 
-def about(report: ParityReport) -> list[str]:
-    """What was compared, and with which versions."""
-    same = report.reference == report.checkpoint
+def about(report: ParityReport) -> list[tuple[str, str]]:
+    """What was compared, and with which versions: what it is called, and what it is."""
+    reference = "the same" if report.reference == report.checkpoint else report.reference
     tokens = report.inputs
     seed = f", seed {tokens['seed']}" if tokens["seed"] is not None else ""
-    lines = [
-        f"checkpoint  {report.checkpoint}",
-        f"reference   {'the same' if same else report.reference}, in {report.against}' DeepseekV4ForCausalLM (eager)",
-        f"tokens      {tokens['batch']} x {tokens['seq_length']}, {tokens['source']}{seed}",
-        f"exercised   {tokens['ids']:,} of {tokens['vocab_size']:,} token ids; in a CSA layer the indexer chose for "
-        f"{tokens['chosen']:,} queries",
-        f"tables      {_tables(report)}",
-        f"computed    in {report.dtype} on {report.device}: "
-        + ", ".join(f"{name} {number}" for name, number in report.versions.items()),
+    versions = ", ".join(f"{name} {number}" for name, number in report.versions.items())
+    found = [
+        ("checkpoint", report.checkpoint),
+        ("reference", f"{reference}, in {report.against}' DeepseekV4ForCausalLM (eager)"),
+        ("tokens", f"{tokens['batch']} x {tokens['seq_length']}, {tokens['source']}{seed}"),
     ]
+    if report.narrow is not None:
+        words = f"1 row with index_topk {report.narrow.index_topk} in both models, for the indexers to choose: for "
+        found.append(("again", f"{words}{report.narrow.chosen:,} queries a layer"))
+    words = f"{tokens['ids']:,} of {tokens['vocab_size']:,} token ids; in a CSA layer the indexer chose for "
+    found.append(("exercised", f"{words}{tokens['chosen']:,} queries"))
+    found.append(("tables", _tables(report)))
+    found.append(("computed", f"in {report.dtype} on {report.device}: {versions}"))
     if report.steps:
         read, slowest = sum(step.nbytes for step in report.steps), max(report.steps, key=lambda step: step.seconds)
-        lines.append(
-            f"by layers   {len(report.steps)} one at a time, {size(read)} read by both; the slowest was layer "
-            f"{slowest.layer}, {slowest.seconds:,.1f} s"
-        )
-    if report.narrow is not None:
-        lines.insert(
-            3,
-            f"again       1 row with index_topk {report.narrow.index_topk} in both models, for the indexers to choose: "
-            f"for {report.narrow.chosen:,} queries a layer",
-        )
+        words = f"{len(report.steps)} one at a time, {size(read)} read by both; the slowest was layer "
+        found.append(("by layers", f"{words}{slowest.layer}, {slowest.seconds:,.1f} s"))
     if report.drafts:
-        lines.append(
-            f"MTP         {counted(len(report.drafts), 'block')} against a formula in float64, which transformers lacks"
-        )
-    return [*lines, f"left out    {report.left_out}"] if report.left_out else lines
+        blocks = counted(len(report.drafts), "block")
+        found.append(("MTP", f"{blocks} against a formula in float64, which transformers lacks"))
+    return [*found, ("left out", report.left_out)] if report.left_out else found
 
 
 def _tables(report: ParityReport) -> str:

@@ -21,7 +21,8 @@ def parity_table(report: ParityReport, every_site: bool = False) -> Group:
     """What was compared, a line a layer (or a sub-layer), the logits, the verdict."""
     table = sites_table(report) if every_site else layers_table(report)
     style = "bold green" if report.passed else "bold red"
-    head, verdict = Text("\n".join(about(report))), Text(report.verdict.text, style)
+    head = Text("\n".join(f"{name:<12}{words}" for name, words in about(report)))
+    verdict = Text(report.verdict.text, style)
     return Group(head, Text(), table, Text(_LEGEND, "dim"), logits_table(report), verdict)
 
 
