@@ -81,11 +81,6 @@ def transposed(values: Array) -> Array:
     return np.ascontiguousarray(values.T)
 
 
-def through_bf16(table: Array) -> Array:
-    """Ids as bf16 has them: 8 bits."""
-    return ((table.astype("<f4").view("<u4") + 0x8000) & 0xFFFF0000).view("<f4").astype(table.dtype)
-
-
 def as_numbers(scale: Array) -> Array:
     """Exponents copied as if they were numbers: half as many, wrapped."""
     return np.minimum(scale, 3)
@@ -103,6 +98,10 @@ def faults(token: int) -> tuple[Wide, ...]:
         table[token, 0] = next(e for e in range(256) if e not in table[token])
         return table
 
+    def twice(table: Array) -> Array:
+        table[token, 1] = table[token, 0]
+        return table
+
     scale, shared, experts = "layers.{}.attn.{}.scale", "layers.3.ffn.shared_experts", "layers.3.ffn.experts"
     return (
         Wide("E8M0 scale of one tile of wq_a +1", on(scale.format(2, "wq_a"), at((0, 0), plus(1))), (1, 2), 2),
@@ -118,7 +117,7 @@ def faults(token: int) -> tuple[Wide, ...]:
         Wide("gate.bias of one expert +1", on("layers.4.ffn.gate.bias", at((2,), plus(1))), (3, 4), 4),
         Wide("kv_norm 1 ulp of one value", on("layers.5.attn.kv_norm.weight", at((7,), ulp)), (4, 5), 5),
         Wide("head rows swapped", on("head.weight", lambda v: v[::-1]), (5, 5), None),
-        Wide("tid2eid rounded through bf16", on("layers.2.ffn.gate.tid2eid", through_bf16), (1, 2), 2, True),
+        Wide("tid2eid: an expert twice in a row", on("layers.2.ffn.gate.tid2eid", twice), (1, 2), 2, True),
         Wide("scales of wkv copied as numbers", on(scale.format(5, "wkv"), as_numbers), (4, 5), 5, True),
         Wide("wo_b of layer 4 twice as large", on(scale.format(4, "wo_b"), plus(1)), (3, 4), 4, True),
         Wide("an expert twice", partial(copies, one=f"{experts}.9.", other=f"{experts}.8."), (2, 3), 3, True),
