@@ -102,7 +102,11 @@ def faults(token: int) -> tuple[Wide, ...]:
         table[token, 1] = table[token, 0]
         return table
 
-    scale, shared, experts = "layers.{}.attn.{}.scale", "layers.3.ffn.shared_experts", "layers.3.ffn.experts"
+    def doubled(copy: Copy) -> None:
+        one, experts = int(copy.read("layers.1.ffn.gate.tid2eid")[token, 0]), "layers.1.ffn.experts"
+        copies(copy, f"{experts}.{one}.", f"{experts}.{(one + 1) % 256}.")
+
+    scale, shared = "layers.{}.attn.{}.scale", "layers.3.ffn.shared_experts"
     return (
         Wide("E8M0 scale of one tile of wq_a +1", on(scale.format(2, "wq_a"), at((0, 0), plus(1))), (1, 2), 2),
         Wide("w1 and w3 of the shared expert swapped", swapped(f"{shared}.w1", f"{shared}.w3"), (2, 3), 3),
@@ -119,8 +123,8 @@ def faults(token: int) -> tuple[Wide, ...]:
         Wide("head rows swapped", on("head.weight", lambda v: v[::-1]), (5, 5), None),
         Wide("tid2eid: an expert twice in a row", on("layers.2.ffn.gate.tid2eid", twice), (1, 2), 2, True),
         Wide("scales of wkv copied as numbers", on(scale.format(5, "wkv"), as_numbers), (4, 5), 5, True),
-        Wide("wo_b of layer 4 twice as large", on(scale.format(4, "wo_b"), plus(1)), (3, 4), 4, True),
-        Wide("an expert twice", partial(copies, one=f"{experts}.9.", other=f"{experts}.8."), (2, 3), 3, True),
+        Wide("wo_b of layer 4 twice as large", on(scale.format(4, "wo_b"), plus(1)), (3, 4), 4),
+        Wide("an expert of one of the tokens twice", doubled, (0, 1), 1, True),
     )  # fmt: skip
 
 
