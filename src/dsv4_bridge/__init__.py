@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from .store.inspect import inspect
     from .toy.checkpoint import make_toy
 
+    __version__: str
+
 __all__ = [
     "BridgeError",
     "Checkpoint",
@@ -50,6 +52,8 @@ __all__ = [
     "verify_hub",
     "verify_release",
 ]
+
+_ROOMS = ("mcore", "parity")  # loaded when they are named
 
 _PLACES = {
     "Checkpoint": "store.checkpoint:Checkpoint",
@@ -79,8 +83,22 @@ def __getattr__(name: str) -> Any:
     if name in _PLACES:
         module, _, attribute = _PLACES[name].partition(":")
         return getattr(import_module(f".{module}", __name__), attribute)
+    if name in _ROOMS:
+        return import_module(f".{name}", __name__)
+    if name == "__version__":
+        return _version()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+def _version() -> str:
+    """Of this package, as it is installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("dsv4-bridge")
+    except PackageNotFoundError:  # run from its source
+        return "unknown"
+
+
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*(name for name in globals() if name.startswith("__")), "__version__", *__all__, *_ROOMS})

@@ -7,6 +7,9 @@ from typing import Any
 
 from .errors import BridgeError, short
 
+LFS = b"version https://git-lfs.github.com/"
+LFS_POINTER = "a Git LFS pointer in place of the file; run `git lfs pull` in the folder"
+
 
 def parse_json(raw: bytes, where: str) -> dict[str, Any]:
     """Parse a JSON object.
@@ -38,6 +41,8 @@ def parse_json(raw: bytes, where: str) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise BridgeError(f"reading {where}: not valid JSON (byte {error.start} is not UTF-8)") from None
     except ValueError as error:
+        if raw.startswith(LFS):
+            raise BridgeError(f"reading {where}: {LFS_POINTER}") from None
         raise BridgeError(f"reading {where}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise BridgeError(f"reading {where}: expected a JSON object, got {type(value).__name__}")

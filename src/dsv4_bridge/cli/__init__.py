@@ -5,6 +5,7 @@ import difflib
 import gc
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -37,6 +38,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminated)
     sys.unraisablehook = _swallowed
     os.environ.update(slurm_ranks(os.environ))
+    if sys.argv[1:2] == ["help"]:  # `help VERB`, as git and others have it
+        sys.argv[1:] = [*sys.argv[2:], "--help"]
     try:
         code = app(standalone_mode=False)
     except BridgeError as error:
@@ -53,7 +56,7 @@ def main() -> None:
         if len(sys.argv) < 2:  # without a word: the help
             sys.stderr.write(f"{message}\n")
         else:
-            _refused(message + _hint())
+            _refused(_instead(message))
         code = 2
     except _Terminated:
         code = 143
@@ -64,6 +67,11 @@ def main() -> None:
         code = 0
     except OSError as error:
         _refused(f"{verb()}: {os_error(error)}")
+        code = 2
+    except (MemoryError, ImportError) as error:
+        if isinstance(error, ImportError) and not re.search("failed to map|annot allocate memory", str(error)):
+            raise
+        _refused(f"{verb()}: the system gives this process no more memory; raise its limit (ulimit -v, or a job's)")
         code = 2
     except RuntimeError as error:
         if str(error) != "can't start new thread":  # of Python's threading
@@ -81,16 +89,30 @@ def main() -> None:
     sys.exit(code or 0)
 
 
-def _hint() -> str:
-    """What to do about arguments that cannot be used."""
+def _instead(message: str) -> str:
+    """What is said of arguments that cannot be used, with what to do about them."""
     if verb() not in _PLACE:
+        message = re.sub(r"\.? Did you mean .*", "", message)  # of some releases of typer
         near = difflib.get_close_matches(verb(), _PLACE, 1)
         meant = f"; did you mean {near[0]}?" if near else ""
-        return f"{meant} (dsv4 --help lists the verbs)"
-    key = next((word.lstrip("-") for word in sys.argv[2:] if word.startswith("--") and "." in word), "")
-    change = key if "=" in key else f"{key}=VALUE"
-    said = f"; keys of a recipe have no dashes: {change}" if verb() == "train" and key else ""
-    return f"{said} (dsv4 {verb()} --help lists its options)"
+        if verb() == "version" or {"-V", "-v"} & {*sys.argv[1:]}:
+            meant = "; dsv4 --version prints it"
+        return f"{message}{meant} (dsv4 --help lists the verbs)"
+    if verb() == "train" and (key := _recipe_key(message)):
+        message = f"{message.partition(' (')[0]}; keys of a recipe have no dashes: {key}"
+    return f"{message} (dsv4 {verb()} --help lists its options)"
+
+
+def _recipe_key(message: str) -> str:
+    """The words `key=value` that were written as an option, `""` if none were."""
+    from ..train.choose import known_key
+
+    found = re.match(r"No such option:? ['\"]?--?([\w.-]+)", message)
+    key = known_key(found[1]) if found else ""
+    value = next(
+        (word.partition("=")[2] for word in sys.argv[2:] if found and word.lstrip("-").startswith(f"{found[1]}=")), ""
+    )
+    return f"{key}={value or 'VALUE'}" if key else ""
 
 
 # Top-level modules -> what brings them.

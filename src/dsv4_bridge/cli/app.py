@@ -45,12 +45,9 @@ def quiet() -> bool:
 
 def package_version() -> str:
     """Of this package, as it is installed."""
-    from importlib.metadata import PackageNotFoundError, version
+    from .. import __version__
 
-    try:
-        return version("dsv4-bridge")
-    except PackageNotFoundError:  # run from its source
-        return "unknown"
+    return __version__
 
 
 @app.callback()

@@ -156,3 +156,7 @@ def _print_report(report: Any, out: Path, as_json: bool, dry_run: bool) -> None:
         return
     facts = {"out": str(out), "dry_run": dry_run} | report.to_json()
     put(facts, as_json, conversion_table(report, out, dry_run=dry_run))
+    if (out / "config.json").is_file() and not (out / "tokenizer.json").is_file():
+        from .show.console import say
+
+        say(f"dsv4: note: {out} has no tokenizer.json, for its source has none; servers want that of the release")

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import BridgeError
+from ..errors import BridgeError, short
 from .app import Json, app, put
 
 
@@ -188,6 +188,8 @@ def _chats(
                 choose_shape(path, key, named=True)
     said = [name for name, value in (of_text if chats else of_chat).items() if value is not None]
     if said:
+        if not chats and (odd := _of_neither(usable, key)):
+            raise BridgeError(f"preparing data: {said[0]} is for conversations, and {odd}")
         kind = "conversations" if chats else "documents"
         raise BridgeError(
             f"preparing data: {said[0]} is not for {kind}, and {(chats or sources)[0]} holds such; leave it out, or "
@@ -199,6 +201,18 @@ def _chats(
     if chats and seq_length is None:
         raise BridgeError(f"preparing data: {chats[0]} holds conversations; give --seq-length, tokens of a pack")
     return bool(chats)
+
+
+def _of_neither(sources: list[Path], key: str | None) -> str:
+    """The file that holds objects with neither a conversation nor a text in them, and what it has; `""` if none."""
+    from ..data.kinds import CONVERSATIONS, look
+
+    for path in sources:
+        first = look(path).first if path.is_file() else None
+        if first is not None and (key or "text") not in first:
+            has = f"the objects of {path} have {short(list(first))}"
+            return f"{has}, which is of no form that is known ({CONVERSATIONS}); rewrite it in one of them"
+    return ""
 
 
 def _tokenizer(named: str) -> tuple[Path, Any]:

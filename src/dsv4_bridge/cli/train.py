@@ -61,6 +61,8 @@ def train(
     chosen = choose(name, changes or ())
     recipe = scaled_down(chosen.recipe, changes or ()) if tiny else chosen.recipe
     spec = recipe_spec(recipe, tiny)
+    if gpu_memory is not None and not dry_run:
+        raise BridgeError("training: --gpu-memory is of a plan, and changes no run; say --dry-run with it")
     if dry_run:
         from .show.plan import ranks_table
 
@@ -71,8 +73,10 @@ def train(
     from .show.lines import columns, folded
 
     ranks = Ranks.from_environment()
-    silent = as_json or quiet()
-    say: Any = (lambda _: None) if silent else lambda line: typer.echo(folded(printable(line), columns()))
+    # Where stdout is for a program, the lines go where other verbs show their progress.
+    say: Any = lambda line: typer.echo(folded(printable(line), None if as_json else columns()), err=as_json)  # noqa: E731
+    if quiet():
+        say = lambda _: None  # noqa: E731
     from .. import mcore  # noqa: F401 - prepares torch for megatron-core
     from ..train.loop import train as run_train
 

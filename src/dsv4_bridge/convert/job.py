@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..errors import BridgeError, short
 from ..progress import Progress, Silent
 from ..ranks import Ranks
 from .emitter import Emitter
@@ -60,6 +61,12 @@ class Options:
     progress: Progress = field(default_factory=Silent)
     dry_run: bool = False
     ranks: Ranks = field(default_factory=Ranks)
+
+    def __post_init__(self) -> None:
+        if type(self.workers) is not int or self.workers < 1:
+            raise BridgeError(
+                f"running a conversion: workers is {short(self.workers)}, expected a whole number from 1 on"
+            )
 
 
 def identity_hash(job: Job) -> str:

@@ -59,6 +59,11 @@ def check_indexed(prefix: str, doing: str) -> IndexFacts:
     try:
         for path in (index, tokens):
             if not path.exists():
+                if (Path(prefix) / "chat_data.json").is_file():
+                    raise BridgeError(
+                        f"{doing}: that is a folder of conversations, and text is wanted; say data.kind=chat, or "
+                        "prepare text with dsv4 data"
+                    )
                 raise BridgeError(f"{doing}: no {path}; name a prefix that `dsv4 data` wrote, without ending")
             if not stat.S_ISREG(path.stat().st_mode):
                 raise BridgeError(f"{doing}: {path} is not a regular file")

@@ -79,7 +79,7 @@ class DataReport:
         skipped = f", {counted(self.empty, 'empty one')} left out" if self.empty else ""
         return [
             f"{self.out}.bin, .idx: {counted(self.documents, 'document')} of {counted(self.files, 'file')}{skipped}",
-            f"{self.tokens:,} tokens of {self.characters:,} characters "
+            f"{counted(self.tokens, 'token')} of {counted(self.characters, 'character')} "
             f"({self.characters / self.tokens:.2f} a token), {self.dtype}, {size:,} bytes",
             *report_lines(self.skipped, self.skipped_first, self.out + ENDING),
         ]

@@ -18,6 +18,7 @@ from .chat.others import PREFERENCES, is_chat
 from .packed import opened, packing
 
 JSONL = (".jsonl", ".ndjson")
+CONVERSATIONS = "messages, conversations, instruction and output, prompt and completion"
 _HEAD = 1 << 20  # bytes in which the first object of a file ends, nearly always
 _MOST = 1 << 26  # and always
 _PIECE = 1 << 22
@@ -80,9 +81,10 @@ def choose_shape(path: Path, key: str | None, *, named: bool) -> Look:
     """
     found = look(path)
     known = found.first is not None and (found.chat or (key or "text") in found.first)
-    if path.suffix.lower() in JSONL or known:
+    pairs = found.first is not None and found.first.keys() >= PREFERENCES
+    if known or (path.suffix.lower() in JSONL and not (pairs and named)):
         return found
-    if found.first is not None and found.first.keys() >= PREFERENCES and named:
+    if pairs and named:
         raise BridgeError(
             f"reading {path}: pairs of chosen and rejected answers; nothing here trains on preferences. "
             "Give `prompt` and `completion`, or `messages`"
@@ -90,9 +92,9 @@ def choose_shape(path: Path, key: str | None, *, named: bool) -> Look:
     if found.shape != "text" and (named and path.suffix.lower() == ".json"):
         keys = f"objects with {short(list(found.first))}" if found.first is not None else "JSON"
         raise BridgeError(
-            f"reading {path}: it holds {keys}, and no conversations (messages, conversations, instruction and output, "
-            f"prompt and completion) nor texts under {short(key or 'text')}; name the text's with --key. To take its "
-            "brackets and quotes as a text, give the file another ending, as .txt"
+            f"reading {path}: it holds {keys}, and no conversations ({CONVERSATIONS}) nor texts under "
+            f"{short(key or 'text')}; name the text's with --key. To take its brackets "
+            "and quotes as a text, give the file another ending, as .txt"
         )
     return Look("text", None)
 

@@ -11,11 +11,12 @@ from pathlib import Path
 
 from ..errors import BridgeError, short
 from ..files import every_file
-from .kinds import choose_shape, is_array, of_no_known_kind, refuse_others, unpacked
+from .kinds import CONVERSATIONS, choose_shape, is_array, of_no_known_kind, refuse_others, unpacked
 from .packed import unwrapped
 from .skipped import Skipped
 
 _UNIT = 4 << 20  # bytes of a unit, about
+_CHATS = f"; of conversations, {CONVERSATIONS} are known"
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -210,7 +211,7 @@ def _text_of(line: bytes, key: str, path: Path, offset: int) -> str:
     if not isinstance(value, dict):
         raise BadSource(path, offset, f"expected a JSON object, got {short(value)}")
     if key not in value:
-        raise BadSource(path, offset, f"no {key!r}, only {short(list(value))}; name the text's with --key")
+        raise BadSource(path, offset, f"no {key!r}, only {short(list(value))}; name the text's with --key{_CHATS}")
     text = value[key]
     if not isinstance(text, str):
         raise BadSource(path, offset, f"{key!r} is {short(text)}, expected text")
@@ -225,8 +226,12 @@ def _decoded(raw: bytes, path: Path, offset: int) -> str:
     try:
         return raw.removeprefix(_BOM).decode() if offset == 0 else raw.decode()
     except UnicodeDecodeError as error:
-        wrong = f"byte {offset + error.start} is not UTF-8 ({error.reason}); convert it, or choose files with --suffix"
-        raise BadSource(path, offset, wrong) from None
+        raise BadSource(
+            path,
+            offset,
+            f"byte {offset + error.start} is not UTF-8 ({error.reason}); convert it, choose files with --suffix, or "
+            "leave such out with --on-error skip",
+        ) from None
 
 
 def _read(path: Path) -> bytes:

@@ -128,7 +128,8 @@ def generate(
         raise BridgeError(f"generating: dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     path = Path(checkpoint)
     spec, beside = _look(path)
-    tokenizer = open_tokenizer(beside, spec)
+    text = bool(ask.texts or ask.stops or any(ask.answers) or ask.chat)
+    tokenizer = open_tokenizer(beside, spec, wanted=text)
     rows = _rows(ask, tokenizer, beside)
     ends = end_tokens(beside, spec)
     streams = [TextStream(tokenizer, ask.stops) for _ in rows] if tokenizer else []

@@ -11,7 +11,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
 
-from ..errors import BridgeError
+from ..errors import BridgeError, short
 from ..parallel.layout import Layout
 from ..parallel.topology import Coordinate, Sizes, Topology, check_rows, make_topology
 from ..planning.index_queries import query_costs
@@ -350,6 +350,11 @@ def build_chunks(
     **settings: Any,
 ) -> list[DeepSeekV4Model]:
     """Build this rank's chunks in the order of the data, where a layout has several a rank; see `build_model`."""
+    if not isinstance(spec, ModelSpec):
+        raise BridgeError(
+            f"building the model: its numbers are {short(spec)}, expected a ModelSpec, as "
+            "ModelSpec.from_pretrained(NAME); mcore.from_pretrained(NAME) builds a checkpoint's model and loads it"
+        )
     initialize()
     groups = ProcessGroupCollection.use_mpu_process_groups()
     parallel_state.set_virtual_pipeline_model_parallel_world_size(None)

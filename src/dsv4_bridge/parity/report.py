@@ -24,12 +24,23 @@ def can_report(folder: Path) -> None:
     """Say before the work that a report could not be written.
 
     Raises:
-        BridgeError: matplotlib is missing, or the folder is a file.
+        BridgeError: matplotlib is missing, or the folder is a file, cannot be written, or has a page of something else.
     """
     if find_spec("matplotlib") is None:
         raise BridgeError("writing a report: matplotlib is not installed; pip install 'dsv4-bridge[report]'")
     if folder.exists() and not folder.is_dir():
         raise BridgeError(f"writing a report: {folder} is not a folder")
+    if (folder / "index.html").exists() and not (folder / "parity.json").exists():
+        raise BridgeError(f"writing a report: {folder} has an index.html that is of no comparison; name another folder")
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    try:
+        probe = there / ".dsv4-probe"
+        probe.write_bytes(b"x")
+        probe.unlink()
+    except OSError as error:
+        raise BridgeError(
+            f"writing a report to {folder}: {there} cannot be written ({error.strerror or error}); name another folder"
+        ) from None
 
 
 @files_named("writing the report")

@@ -12,7 +12,7 @@ Names come in five schemes, all expanded from the one table and looked up exactl
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -175,7 +175,9 @@ def _scheme(tensors: Mapping[str, TensorInfo], spec: ModelSpec, path: Path) -> s
     hits = {s: sum(disk_name(i, s, spec)[0] in tensors for i in probe) for s in schemes}
     best = max(schemes, key=lambda s: hits[s])
     if hits[best] == 0:
-        raise BridgeError(f"opening {path}: no tensor has a {name} name (found {some(tensors) or 'none'})")
+        raise BridgeError(
+            f"opening {path}: no tensor has a {name} name (found {some(tensors) or 'none'}){_whose(tensors)}"
+        )
     return best
 
 
@@ -227,8 +229,25 @@ def _claim(tensors: Mapping[str, TensorInfo], plan: Plan, scheme: str) -> tuple[
             wrong[(*fault[:1], item.row.key, fault[1])].append(name)
     for name in unclaimed:
         kind = "scale" if name.endswith((".scale", "_scale_inv")) else "unknown"
-        wrong[kind, "a scale without its weight" if kind == "scale" else _pattern(name), ""].append(name)
+        whose = _whose((name,)).removeprefix("; ")
+        wrong[kind, "a scale without its weight" if kind == "scale" else _pattern(name), whose].append(name)
     return bound, tuple(Finding(k, row, tuple(names), detail) for (k, row, detail), names in wrong.items())
+
+
+# Endings of names in encodings of others -> whose.
+_OTHERS = {
+    (".weight_scale_2", ".input_scale"): "as ModelOpt saves NVFP4 and its FP8",
+    (".qweight", ".qzeros", ".g_idx"): "as AWQ and GPTQ save",
+    (".weight_packed", ".weight_shape", ".weight_zero_point"): "as compressed-tensors saves",
+    (".absmax", ".quant_map", ".quant_state.bitsandbytes__nf4"): "as bitsandbytes saves",
+}
+
+
+def _whose(names: Iterable[str]) -> str:
+    """Whose encoding names are of, `""` where it is not seen."""
+    found = (whose for name in names for endings, whose in _OTHERS.items() if name.endswith(endings))
+    whose = next(found, "")
+    return f"; {whose}, which is not read: take the release that this was made from" * bool(whose)
 
 
 def _scale_names(name: str) -> tuple[str, str]:

@@ -101,6 +101,10 @@ def _what_it_is(folder: Path) -> str:
         )
     if "snapshots" in names:
         return f"{folder} is a repository in the Hub's cache; name the folder below {folder / 'snapshots'}"
+    if "adapter_config.json" in names:
+        return f"{folder} holds adapters, and a whole model is wanted; `dsv4 merge HF {folder} OUT` puts them into one"
+    if "chat_data.json" in names:
+        return f"{folder} is training data that `dsv4 data` made, and a model is wanted"
     if any(name.endswith(".gguf") for name in names):
         return "GGUF files are not read; take the released safetensors"
     return "a checkpoint folder needs a config.json"

@@ -93,6 +93,10 @@ def fetch_small(source: str, revision: str | None = None) -> Path:
         BridgeError: no such folder or repository, it cannot be reached, or it is another model.
     """
     local = _local(source, revision)
+    if local and not local.is_dir():
+        raise BridgeError(
+            f"opening {source}: a file, and a checkpoint's folder is wanted; name the folder that it is in"
+        )
     return local or _fetch(source, _pinned(_description(source, revision), revision), [_CONFIG, *_SMALL])
 
 

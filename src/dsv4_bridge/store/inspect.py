@@ -57,8 +57,8 @@ class InspectReport:
     parameters: int
     draft: str
     encodings: dict[str, str]
-    rows: dict[str, RowSummary]
-    passengers: tuple[str, ...]
+    rows: dict[str, RowSummary] = field(repr=False)
+    passengers: tuple[str, ...] = field(repr=False)
     findings: tuple[Finding, ...]
     notes: tuple[str, ...]
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from ..errors import BridgeError, short, some
 from ..spec.dtypes import DTYPES
-from ..strict_json import parse_json
+from ..strict_json import LFS_POINTER, parse_json
 from .reading import drop_behind, open_to_read
 
 INDEX = "model.safetensors.index.json"
@@ -121,7 +121,7 @@ def _stamp(facts: os.stat_result) -> tuple[int, ...]:
 
 def _not_safetensors(start: bytes, size: int, length: int) -> str:
     if start == b"version ":
-        return "a Git LFS pointer in place of the file; run `git lfs pull` in the folder"
+        return LFS_POINTER
     if start[:4] == b"GGUF":
         return "a GGUF file; take the released safetensors"
     if start[:2] == b"PK" or start[:1] == b"\x80":

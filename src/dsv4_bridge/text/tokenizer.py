@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -65,14 +66,19 @@ class Tokenizer:
         return self.encode(f"{USER}{text}{ASSISTANT}{THOUGHT}")
 
 
-def open_tokenizer(folder: Path, spec: ModelSpec) -> Tokenizer | None:
+def open_tokenizer(folder: Path, spec: ModelSpec, *, wanted: bool = True) -> Tokenizer | None:
     """The tokenizer of a folder, None where it has no tokenizer.json.
+
+    Args:
+        folder: it.
+        spec: the model's numbers.
+        wanted: whether there is text; without, None also where the `tokenizers` library is missing.
 
     Raises:
         BridgeError: unreadable, or the `tokenizers` library is missing.
     """
     path = folder / TOKENIZER
-    if not path.is_file():
+    if not path.is_file() or (not wanted and find_spec("tokenizers") is None):
         return None
     library, _ = read_tokenizer(path, ", or give --prompt-ids")
     return Tokenizer(path, library, spec.bos_token_id)

@@ -20,6 +20,7 @@ from .recipes import RECIPES
 
 _MOST_BYTES = 1 << 16
 _LONGEST = 100  # characters of a name that others are compared with
+_BASES = ("extends", "inherits", "inherit", "parent", "defaults", "recipe", "include")  # as others call `base`
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,12 @@ def values(recipe: Recipe) -> dict[str, Any]:
     return found
 
 
+def known_key(word: str) -> str:
+    """The dotted key that is meant by a word, its last part perhaps, or with dashes; `""` where none is near."""
+    word, known = word.replace("-", "_"), values(Recipe())
+    return word if word in known else _nearest(word, known).removeprefix(" (nearest: ").removesuffix(")")
+
+
 def dump(recipe: Recipe) -> str:
     """The recipe as YAML: what `load` reads."""
     return yaml.safe_dump(as_plain(recipe), sort_keys=False, allow_unicode=True, width=120)
@@ -102,14 +109,15 @@ def as_plain(recipe: Recipe) -> dict[str, Any]:
 def load(path: Path) -> Chosen:
     """A recipe from YAML: the recipe that `base` names, or else `name`, with the file's values.
 
-    What the file leaves out is that recipe's; where neither is known, `Recipe`'s own, pretraining of Flash.
+    What the file leaves out is that recipe's. A file that names none has to have every section itself, for nobody asks
+    for values that stand nowhere.
 
     Raises:
-        BridgeError: no such file, no YAML, unknown keys or values of another type.
+        BridgeError: no such file, no YAML, unknown keys or values of another type, or sections that are nowhere.
     """
     read = parse_yaml(read_small(path, _MOST_BYTES), f"reading recipe {path}")
     if not isinstance(read, dict):
-        raise BridgeError(f"reading recipe {path}: expected keys and values, found {type(read).__name__}")
+        raise BridgeError(f"reading recipe {path}: expected keys and values, found {_kind(read)}")
     base = read.pop("base", None)
     if base is not None and (not isinstance(base, str) or base not in RECIPES):
         near = _nearest(base, RECIPES) if isinstance(base, str) else ""
@@ -118,6 +126,15 @@ def load(path: Path) -> Chosen:
         )
     named = read.get("name")
     base = base or (named if isinstance(named, str) and named in RECIPES else None)
+    if other := [key for key in _BASES if key in read]:
+        raise BridgeError(
+            f"reading recipe {path}: there is no {short(other[0])}; write base: flash-lora, or another's name"
+        )
+    if not base and (lacking := [f.name for f in dataclasses.fields(Recipe) if _is_section(f) and f.name not in read]):
+        raise BridgeError(
+            f"reading recipe {path}: it says nothing of {', '.join(lacking)}, and names no recipe that does; write one "
+            "as base: flash-lora (`dsv4 recipes` lists them; `dsv4 recipes NAME --yaml` prints a whole one)"
+        )
     chosen = choose(base) if base else Chosen(Recipe(), _defaults())
     changes: dict[str, tuple[Any, str]] = {}
     for key, value in read.items():
@@ -210,6 +227,14 @@ def _nested(cls: Any) -> Iterable[tuple[str, dataclasses.Field[Any], Any]]:
                 yield f"{field.name}.{key}", inner, inner_kind
         else:
             yield field.name, field, kind
+
+
+def _is_section(field: dataclasses.Field[Any]) -> bool:
+    return field.default_factory is not dataclasses.MISSING
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else type(value).__name__
 
 
 def _defaults() -> dict[str, str]:

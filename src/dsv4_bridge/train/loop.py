@@ -119,6 +119,8 @@ def _train(recipe: Recipe, spec: ModelSpec, world: int, say: _Say, note: _Say) -
     if recipe.log.valid_every and valid_feed is None:
         talk("no validation: chats have no split; say data.valid=FOLDER")
     beside = _beside(recipe, resumed)
+    if first and f"{ALONG}/tokenizer.json" not in beside:
+        talk("no tokenizer: from its checkpoints text is made by ids alone; tokenizer=CKPT takes one along")
     talk(
         f"{recipe.name}: {counted(spec.num_hidden_layers, 'layer')}, "
         f"{counted(trainer.world, 'rank')} (dp {trainer.ranks}), "

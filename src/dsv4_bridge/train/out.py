@@ -6,7 +6,7 @@ import shutil
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from ..errors import BridgeError
+from ..errors import BridgeError, size
 from ..lock import hold
 from ..spec.plan import expand
 from ..spec.spec import ModelSpec
@@ -39,6 +39,8 @@ def check_out(recipe: Recipe) -> None:
     there += sorted(p.name for p in out.glob("*.safetensors"))[:1]
     if there:
         raise BridgeError(f"{doing} holds another checkpoint ({there[0]}); name a folder of its own")
+    if (out / "chat_data.json").exists():
+        raise BridgeError(f"{doing} is training data that dsv4 data made; name a folder of its own")
     if not _first():
         return
     try:
@@ -62,7 +64,7 @@ def check_room(recipe: Recipe, spec: ModelSpec) -> None:
     if need + _SLACK > free:
         raise BridgeError(
             f"{doing}: its checkpoints (checkpoint.keep={recipe.checkpoint.keep}, and one more while it is written) "
-            f"take {need / 1e9:,.1f} GB more, and {free / 1e9:,.1f} GB are free there; keep fewer, say "
+            f"take {size(need)} more and {size(_SLACK)} to spare, and {size(free)} are free there; keep fewer, say "
             "checkpoint.optimizer=false, or name a larger disk"
         )
 

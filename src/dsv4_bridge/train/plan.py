@@ -12,7 +12,7 @@ from ..planning.ranks import Asked, RanksReport, plan_ranks
 from ..spec.lora import Lora
 from ..spec.plan import check_computed
 from ..spec.spec import ModelSpec
-from ..spec.variants import VARIANTS, tiny
+from ..spec.variants import VARIANTS, known_variant, tiny
 from ..store.named import files_of, spec_of
 from ..text.tokens import TOKENIZER
 from .choose import change
@@ -89,17 +89,24 @@ def recipe_spec(recipe: Recipe, scaled: bool = False) -> ModelSpec:
     for place in (recipe.start, recipe.out, recipe.tokenizer, *recipe.data.train, *recipe.data.valid):
         local(place, doing)
     if recipe.start and not Path(recipe.start).is_dir():
-        hint = ""
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", recipe.start):
-            fetch = f"hf download {recipe.start} --local-dir {recipe.start.rpartition('/')[2]}"
-            hint = f"; a repository on the Hub is fetched first: {fetch}"
-        raise BridgeError(f"{doing} start={recipe.start}: no such folder{hint}")
+        raise BridgeError(f"{doing} start={recipe.start}: no such folder{_fetched_first(recipe.start)}")
+    if recipe.tokenizer and not Path(recipe.tokenizer).is_dir():
+        raise BridgeError(f"{doing} tokenizer={recipe.tokenizer}: no such folder{_fetched_first(recipe.tokenizer)}")
     if scaled and not recipe.start and recipe.variant in VARIANTS:
         spec = tiny(VARIANTS[recipe.variant])
     else:
         spec = spec_of(recipe.start or recipe.variant)
     check_computed(spec, doing.removesuffix(":"))
     return spec if recipe.model.mtp and not spec.dspark else spec.without_draft()
+
+
+def _fetched_first(name: str) -> str:
+    """How to get what may be a repository on the Hub, or a release by its name; "" where it can be neither."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        variant = known_variant(name)
+        name = variant.hub_id if variant else ""
+    fetch = f"hf download {name} --local-dir {name.rpartition('/')[2]}"
+    return f"; a repository on the Hub is fetched first: {fetch}" * bool(name)
 
 
 def small_folder(recipe: Recipe) -> Path | None:

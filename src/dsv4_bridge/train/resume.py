@@ -82,7 +82,10 @@ def find_resumed(recipe: Recipe, spec: ModelSpec) -> Resumed | None:
             raise BridgeError(f"{doing}: {_told(key, *differing[key])}; leave it, or say {anew}")
     recorded = read_run_config(folder / FILE)
     if recorded and recorded[0] != spec:
-        raise BridgeError(f"{doing}: {_other(recorded[0], spec)}; give the model that it began with, or another out")
+        raise BridgeError(
+            f"{doing}: {_other(recorded[0], spec)}; give the model that it began with (--tiny, if it was), or another "
+            "out"
+        )
     if recipe.checkpoint.optimizer:
         without = "checkpoint.optimizer=false to go on without the optimizer's state"
         if not before["checkpoint.optimizer"]:

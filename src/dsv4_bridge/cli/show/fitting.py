@@ -53,8 +53,9 @@ class Fitting(Table):
         wide = 2 + max((cell_len(name) for name in names[1:]), default=0)
         for number, row in enumerate(self.rows):
             key, *cells = [column._cells[number] for column in self.columns]
-            if _text(key):
-                yield _styled(key, "bold")
+            if _text(key):  # a number says nothing without its column's name
+                named = Text(f"{names[0]} ", "bold") if _text(key).strip().isdigit() else Text()
+                yield named + _styled(key, "bold")
             lines = Table.grid(Column(width=wide, no_wrap=True), Column(overflow="fold"), padding=(0, 2, 0, 0))
             for name, cell in zip(names[1:], cells, strict=True):
                 if _text(cell):

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import BridgeError, short
-from ...files import place_folder, scratch_folder
+from ...files import AnyPath, place_folder, scratch_folder
 from ...strict_json import read_json
 from ..npy import read_npy
 from .packing import Pack, Packing
@@ -139,7 +139,14 @@ def one_a_pack(lengths: Sequence[int], seq_length: int) -> Packing:
     return Packing(tuple((i,) for i in range(len(lengths))), seq_length, int(sum(lengths)))
 
 
-def open_chat_data(folder: Path, tokenizer_sha256: str | None = None) -> ChatData:
+def _other_data(folder: Path) -> str:
+    """What to say where a folder of conversations is wanted and text is named; "" where it is not text either."""
+    prefix = folder.with_suffix("") if folder.suffix in (".bin", ".idx") else folder
+    there = not folder.is_dir() and Path(f"{prefix}.idx").is_file()
+    return "that is data of text; conversations are a folder, made by dsv4 data with --seq-length" * there
+
+
+def open_chat_data(folder: AnyPath, tokenizer_sha256: str | None = None) -> ChatData:
     """Open what `write_chat_data` wrote.
 
     Args:
@@ -150,8 +157,9 @@ def open_chat_data(folder: Path, tokenizer_sha256: str | None = None) -> ChatDat
     Raises:
         BridgeError: not such a folder, incomplete, damaged, or of another tokenizer.
     """
+    folder = Path(folder)
     path = folder / NAME
-    facts = read_json(path, _MOST_FACTS, "name a folder that dsv4 data wrote")
+    facts = read_json(path, _MOST_FACTS, _other_data(folder) or "name a folder that dsv4 data wrote")
     if facts.get("format") != FORMAT:
         raise BridgeError(f"reading {path}: format {short(facts.get('format'))}, expected {short(FORMAT)}")
     if tokenizer_sha256 is not None and facts.get("tokenizer_sha256") != tokenizer_sha256:
