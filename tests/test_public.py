@@ -49,6 +49,39 @@ def test_the_package_is_light() -> None:
         dsv4_bridge.nothing  # noqa: B018
 
 
+def test_what_a_prompt_shows() -> None:
+    """Completion has the package's own names and its rooms, the version is where it is looked for."""
+    shown = [name for name in dir(dsv4_bridge) if not name.startswith("__")]
+    assert shown == sorted([*dsv4_bridge.__all__, "mcore", "parity"])
+    assert re.fullmatch(r"\d+\.\d+.*", dsv4_bridge.__version__)
+    code = "import dsv4_bridge as d; print(d.mcore.__name__, d.parity.__name__)"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["dsv4_bridge.mcore", "dsv4_bridge.parity"]
+
+
+def test_reports_are_short_at_a_prompt(toy_flash: Path) -> None:
+    for report in (
+        dsv4_bridge.inspect(toy_flash),
+        dsv4_bridge.plan("Flash"),
+        dsv4_bridge.plan(toy_flash),
+        dsv4_bridge.verify(toy_flash, toy_flash),
+    ):
+        assert len(repr(report)) < 800, type(report)
+
+
+@pytest.mark.parametrize("workers", [0, -1, True, 1.5, "2"])
+def test_workers_are_some(workers: Any) -> None:
+    with pytest.raises(BridgeError, match=r"workers is .*expected a whole number from 1 on"):
+        dsv4_bridge.Options(workers=workers)
+
+
+@pytest.mark.megatron
+@pytest.mark.parametrize("name", ["toy", Path("toy"), None])
+def test_a_model_is_not_built_from_a_name(name: Any) -> None:
+    with pytest.raises(BridgeError, match=r"expected a ModelSpec, .*mcore\.from_pretrained"):
+        dsv4_bridge.mcore.build_model(name)
+
+
 @pytest.mark.parametrize("kind", ["hf", "megatron", "iteration"])
 def test_a_checkpoint_of_either_kind(kind: str, toy_flash: Path, toy_megatron: Path) -> None:
     where = {"hf": toy_flash, "megatron": toy_megatron, "iteration": toy_megatron / "iter_0000000"}[kind]

@@ -138,6 +138,13 @@ def test_nothing_is_lost_of_a_comparison(toy_megatron: Path) -> None:
     assert "own choices error" in stacked and "choices replayed worst" in stacked
 
 
+def test_a_number_that_begins_a_paragraph_keeps_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, layouts = "train flash-finetune --dry-run", f"plan Flash {LAYOUT}"
+    for words, name, narrow in ((plan, "stage", 80), (layouts, "tp", 60)):
+        shown = "".join(drawn(what, narrow) for what in shown_by(words, monkeypatch))
+        assert re.search(rf"^{name} \d+$", shown, re.MULTILINE) and not re.search(r"^\d+$", shown, re.MULTILINE)
+
+
 def test_nothing_is_lost_of_a_merge() -> None:
     draw = random.Random(5)
     tensors = tuple(

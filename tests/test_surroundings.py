@@ -35,6 +35,11 @@ def run(*args: object, prefix: tuple[str, ...] = (), code: str = "", **env: str)
     return subprocess.run(command, capture_output=True, text=True, env=merged, timeout=120, check=False)
 
 
+def run_behind(code: str, *args: object) -> subprocess.CompletedProcess[str]:
+    """The same behind some code, for what a warm interpreter has imported already."""
+    return run(*args, code=code)
+
+
 # ---------------------------------------------------------------- a home
 
 
@@ -84,6 +89,24 @@ def test_a_library_that_is_not_there_is_named_with_its_extra(
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-1500:]
     last = done.stderr.strip().splitlines()[-1]
     assert f"dsv4-bridge[{extra}" in last or f",{extra}]" in last
+
+
+def test_ids_alone_want_no_tokenizers(toy_flash: Path) -> None:
+    code = "import sys, importlib.util as u; real = u.find_spec; sys.modules['tokenizers'] = None\n"
+    code += "u.find_spec = lambda name, *more: None if name == 'tokenizers' else real(name, *more)"
+    done = run_behind(code, "generate", toy_flash, "--prompt-ids", "0,1", "--max-new-tokens", "2")
+    assert done.returncode == 0 and len(done.stdout.split()) == 2, done.stderr
+    for words in (["--prompt", "hi"], ["--prompt-ids", "0,1", "--stop", "x"]):
+        done = run_behind(code, "generate", toy_flash, *words)
+        assert done.returncode == 2 and "dsv4-bridge[hf]" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("error", ["MemoryError()", "ImportError('lib.so: failed to map segment from shared object')"])
+def test_no_memory_is_one_message(error: str, toy_flash: Path) -> None:
+    code = f"import dsv4_bridge.store.inspect as i\ndef inspect(*_): raise {error}\ni.inspect = inspect"
+    done = run_behind(code, "inspect", toy_flash)
+    assert done.returncode == 2 and "gives this process no more memory" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_the_doctor_shows_extras_with_their_names(tmp_path: Path) -> None:

@@ -43,6 +43,17 @@ def test_help_is_short_and_whole() -> None:
     assert "Example: dsv4 export" in one and "root or an iteration folder" in one
 
 
+def test_help_is_a_word_too() -> None:
+    assert dsv4("help").stdout == dsv4("--help").stdout
+    assert dsv4("help", "export").stdout == dsv4("export", "--help").stdout
+    assert dsv4("help", "improt").returncode == 2
+
+
+def test_what_was_meant_is_said_once() -> None:
+    said = dsv4("improt", "a").stderr
+    assert said.lower().count("did you mean") == 1 and "did you mean import?" in said
+
+
 def test_version_and_completion() -> None:
     assert fresh_dsv4("--version").stdout.startswith("dsv4-bridge ")
     words = {"_DSV4_COMPLETE": "complete_bash", "COMP_WORDS": "dsv4 ren", "COMP_CWORD": "1"}
@@ -163,6 +174,14 @@ def test_what_was_meant(words: list[str], meant: str) -> None:
         (["import", "a"], "(dsv4 import --help lists its options)"),
         (["train", "flash-lora", "--optimizer.lr", "1e-4"], "keys of a recipe have no dashes: optimizer.lr=VALUE"),
         (["train", "flash-lora", "--lora.rank=4"], "have no dashes: lora.rank=4"),
+        (["train", "flash-lora", "--lr", "1e-4"], "have no dashes: optimizer.lr=VALUE"),
+        (["train", "flash-lora", "--seq-length=64"], "have no dashes: data.seq_length=64"),
+        (["train", "flash-lora", "--tiny", "--gpu-memory", "80"], "say --dry-run with it"),
+        (["train", "flash-lora", "start=DeepSeek-V4-Flash"], "hf download deepseek-ai/DeepSeek-V4-Flash --local-dir"),
+        (["train", "flash-lora", "start=TOY", "tokenizer=Pro"], "hf download deepseek-ai/DeepSeek-V4-Pro --local-dir"),
+        (["version"], "dsv4 --version prints it"),
+        (["-V"], "dsv4 --version prints it"),
+        (["data", "a.txt", "out", "--tokenizer", "TOY/tokenizer.json"], "name the folder that it is in"),
         (["train", "flash-lora", "start=some-one/Some", "--dry-run"], "hf download some-one/Some --local-dir Some"),
         (["inspect", "TOY/model.gguf"], "GGUF files are not read"),
         (["export", "TOY", "OUT", "--like", "MEGATRON"], "look swapped; dsv4 export MEGATRON OUT --like TOY"),

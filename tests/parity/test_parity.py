@@ -336,6 +336,7 @@ def test_exit_codes_and_tables(
         (("--text", "words"), "no tokenizer.json"),
         (("--text", "words", "--prompt-ids", "1"), "expected one of them"),
         (("--report", __file__), "is not a folder"),
+        (("--report", "/proc/none"), "/proc cannot be written"),
         (("--reference", "nowhere"), "no such file or folder"),
         (("--dtype", "fp16"), "fp16"),
         (("--against", "vllm"), "vllm"),

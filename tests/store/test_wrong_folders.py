@@ -5,8 +5,10 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from damage import one_message, refuses
+from safetensors.numpy import save_file
 
 from conftest import dsv4, same_files
 from dsv4_bridge import Options, export_hf, import_hf, inspect, repack, verify
@@ -72,6 +74,50 @@ def test_folders_that_are_nearly_one(tmp_path: Path, toy_flash: Path, monkeypatc
     (tmp_path / "gguf").mkdir()
     (tmp_path / "gguf" / "x.gguf").write_bytes(b"GGUF")
     assert "GGUF files are not read" in one_message(dsv4("inspect", "gguf", **offline))
+
+
+def test_adapters_and_data_are_no_models(toy_flash: Path, tmp_path: Path) -> None:
+    for name, message in (
+        ("adapter_config.json", "holds adapters, and a whole model is wanted; `dsv4 merge HF .* OUT`"),
+        ("chat_data.json", "is training data that `dsv4 data` made, and a model is wanted"),
+    ):
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        (folder / name).write_text("{}")
+        for act in (lambda: inspect(folder), lambda: import_hf(folder, tmp_path / "x"), lambda: verify(folder, folder)):  # noqa: B023
+            refuses(act, message)
+    assert "holds adapters" in one_message(dsv4("merge", tmp_path / "adapter_config", toy_flash, tmp_path / "x"))
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "tokenizer.json"])
+def test_pointers_in_place_of_small_files(name: str, toy_flash: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(toy_flash, tmp_path / "hf", copy_function=os.link)
+    (folder / name).unlink()
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    (tmp_path / "t.txt").write_text("text")
+    verb = ["data", tmp_path / "t.txt", tmp_path / "out", "--tokenizer"] if "tok" in name else ["inspect"]
+    assert "Git LFS pointer in place of the file; run `git lfs pull`" in one_message(dsv4(*verb, folder))
+
+
+@pytest.mark.parametrize(
+    ("endings", "whose"),
+    [
+        ((".weight", ".weight_scale", ".weight_scale_2", ".input_scale"), "as ModelOpt saves NVFP4"),
+        ((".qweight", ".qzeros", ".scales"), "as AWQ and GPTQ save"),
+        ((".weight_packed", ".weight_scale", ".weight_shape"), "as compressed-tensors saves"),
+    ],
+)
+@pytest.mark.parametrize("beside", [True, False])
+def test_tensors_of_other_encodings_are_named(
+    endings: tuple[str, ...], whose: str, beside: bool, toy_flash: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    shutil.copy(toy_flash / "config.json", folder)
+    tensors = {f"layers.0.ffn.experts.0.w1{ending}": np.zeros((64, 16), np.uint8) for ending in endings}
+    tensors |= {"embed.weight": np.zeros((4, 4), np.float32)} if beside else {}
+    save_file(tensors, folder / "model.safetensors")
+    refuses(lambda: import_hf(folder, tmp_path / "x"), f"{whose}.*, which is not read: take the release")
 
 
 def test_overwrite_keeps_to_the_kind(toy_flash: Path, toy_megatron: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Recipes from YAML: a file that leaves things out is the recipe that it names, and nothing in one is a traceback."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,6 @@ import pytest
 from conftest import dsv4
 from dsv4_bridge import BridgeError
 from dsv4_bridge.train.choose import choose, dump, load, values
-from dsv4_bridge.train.recipe import Recipe
 from dsv4_bridge.train.recipes import RECIPES
 from mutations import mutate_yaml
 
@@ -41,9 +41,32 @@ def test_the_command_prints_one(tmp_path: Path) -> None:
     assert "name one" in dsv4("recipes", "--yaml").stderr
 
 
-def test_a_file_without_a_known_name_is_the_defaults(tmp_path: Path) -> None:
-    chosen = load(written(tmp_path / "my.yaml", "name: mine\nseed: 7\n"))
-    assert values(chosen.recipe) == values(Recipe()) | {"name": "mine", "seed": 7}
+@pytest.mark.parametrize("text", ["name: mine\nseed: 7\n", "optimizer: {lr: 1e-4}\n", "name: ''\nlora: {rank: 4}\n"])
+def test_a_file_that_names_no_recipe_gets_no_hidden_values(text: str, tmp_path: Path) -> None:
+    path = written(tmp_path / "my.yaml", text)
+    with pytest.raises(BridgeError, match=r"says nothing of model, parallel, .*write one as base: flash-lora"):
+        load(path)
+    done = dsv4("train", path, "--dry-run")
+    assert done.returncode == 2 and "names no recipe" in done.stderr
+
+
+def test_a_whole_file_of_any_name_is_a_recipe(tmp_path: Path) -> None:
+    mine = replace(choose("flash-lora").recipe, name="mine")
+    whole = dump(mine)
+    assert load(written(tmp_path / "my.yaml", whole)).recipe == mine
+    older = "\n".join(line for line in whole.splitlines() if "profile:" not in line)  # of a release that lacked a key
+    assert load(written(tmp_path / "my.yaml", older)).recipe == mine
+
+
+@pytest.mark.parametrize("word", ["extends", "inherits", "recipe", "defaults"])
+def test_what_others_call_the_base(word: str, tmp_path: Path) -> None:
+    with pytest.raises(BridgeError, match=f"there is no '{word}'; write base: flash-lora"):
+        load(written(tmp_path / "my.yaml", f"{word}: flash-lora\nname: flash-lora\n"))
+
+
+def test_an_empty_file_is_said_to_be(tmp_path: Path) -> None:
+    with pytest.raises(BridgeError, match="expected keys and values, found nothing"):
+        load(written(tmp_path / "my.yaml", ""))
 
 
 BOMB = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n"

@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -199,3 +200,34 @@ def test_command_trains_and_goes_on(start: Path, text: Path, tmp_path: Path) -> 
     assert "goes on from" in second.stdout and "schedule.steps 3 -> 4" in second.stdout
     assert "step 4/4" in second.stdout and "step 3/4" not in second.stdout
     assert [line["step"] for line in log(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_json_has_stdout_to_itself(start: Path, text: Path, tmp_path: Path) -> None:
+    """What a run says goes where other verbs show their progress; --quiet is quiet there too."""
+    args = [
+        "train",
+        "flash-pretrain",
+        "--tiny",
+        f"data.train={text}",
+        f"out={tmp_path / 'run'}",
+        "log.tensorboard=false",
+    ]
+    done = CliRunner().invoke(app, [*args, "--json"], catch_exceptions=False)
+    assert json.loads(done.stdout)["step"] == 2 and "step 2/2  loss " in done.stderr
+    assert "no tokenizer: from its checkpoints text is made by ids alone; tokenizer=CKPT" in done.stderr
+    more = [f"tokenizer={start}", "schedule.steps=3", "--json"]
+    assert "no tokenizer" not in CliRunner().invoke(app, [*args, *more], catch_exceptions=False).stderr
+    again = CliRunner().invoke(app, [*args, "schedule.steps=4", "--json", "--quiet"], catch_exceptions=False)
+    assert json.loads(again.stdout)["step"] == 4 and not again.stderr
+    os.environ.pop("DSV4_QUIET", None)
+    # The same without --tiny is another model, and says what may be missing.
+    with pytest.raises(BridgeError, match="--tiny, if it was"):
+        CliRunner().invoke(app, ["train", str(tmp_path / "run/recipe.yaml")], catch_exceptions=False)
+
+
+def test_out_is_no_data(start: Path, tmp_path: Path) -> None:
+    chats = make_chats(tmp_path, start, "--seq-length", "64")
+    there = sorted(path.name for path in chats.iterdir())
+    with pytest.raises(BridgeError, match="is training data that dsv4 data made; name a folder of its own"):
+        run("flash-finetune", f"start={start}", "data.kind=chat", f"data.train={chats}", f"out={chats}")
+    assert sorted(path.name for path in chats.iterdir()) == there

@@ -71,7 +71,7 @@ class VerifyReport:
     a: str
     b: str
     level: str
-    rows: dict[str, RowTally] = field(default_factory=dict)
+    rows: dict[str, RowTally] = field(default_factory=dict, repr=False)
     differences: list[Difference] = field(default_factory=list)
     differing: int = 0
     config: list[str] = field(default_factory=list)

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +73,12 @@ class PlanReport:
 
     what: str
     variant: str
-    rows: tuple[PlanRow, ...]
+    rows: tuple[PlanRow, ...] = field(repr=False)
     tensors: int
     released_bytes: int
     megatron_bytes: int
     passenger_bytes: int
-    shards: dict[str, int]
+    shards: dict[str, int] = field(repr=False)
     findings: tuple[Finding, ...]
     compared: bool
     naming: Naming
