@@ -143,7 +143,7 @@ def test_an_output_that_is_something_else_is_refused(
     refused(tmp_path / "file" / "below", "cannot be written")
     usage = shutil.disk_usage(tmp_path)._replace(free=66_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    refused(tmp_path / "small", r"checkpoint\.keep=\d+.*GB more, and 0\.1 GB are free")
+    refused(tmp_path / "small", r"checkpoint\.keep=\d+.*MB more and 67\.1 MB to spare, and 66\.0 MB are free")
 
 
 FLAT = """

@@ -326,7 +326,7 @@ def test_what_is_no_run_has_no_page(watched: tuple[Path, Result], tmp_path: Path
         done = report(*words)
         assert isinstance(done.exception, BridgeError) and told in str(done.exception)
     (tmp_path / "log.jsonl").write_text('{"st')
-    (tmp_path / "recipe.yaml").write_text("name: a\n")
+    (tmp_path / "recipe.yaml").write_text("name: a\nbase: flash-pretrain\n")
     assert "has no step yet" in str(report(tmp_path).exception)
 
 

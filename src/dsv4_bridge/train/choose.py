@@ -130,11 +130,6 @@ def load(path: Path) -> Chosen:
         raise BridgeError(
             f"reading recipe {path}: there is no {short(other[0])}; write base: flash-lora, or another's name"
         )
-    if not base and (lacking := [f.name for f in dataclasses.fields(Recipe) if _is_section(f) and f.name not in read]):
-        raise BridgeError(
-            f"reading recipe {path}: it says nothing of {', '.join(lacking)}, and names no recipe that does; write one "
-            "as base: flash-lora (`dsv4 recipes` lists them; `dsv4 recipes NAME --yaml` prints a whole one)"
-        )
     chosen = choose(base) if base else Chosen(Recipe(), _defaults())
     changes: dict[str, tuple[Any, str]] = {}
     for key, value in read.items():
@@ -143,7 +138,13 @@ def load(path: Path) -> Chosen:
             if wrong := [name for name in names if not isinstance(name, str)]:
                 raise BridgeError(f"reading recipe {path}: the key {short(wrong[0])} is no name")
             changes[".".join(names)] = (v, path.name)
-    return _change(chosen, changes, f"recipe {path}")
+    chosen = _change(chosen, changes, f"recipe {path}")
+    if not base and (lacking := [f.name for f in dataclasses.fields(Recipe) if _is_section(f) and f.name not in read]):
+        raise BridgeError(
+            f"reading recipe {path}: it says nothing of {', '.join(lacking)}, and names no recipe that does; write one "
+            "as base: flash-lora (`dsv4 recipes` lists them; `dsv4 recipes NAME --yaml` prints a whole one)"
+        )
+    return chosen
 
 
 def _change(chosen: Chosen, changes: Mapping[str, tuple[Any, str]], where: str) -> Chosen:
