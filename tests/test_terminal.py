@@ -238,3 +238,24 @@ def test_addresses_are_no_folders(scheme: str, toy_flash: Path, toy_megatron: Pa
 def test_a_folder_of_nearly_that_name(toy_flash: Path) -> None:
     done = dsv4("inspect", toy_flash.with_name("flahs"))
     assert done.returncode == 2 and f"did you mean {toy_flash}?" in done.stderr
+
+
+def test_a_folder_without_a_tokenizer_is_noted(toy_flash: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for path in toy_flash.iterdir():
+        if not path.name.startswith("tokenizer"):
+            (bare / path.name).symlink_to(path)
+    for source, noted in ((bare, True), (toy_flash, False)):
+        done = dsv4("repack", source, tmp_path / f"out-{noted}", "--encoding", "bf16")
+        assert done.returncode == 0 and ("has no tokenizer.json" in done.stderr) == noted, done.stderr
+
+
+def test_a_page_of_something_else_is_not_replaced(tmp_path: Path) -> None:
+    from dsv4_bridge.parity.report import can_report
+
+    (tmp_path / "index.html").write_text("mine")
+    with pytest.raises(BridgeError, match=r"an index\.html that is of no comparison"):
+        can_report(tmp_path)
+    (tmp_path / "parity.json").write_text("{}")
+    can_report(tmp_path)
