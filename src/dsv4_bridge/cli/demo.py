@@ -4,6 +4,8 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
+from rich.markup import escape
+
 from ..convert.jobs import export_hf, import_hf
 from ..convert.verify import verify
 from ..errors import BridgeError
@@ -17,9 +19,11 @@ def demo(keep: Path | None = None) -> None:
     """Make a toy Flash in the released format, import it, export it, compare every byte, and run it."""
     if keep:
         _run(keep)
+        show(f"\n[bold]Next[/]: released, megatron and exported are in {escape(str(keep))}, for any verb (dsv4 --help)")
         return
     with tempfile.TemporaryDirectory(prefix="dsv4-demo-") as folder:
         _run(Path(folder))
+    show("\n[bold]Next[/]: dsv4 demo --keep FOLDER leaves these; dsv4 import HF OUT --dry-run says what a release takes")
 
 
 def _run(folder: Path) -> None:
