@@ -1,5 +1,6 @@
 """What a machine may lack: a home, a writable package, optional libraries, other ranks, a reader, patience."""
 
+import json
 import os
 import shutil
 import signal
@@ -8,9 +9,11 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 from warm import Warm
 
 import dsv4_bridge
@@ -92,6 +95,14 @@ def test_the_doctor_shows_extras_with_their_names(tmp_path: Path) -> None:
     code += "    return real(name)\n"
     done = dsv4("doctor", tmp_path, code=code + "m.version = version")
     assert "dsv4-bridge[megatron]" in done.stdout.replace("\n", "")
+
+
+def test_the_doctor_knows_every_package_of_the_extras(tmp_path: Path) -> None:
+    """All that a user may install; what is for work on the code aside."""
+    extras = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = {Requirement(line).name for key in extras for line in extras[key] if key not in ("test", "dev")}
+    shown = {check["what"] for check in json.loads(dsv4("doctor", tmp_path, "--json").stdout)["checks"]}
+    assert named and not named - shown
 
 
 # ---------------------------------------------------------------- other ranks

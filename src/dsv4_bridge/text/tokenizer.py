@@ -65,8 +65,14 @@ class Tokenizer:
         return self.encode(f"{USER}{text}{ASSISTANT}{THOUGHT}")
 
 
-def open_tokenizer(folder: Path, spec: ModelSpec) -> Tokenizer | None:
+def open_tokenizer(folder: Path, spec: ModelSpec, extras: str = "hf", hint: str = "") -> Tokenizer | None:
     """The tokenizer of a folder, None where it has no tokenizer.json.
+
+    Args:
+        folder: of a checkpoint's small files.
+        spec: the model's numbers.
+        extras: to install where the library is missing.
+        hint: what else to do there.
 
     Raises:
         BridgeError: unreadable, or the `tokenizers` library is missing.
@@ -74,7 +80,7 @@ def open_tokenizer(folder: Path, spec: ModelSpec) -> Tokenizer | None:
     path = folder / TOKENIZER
     if not path.is_file():
         return None
-    library, _ = read_tokenizer(path, ", or give --prompt-ids")
+    library, _ = read_tokenizer(path, extras, hint)
     return Tokenizer(path, library, spec.bos_token_id)
 
 
