@@ -140,6 +140,15 @@ def test_ranks_that_do_not_meet_say_so(toy_flash: Path) -> None:
         )
 
 
+@pytest.mark.megatron
+def test_an_interface_that_is_not_there_is_named(toy_flash: Path) -> None:
+    """Also a process alone opens a socket, as one in a container without a network."""
+    done = dsv4("generate", toy_flash, "--prompt-ids", "0,1", GLOO_SOCKET_IFNAME="dsv4none")
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-1500:]
+    assert done.stderr.startswith("dsv4: starting one process: torch finds no network interface to use")
+    assert done.stderr.endswith("; correct GLOO_SOCKET_IFNAME=dsv4none, or unset it\n")
+
+
 def test_what_every_rank_meets_is_said_once(tmp_path: Path) -> None:
     """A launcher ends the others when one ends; a rank that meets something alone still says it."""
     command = ("-m", "dsv4_bridge", "train", "flash-petrain")
