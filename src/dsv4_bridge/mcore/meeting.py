@@ -31,7 +31,8 @@ def meet(backend: str, env: Mapping[str, str] = os.environ) -> None:
             for a rank that does not come.
 
     Raises:
-        BridgeError: a variable that is missing or makes no sense, a port in use, a rank that does not come, no network interface.
+        BridgeError: a variable that is missing or makes no sense, a port in use, a rank that does not come, no
+            network interface.
     """
     if "RANK" not in env or "WORLD_SIZE" not in env:
         _group(backend, HashStore(), 0, 1)
