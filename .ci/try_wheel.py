@@ -26,7 +26,7 @@ NOBODY = 65534
 def main() -> None:
     """Try each set of extras."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("wheel", type=Path)
+    parser.add_argument("wheel", type=lambda path: Path(path).resolve())  # for commands run elsewhere
     parser.add_argument("extras", nargs="*", default=["none"])
     parser.add_argument("--beside", type=Path)
     args = parser.parse_args()

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.rglob("*.md")])
 FOLDERS = ("start", "guides", "concepts", "reference")
-LIBRARIES = {"parity.md": pytest.mark.hf}
+LIBRARIES = {"parity.md": pytest.mark.hf, "export-and-serve.md": pytest.mark.hf}
 
 
 def named(page: Path) -> str:

@@ -1,5 +1,6 @@
 """What a machine may lack: a home, a writable package, optional libraries, other ranks, a reader, patience."""
 
+import json
 import os
 import shutil
 import signal
@@ -8,9 +9,11 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 from warm import Warm
 
 import dsv4_bridge
@@ -117,6 +120,14 @@ def test_the_doctor_shows_extras_with_their_names(tmp_path: Path) -> None:
     assert "dsv4-bridge[megatron]" in done.stdout.replace("\n", "")
 
 
+def test_the_doctor_knows_every_package_of_the_extras(tmp_path: Path) -> None:
+    """All that a user may install; what is for work on the code aside."""
+    extras = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = {Requirement(line).name for key in extras for line in extras[key] if key not in ("test", "dev")}
+    shown = {check["what"] for check in json.loads(dsv4("doctor", tmp_path, "--json").stdout)["checks"]}
+    assert named and not named - shown
+
+
 # ---------------------------------------------------------------- other ranks
 
 
@@ -150,6 +161,15 @@ def test_ranks_that_do_not_meet_say_so(toy_flash: Path) -> None:
         refused(
             f"{name} is '{value}' in the environment", **({"RANK": "0", "MASTER_PORT": "1"} | there | {name: value})
         )
+
+
+@pytest.mark.megatron
+def test_an_interface_that_is_not_there_is_named(toy_flash: Path) -> None:
+    """Also a process alone opens a socket, as one in a container without a network."""
+    done = dsv4("generate", toy_flash, "--prompt-ids", "0,1", GLOO_SOCKET_IFNAME="dsv4none")
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-1500:]
+    assert done.stderr.startswith("dsv4: starting one process: torch finds no network interface to use")
+    assert done.stderr.endswith("; correct GLOO_SOCKET_IFNAME=dsv4none, or unset it\n")
 
 
 def test_what_every_rank_meets_is_said_once(tmp_path: Path) -> None:

@@ -37,6 +37,12 @@ def test_what_is_tried_is_what_is_allowed(requirement: Requirement) -> None:
     assert pinned("constraints-oldest.txt")[name] == lowest
 
 
+def test_every_extra_can_be_installed_with_the_constraints() -> None:
+    """mlflow, which no environment of the tests has, says `pyarrow<26`."""
+    pins = pinned("constraints.txt")
+    assert str(pins["mlflow"]).startswith("3.17.") and pins["pyarrow"] < Version("26")
+
+
 def test_the_page_of_versions_has_the_pinned_ones() -> None:
     (page,) = (ROOT / "docs").rglob("versions.md")
     rows = re.findall(r"^\| ([\w-]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", page.read_text(), re.MULTILINE)

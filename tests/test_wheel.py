@@ -43,3 +43,17 @@ def test_its_page_works_on_an_index(wheel: zipfile.ZipFile) -> None:
     page = str(facts.get_payload())
     assert page.startswith("# dsv4-bridge") and facts["Keywords"] and facts.get_all("Classifier")
     assert "](" not in page.replace("](https://", "")  # no link that leads to a file of the repository
+
+
+@pytest.mark.slow
+@pytest.mark.hf
+@pytest.mark.megatron
+def test_the_script_of_make_dist_uses_it(wheel: zipfile.ZipFile) -> None:
+    """Named as make names it, from the folder above; dependencies are those of this environment."""
+    file = Path(str(wheel.filename))
+    command = [sys.executable, ROOT / ".ci/try_wheel.py", f"{file.parent.name}/{file.name}", "megatron,hf"]
+    done = subprocess.run(
+        [*command, "--beside", sys.prefix], cwd=file.parent.parent, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "megatron,hf: identical: 357 tensors" in done.stdout

@@ -162,6 +162,19 @@ def test_without_a_tokenizer_ids_are_printed(
         assert refused.code == 2 and f"{option} is text, and {bare} has no tokenizer.json" in refused.err
 
 
+def test_without_the_library_of_tokenizers_ids_are_continued(
+    run: Command, toy_flash: Path, monkeypatch: pytest.MonkeyPatch, expected: tuple[list[int], str]
+) -> None:
+    """The checkpoint has a tokenizer; only the extra that reads it is not installed."""
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    ids = ("--prompt-ids", "0,74,103,110,110,113", "--max-new-tokens", "24")
+    assert run("generate", toy_flash, *ids) == (0, " ".join(map(str, expected[0])) + " \n", "")
+    hint = "pip install 'dsv4-bridge[megatron,hf]', or give --prompt-ids alone\n"
+    for option in ("--prompt", "--stop", "--answer"):
+        refused = run("generate", toy_flash, *ids, option, "x")
+        assert refused.code == 2 and refused.err.endswith(hint), refused.err
+
+
 UNUSABLE = {
     "nothing asked": ([], "nothing to continue; give --prompt TEXT"),
     "chat of ids": (["--prompt-ids", "1", "--chat"], "--chat is for texts"),

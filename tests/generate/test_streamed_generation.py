@@ -11,7 +11,7 @@ import torch
 from reference import small_spec
 
 from conftest import dsv4
-from dsv4_bridge import BridgeError, import_hf, make_toy
+from dsv4_bridge import BridgeError, ModelSpec, import_hf, make_toy
 from dsv4_bridge.generate.generate import Ask, generate
 from dsv4_bridge.mcore.generate import complete
 from dsv4_bridge.mcore.weights.encoded import EncodedModel
@@ -42,7 +42,8 @@ def test_greedy_text_is_that_of_the_whole_model(kind: str, toy: Path, tmp_path: 
     assert [c.ids for c in streamed.continuations] == [c.ids for c in whole.continuations]
     assert whole.streamed is None and streamed.streamed is not None
     told = streamed.streamed
-    assert told.kept == told.every_token > 0 and told.room > 8 and told.hits and told.misses > 0
+    assert told.kept == told.every_token > 0 and told.hits and told.misses > 0
+    assert told.room == ModelSpec.from_pretrained(folder).n_routed_experts  # and no more, where all have room
 
 
 def test_logits_are_those_of_the_whole_model_to_rounding(toy: Path) -> None:

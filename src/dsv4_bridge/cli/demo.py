@@ -23,7 +23,9 @@ def demo(keep: Path | None = None) -> None:
         return
     with tempfile.TemporaryDirectory(prefix="dsv4-demo-") as folder:
         _run(Path(folder))
-    show("\n[bold]Next[/]: dsv4 demo --keep FOLDER leaves these; dsv4 import HF OUT --dry-run says what a release takes")
+    show(
+        "\n[bold]Next[/]: dsv4 demo --keep FOLDER leaves these; dsv4 import HF OUT --dry-run says what a release takes"
+    )
 
 
 def _run(folder: Path) -> None:

@@ -24,6 +24,8 @@ _OPTIONAL = {
     "wandb": "runs at Weights & Biases: pip install 'dsv4-bridge[wandb]'",
     "mlflow": "runs at MLflow: pip install 'dsv4-bridge[mlflow]'",
     "matplotlib": "pictures of parity reports: pip install 'dsv4-bridge[report]'",
+    "pyarrow": "Parquet tables: pip install 'dsv4-bridge[data]'",
+    "zstandard": "data compressed with zstd: pip install 'dsv4-bridge[data]'",
 }
 
 

@@ -16,13 +16,13 @@ from ..text.tokens import TOKENIZER
 from .sources import BadSource
 
 
-def needed_tokenizer(folder: Path, spec: ModelSpec, doing: str) -> Tokenizer:
-    """The tokenizer of a folder that must have one.
+def needed_tokenizer(folder: Path, spec: ModelSpec, doing: str, extras: str = "hf") -> Tokenizer:
+    """The tokenizer of a folder that must have one; `extras` are those to install where the library is missing.
 
     Raises:
         BridgeError: it has none, or it cannot be read.
     """
-    tokenizer = open_tokenizer(folder, spec)
+    tokenizer = open_tokenizer(folder, spec, extras)
     if tokenizer is None:
         raise BridgeError(f"{doing}: {folder} has no {TOKENIZER}; put the released one there")
     return tokenizer

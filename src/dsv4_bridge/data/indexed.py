@@ -123,7 +123,7 @@ def prepare_pretraining(
     for place in (*named, out):
         local(place, "preparing data, at")
     _check_place(out, named, overwrite)
-    tokenizer = needed_tokenizer(tokenizer_folder, spec, f"preparing {out}")
+    tokenizer = needed_tokenizer(tokenizer_folder, spec, f"preparing {out}", "megatron,hf")
     with hold(out, f"preparing {out}"), scratch_folder(out.with_name(f"{out.name}.unpacked.part")) as unpack:
         _check_place(out, named, overwrite)  # again: another run may have ended in between
         left_out = SkipList(out)

@@ -12,6 +12,7 @@ from ..spec.spec import ModelSpec
 from ..store.checkpoint import open_checkpoint
 from ..text.sampling import Sampling
 from ..text.tokenizer import Tokenizer, end_tokens, open_tokenizer
+from ..text.tokenizer_files import has_tokenizers
 from ..text.tokens import TOKENIZER
 from .load import Streamed, loaded
 from .stream import Heard, TextStream
@@ -128,8 +129,7 @@ def generate(
         raise BridgeError(f"generating: dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     path = Path(checkpoint)
     spec, beside = _look(path)
-    text = bool(ask.texts or ask.stops or any(ask.answers) or ask.chat)
-    tokenizer = open_tokenizer(beside, spec, wanted=text)
+    tokenizer = _tokenizer(beside, spec, ask)
     rows = _rows(ask, tokenizer, beside)
     ends = end_tokens(beside, spec)
     streams = [TextStream(tokenizer, ask.stops) for _ in rows] if tokenizer else []
@@ -170,6 +170,13 @@ def _look(path: Path) -> tuple[ModelSpec, Path]:
     """The numbers of a checkpoint, without draft blocks, and the folder of its small files."""
     with open_checkpoint(path) as checkpoint:
         return checkpoint.spec.without_draft(), checkpoint.files
+
+
+def _tokenizer(folder: Path, spec: ModelSpec, ask: Ask) -> Tokenizer | None:
+    """What makes text of tokens; ids alone are continued without it where its library is not installed."""
+    if not (ask.texts or ask.stops or any(ask.answers) or ask.chat or has_tokenizers()):
+        return None
+    return open_tokenizer(folder, spec, "megatron,hf", ", or give --prompt-ids alone")
 
 
 def _rows(ask: Ask, tokenizer: Tokenizer | None, folder: Path) -> list[Continuation]:

@@ -95,6 +95,7 @@ def _streamed(
 
         def told() -> Streamed:
             reads = shelf.reads
-            return Streamed(allowed, shelf.whole, shelf.kept, shelf.room, reads.nbytes, reads.hits, reads.misses)
+            room = min(shelf.room, spec.n_routed_experts)  # a small model has fewer than there is room for
+            return Streamed(allowed, shelf.whole, shelf.kept, room, reads.nbytes, reads.hits, reads.misses)
 
         yield encoded.model, told

@@ -15,6 +15,7 @@ _QUIET = 10.0  # seconds until it is said that others are waited for
 _PAUSE = 0.1
 _TRY = 5.0  # seconds of one attempt to reach rank 0
 _DEFAULT = 300.0
+_INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 _START = (
     "start every rank with torchrun (torchrun --nproc-per-node N -m dsv4_bridge …), or unset RANK and WORLD_SIZE to "
     "run alone"
@@ -30,10 +31,11 @@ def meet(backend: str, env: Mapping[str, str] = os.environ) -> None:
             for a rank that does not come.
 
     Raises:
-        BridgeError: a variable that is missing or makes no sense, a port in use, a rank that does not come.
+        BridgeError: a variable that is missing or makes no sense, a port in use, a rank that does not come, no
+            network interface.
     """
     if "RANK" not in env or "WORLD_SIZE" not in env:
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        _group(backend, HashStore(), 0, 1)
         return
     world = _number(env, "WORLD_SIZE", 1, 1 << 20)
     rank = _number(env, "RANK", 0, world - 1)
@@ -58,7 +60,19 @@ def meet(backend: str, env: Mapping[str, str] = os.environ) -> None:
             )
         told.waits_for(_ranks(missing))
         time.sleep(_PAUSE)
-    dist.init_process_group(backend, store=PrefixStore("group", roll), rank=rank, world_size=world)
+    _group(backend, PrefixStore("group", roll), rank, world)
+
+
+def _group(backend: str, store: Any, rank: int, world: int) -> None:
+    """The group itself: even a process alone opens a socket for it."""
+    try:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    except RuntimeError as error:
+        said = str(error).partition("\n")[0].rpartition("] ")[2]
+        named = [f"{name}={os.environ[name]}" for name in _INTERFACES if name in os.environ]
+        hint = f"correct {' and '.join(named)}, or unset it" if named else "is the loopback interface up?"
+        who = f"joining {world} ranks as rank {rank}" if world > 1 else "starting one process"
+        raise BridgeError(f"{who}: torch finds no network interface to use ({said[:200]}); {hint}") from None
 
 
 class _Told:

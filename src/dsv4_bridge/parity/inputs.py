@@ -81,6 +81,6 @@ def _facts(ids: Tensor, source: str, seed: int | None) -> dict[str, Any]:
 def _tokenised(text: str, spec: ModelSpec, folders: tuple[Path, ...]) -> tuple[int, ...]:
     places = [place for folder in folders for place in (folder, folder / ALONG, files_of(folder))]
     for place in places:
-        if tokenizer := open_tokenizer(place, spec):
+        if tokenizer := open_tokenizer(place, spec, "megatron,hf", ", or give --prompt-ids"):
             return tuple(tokenizer.encode(text))
     raise BridgeError(f"reading the text: no tokenizer.json in {places[0]}; give ids with --prompt-ids")

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -66,21 +65,22 @@ class Tokenizer:
         return self.encode(f"{USER}{text}{ASSISTANT}{THOUGHT}")
 
 
-def open_tokenizer(folder: Path, spec: ModelSpec, *, wanted: bool = True) -> Tokenizer | None:
+def open_tokenizer(folder: Path, spec: ModelSpec, extras: str = "hf", hint: str = "") -> Tokenizer | None:
     """The tokenizer of a folder, None where it has no tokenizer.json.
 
     Args:
-        folder: it.
+        folder: of a checkpoint's small files.
         spec: the model's numbers.
-        wanted: whether there is text; without, None also where the `tokenizers` library is missing.
+        extras: to install where the library is missing.
+        hint: what else to do there.
 
     Raises:
         BridgeError: unreadable, or the `tokenizers` library is missing.
     """
     path = folder / TOKENIZER
-    if not path.is_file() or (not wanted and find_spec("tokenizers") is None):
+    if not path.is_file():
         return None
-    library, _ = read_tokenizer(path, ", or give --prompt-ids")
+    library, _ = read_tokenizer(path, extras, hint)
     return Tokenizer(path, library, spec.bos_token_id)
 
 

@@ -152,11 +152,21 @@ class _Bad(Exception):
     """What is wrong, in words."""
 
 
-def read_tokenizer(path: Path, hint: str = "") -> tuple[Any, bytes]:
+def has_tokenizers() -> bool:
+    """Whether the `tokenizers` library is there."""
+    try:
+        import tokenizers  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def read_tokenizer(path: Path, extras: str = "hf", hint: str = "") -> tuple[Any, bytes]:
     """The `tokenizers.Tokenizer` of a tokenizer.json, without truncation and padding, and the file's bytes.
 
     Args:
         path: the file.
+        extras: of the package, that bring all that is needed from here on.
         hint: what to do without the library, besides installing it.
 
     Raises:
@@ -166,7 +176,7 @@ def read_tokenizer(path: Path, hint: str = "") -> tuple[Any, bytes]:
         from tokenizers import Tokenizer
     except ImportError:
         raise BridgeError(
-            f"reading {path}: the tokenizers library is missing; pip install 'dsv4-bridge[hf]'{hint}"
+            f"reading {path}: the tokenizers library is missing; pip install 'dsv4-bridge[{extras}]'{hint}"
         ) from None
     raw = read_small(path, _MOST_BYTES, "give the folder of a checkpoint")
     checked = _checked(path, raw)
