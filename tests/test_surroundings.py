@@ -101,7 +101,7 @@ def test_ids_alone_want_no_tokenizers(toy_flash: Path) -> None:
     assert done.returncode == 0 and len(done.stdout.split()) == 2, done.stderr
     for words in (["--prompt", "hi"], ["--prompt-ids", "0,1", "--stop", "x"]):
         done = run_behind(code, "generate", toy_flash, *words)
-        assert done.returncode == 2 and "dsv4-bridge[hf]" in done.stderr and "Traceback" not in done.stderr
+        assert done.returncode == 2 and "dsv4-bridge[megatron,hf]" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("error", ["MemoryError()", "ImportError('lib.so: failed to map segment from shared object')"])
