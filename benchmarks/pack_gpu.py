@@ -82,7 +82,7 @@ def main() -> None:
         sys.exit(f"{args.into} has {size / 2**20:.0f} MiB, expected {MOST >> 20} at most")
     print(
         f"{args.into}: {size / 2**20:.1f} MiB, {len(list(wheels.iterdir()))} wheels. On a machine with a GPU, torch, "
-        f"transformers, triton and numba:\n\n    OUT=results python {args.into.name}/run_gpu.py"
+        f"transformers, triton and numba:\n\n    OUT=results python {args.into}/run_gpu.py"
     )
 
 

@@ -28,6 +28,7 @@ from dsv4_bridge.spec.lora import CARRIERS, Lora
 from dsv4_bridge.spec.plan import expand
 from dsv4_bridge.spec.spec import ModelSpec, replace_spec
 from dsv4_bridge.spec.variants import VARIANTS, tiny
+from dsv4_bridge.train.choose import choose
 
 FLASH, PRO = VARIANTS["Flash"].spec, VARIANTS["Pro"].spec
 # A small model that many sizes cut.
@@ -362,3 +363,7 @@ def test_a_plan_needs_no_torch() -> None:
         "plan_ranks('Flash', spec_of('Flash'), Asked(tp=2)); sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_adapters_are_those_of_the_recipes_by_default() -> None:
+    assert Run().lora.rank == choose("flash-lora").recipe.lora.rank

@@ -56,7 +56,7 @@ def plan(
     train_indexer: Annotated[
         bool | None, typer.Option("--train-indexer", help="The indexers learn along with the model.")
     ] = None,
-    lora_rank: Annotated[int | None, _size("lora-rank", "Rank of the adapters; 16 by default.")] = None,
+    lora_rank: Annotated[int | None, _size("lora-rank", "Rank of the adapters; 32 by default, as in recipes.")] = None,
     lora_target: Annotated[
         list[str] | None, typer.Option("--lora-target", help="What carries adapters, as attn.wq_a; may be repeated.")
     ] = None,
@@ -108,7 +108,7 @@ def _plan_ranks(ckpt: str, where: Any, sizes: dict[str, Any], run: dict[str, Any
     if run.get("mode") != "lora" and (rank or targets):
         word = "--lora-rank" if rank else "--lora-target"
         raise BridgeError(f"planning ranks: {word} without --mode lora changes nothing; give both or neither")
-    run["lora"] = Lora(rank or 16, targets=tuple(targets or ()))
+    run["lora"] = Lora(rank or Run().lora.rank, targets=tuple(targets or ()))
     ranks = plan_ranks(ckpt, spec_of(where, doing="planning"), Asked(**sizes, run=Run(**run)))
     put(ranks.to_json() if as_json else {}, as_json, "" if as_json else ranks_table(ranks))
     finish(ranks.fits)

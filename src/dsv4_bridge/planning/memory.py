@@ -19,7 +19,7 @@ from .activations import DTYPE_BYTES, LOSS_CHUNK, Shape, cache_bytes, chunk_byte
 from .parameters import Count, Part, chunk_part
 
 MODES = ("inference", "training", "lora")
-_LORA = Lora(16)
+_LORA = Lora(32)  # as the recipes have
 
 
 @dataclass(frozen=True)
