@@ -81,6 +81,7 @@ def by_datasets(corpus: Path, out: Path, toy: Path, workers: int) -> None:
     """`datasets.map` over the lines; Arrow files, no index."""
     import datasets
 
+    datasets.disable_progress_bars()
     spec = ModelSpec.from_pretrained(toy)
     encode = Encode(str(toy / "tokenizer.json"), spec.eos_token_id or 0)
     encode.begin()
