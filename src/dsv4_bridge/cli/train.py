@@ -73,10 +73,11 @@ def train(
     from .show.lines import columns, folded
 
     ranks = Ranks.from_environment()
-    # Where stdout is for a program, the lines go where other verbs show their progress.
-    say: Any = lambda line: typer.echo(folded(printable(line), None if as_json else columns()), err=as_json)  # noqa: E731
-    if quiet():
-        say = lambda _: None  # noqa: E731
+
+    def say(line: str) -> None:
+        if not quiet():  # where stdout is for a program, lines go where other verbs show their progress
+            typer.echo(folded(printable(line), None if as_json else columns()), err=as_json)
+
     from .. import mcore  # noqa: F401 - prepares torch for megatron-core
     from ..train.loop import train as run_train
 

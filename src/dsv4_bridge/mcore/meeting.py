@@ -1,6 +1,7 @@
 """How ranks find each other, with a word about who is missing instead of a long silence."""
 
 import os
+import re
 import sys
 import time
 from collections.abc import Mapping
@@ -68,11 +69,13 @@ def _group(backend: str, store: Any, rank: int, world: int) -> None:
     try:
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     except RuntimeError as error:
-        said = str(error).partition("\n")[0].rpartition("] ")[2]
+        said = str(error).partition("\n")[0].rpartition("] ")[2][:200]
+        who = f"joining {world} ranks as rank {rank}" if world > 1 else "starting one process"
+        if not re.search("Unable to find (address|interface)", said):  # gloo's words
+            raise BridgeError(f"{who}: the process group of {backend} could not be made ({said})") from None
         named = [f"{name}={os.environ[name]}" for name in _INTERFACES if name in os.environ]
         hint = f"correct {' and '.join(named)}, or unset it" if named else "is the loopback interface up?"
-        who = f"joining {world} ranks as rank {rank}" if world > 1 else "starting one process"
-        raise BridgeError(f"{who}: torch finds no network interface to use ({said[:200]}); {hint}") from None
+        raise BridgeError(f"{who}: torch finds no network interface to use ({said}); {hint}") from None
 
 
 class _Told:

@@ -246,8 +246,8 @@ _OTHERS = {
 def _whose(names: Iterable[str]) -> str:
     """Whose encoding names are of, `""` where it is not seen."""
     found = (whose for name in names for endings, whose in _OTHERS.items() if name.endswith(endings))
-    whose = next(found, "")
-    return f"; {whose}, which is not read: take the release that this was made from" * bool(whose)
+    whose = next(found, None)
+    return f"; {whose}, which is not read: take the release that this was made from" if whose else ""
 
 
 def _scale_names(name: str) -> tuple[str, str]:

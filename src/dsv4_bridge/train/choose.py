@@ -93,7 +93,7 @@ def values(recipe: Recipe) -> dict[str, Any]:
 def known_key(word: str) -> str:
     """The dotted key that is meant by a word, its last part perhaps, or with dashes; `""` where none is near."""
     word, known = word.replace("-", "_"), values(Recipe())
-    return word if word in known else _nearest(word, known).removeprefix(" (nearest: ").removesuffix(")")
+    return word if word in known else _near(word, known)
 
 
 def dump(recipe: Recipe) -> str:
@@ -202,7 +202,13 @@ def _parsed(text: str) -> Any:
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    """The nearest known name, in words; keys are also known by their last part."""
+    """The nearest known name, in words; `""` where none is near."""
+    near = _near(name, known)
+    return f" (nearest: {near})" if near else ""
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    """The nearest known name, `""` if none is; keys are also known by their last part."""
     if len(name) > _LONGEST:  # likeness takes a time that grows with the square
         return ""
     known = list(known)
@@ -210,7 +216,7 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, known, 1) or [
         tails[t] for t in difflib.get_close_matches(name.rpartition(".")[2], tails, 1)
     ]
-    return f" (nearest: {near[0]})" if near else ""
+    return near[0] if near else ""
 
 
 def _lists(value: Any) -> Any:

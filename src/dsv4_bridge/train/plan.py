@@ -104,9 +104,11 @@ def _fetched_first(name: str) -> str:
     """How to get what may be a repository on the Hub, or a release by its name; "" where it can be neither."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         variant = known_variant(name)
-        name = variant.hub_id if variant else ""
+        if variant is None or not variant.hub_id:
+            return ""
+        name = variant.hub_id
     fetch = f"hf download {name} --local-dir {name.rpartition('/')[2]}"
-    return f"; a repository on the Hub is fetched first: {fetch}" * bool(name)
+    return f"; a repository on the Hub is fetched first: {fetch}"
 
 
 def small_folder(recipe: Recipe) -> Path | None:

@@ -142,8 +142,9 @@ def one_a_pack(lengths: Sequence[int], seq_length: int) -> Packing:
 def _other_data(folder: Path) -> str:
     """What to say where a folder of conversations is wanted and text is named; "" where it is not text either."""
     prefix = folder.with_suffix("") if folder.suffix in (".bin", ".idx") else folder
-    there = not folder.is_dir() and Path(f"{prefix}.idx").is_file()
-    return "that is data of text; conversations are a folder, made by dsv4 data with --seq-length" * there
+    if folder.is_dir() or not Path(f"{prefix}.idx").is_file():
+        return ""
+    return "that is data of text; conversations are a folder, made by dsv4 data with --seq-length"
 
 
 def open_chat_data(folder: AnyPath, tokenizer_sha256: str | None = None) -> ChatData:
