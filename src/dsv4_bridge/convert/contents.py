@@ -6,6 +6,7 @@ them is a `TensorFacts` each, and `content_rules` says what of that cannot be.
 """
 
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -75,7 +76,7 @@ def examine(name: AnyPath, *, workers: int = 2, progress: Progress | None = None
 
     Args:
         name: a Hugging Face folder, a Megatron checkpoint, or `owner/name` on the Hub.
-        workers: tensors read at a time.
+        workers: files, or tensors of a Megatron checkpoint, that are read at a time.
         progress: told of the bytes read.
 
     Raises:
@@ -85,18 +86,21 @@ def examine(name: AnyPath, *, workers: int = 2, progress: Progress | None = None
     with open_checkpoint(Path(os.fspath(name)), strict=False) as checkpoint:
         items = list(checkpoint.items.values())
 
-        def look(item: Item) -> TensorFacts:
+        def look(together: Sequence[Item]) -> list[tuple[str, TensorFacts]]:
             own.scratch = getattr(own, "scratch", None) or Scratch()
-            facts = measure(checkpoint, item, own.scratch)
-            shown.advance(_size(checkpoint, item))
-            return facts
+            found = []
+            for item in together:
+                found.append((item.name, measure(checkpoint, item, own.scratch)))
+                shown.advance(_size(checkpoint, item))
+            return found
 
         shown.start("examine contents", sum(_size(checkpoint, i) for i in items), 0)
         try:
             with ThreadPoolExecutor(workers) as pool:
-                facts = list(pool.map(look, items))
+                met = dict(pair for pairs in pool.map(look, _by_file(checkpoint, items)) for pair in pairs)
         finally:
             shown.stop()
+        facts = [met[item.name] for item in items]
         total = sum(_size(checkpoint, i) for i in items)
         found = findings(facts, checkpoint.spec)
     return ContentsReport(
@@ -124,6 +128,21 @@ def measure(checkpoint: Checkpoint, item: Item, scratch: Scratch) -> TensorFacts
     for stripe in source.stripes(item, 0, item.shape[0], scratch):
         total.add(stripe)
     return total.facts(item, source.encoding(item))
+
+
+def _by_file(checkpoint: Checkpoint, items: Sequence[Item]) -> list[list[Item]]:
+    """Weights of one safetensors file together, front to back, the largest files first; others one by one.
+
+    The kernel reads ahead of one reader of a file: of two, or of jumps, it loses a third of the disk's rate.
+    """
+    found: dict[str, list[tuple[int, Item]]] = {}
+    for item in items:
+        source = checkpoint.source_of(item)
+        weight = source.checkpoint.bound[item.name].weight if isinstance(source, HFValues) else None
+        file, start = (f"in {weight.file}", weight.start) if weight else (item.name, 0)
+        found.setdefault(file, []).append((start, item))
+    groups = [[item for _, item in sorted(group, key=lambda pair: pair[0])] for group in found.values()]
+    return sorted(groups, key=lambda group: -sum(_size(checkpoint, item) for item in group))
 
 
 def _size(checkpoint: Checkpoint, item: Item) -> int:

@@ -18,6 +18,10 @@ from ..threads import ended
 
 _DROP_FROM: Final = 512 << 10  # smaller reads are headers and scales, which are read again
 _ASK: Final = 2 << 20
+_WINDOW: Final = 16 << 20  # no page of the cache is larger
+_APART: Final = 1 << 20  # as a scale between two weights
+# Descriptor -> first and last byte of what was read last. What a closed one has left does no harm: it is advice only.
+_behind: dict[int, tuple[int, int]] = {}
 _kept: ContextVar[bool] = ContextVar("kept", default=False)
 
 
@@ -43,9 +47,19 @@ def open_to_read(path: Path) -> int:
 
 
 def drop_behind(fd: int, offset: int, nbytes: int) -> None:
-    """Give back the cached pages of a stretch that was just read, if it is a large one."""
-    if nbytes >= _DROP_FROM and not _kept.get():
-        os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
+    """Give back the cached pages of a stretch that was just read, if it is a large one.
+
+    With it goes what was read right before it: the cache has pages of up to what the kernel reads ahead (megabytes, on
+    some machines), one is given back whole or not at all, and most lie across the end of a stretch.
+    """
+    if nbytes < _DROP_FROM or _kept.get():
+        return
+    first, last = _behind.get(fd, (offset, offset))
+    if not 0 <= offset - last <= _APART:
+        first = offset
+    end = offset + nbytes
+    os.posix_fadvise(fd, first, end - first, os.POSIX_FADV_DONTNEED)
+    _behind[fd] = max(first, end - _WINDOW), end
 
 
 class Readahead:
