@@ -367,9 +367,7 @@ BUGS = {
         "_target",
         lambda f: lambda chunk, group: f(chunk._replace(weights=chunk.weights[:, :, :1]), group),
     ),
-    "queries of another turn": put(
-        Indexer, "terms", lambda f: lambda self, x, qr, turn, keys=None: f(self, x, qr, turn.conj(), keys)
-    ),
+    "queries of another turn": put(Indexer, "terms", lambda f: lambda self, x, qr, turn: f(self, x, qr, turn.conj())),
 }
 
 
