@@ -231,8 +231,7 @@ def test_documents_add_up_and_do_not_meet() -> None:
 def test_what_has_no_gradient_costs_none() -> None:
     frozen, trained = count_flops(FLASH, 8192), count_flops(FLASH, 8192, train_indexer=True)
     assert frozen.input_gradients.indexer == frozen.weight_gradients.indexer == 0 < frozen.forward.indexer
-    # Its inputs are cut off, so of its projections only the weights have gradients; of its scores both sides,
-    # which are of the blocks that are chosen.
+    # Its inputs are cut off: of its projections the weights get gradients, of scores of chosen blocks both sides.
     scores, chosen = (2 * 21 * 64 * 129 * block_pairs(8192, 4, most) for most in (None, 512))
     assert trained.input_gradients.indexer == 2 * chosen < scores
     assert trained.weight_gradients.indexer == trained.forward.indexer - scores
