@@ -172,6 +172,9 @@ def test_what_was_meant(words: list[str], meant: str) -> None:
     [
         (["improt", "a", "b"], "did you mean import? (dsv4 --help"),
         (["import", "a"], "(dsv4 import --help lists its options)"),
+        (["rename", "a", "b"], "Missing option '--naming'. Choose from: gpt, hybrid (dsv4 rename --help"),
+        (["rename", "a", "b", "--naming", "gtp"], "for '--naming': 'gtp' is not one of 'gpt', 'hybrid'"),
+        (["export", "DeepSeek-V4-Flash", "b"], "opening DeepSeek-V4-Flash: no such folder; a Megatron checkpoint"),
         (["train", "flash-lora", "--optimizer.lr", "1e-4"], "keys of a recipe have no dashes: optimizer.lr=VALUE"),
         (["train", "flash-lora", "--lora.rank=4"], "have no dashes: lora.rank=4"),
         (["train", "flash-lora", "--lr", "1e-4"], "have no dashes: optimizer.lr=VALUE"),

@@ -1,6 +1,7 @@
 """What is given back of the page cache behind a reader, and in which order a doctor of contents reads."""
 
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -32,14 +33,17 @@ def test_what_was_read_before_goes_with_what_follows(monkeypatch: pytest.MonkeyP
 
 def test_files_are_examined_front_to_back(toy_flash: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: dict[str, list[int]] = {}
+    by: dict[str, set[int]] = {}
     real = SafetensorsFolder.read_into
 
     def noted(self: SafetensorsFolder, info, offset, out) -> None:  # type: ignore[no-untyped-def]
         if info.dtype != "F8_E8M0":
             read.setdefault(info.file, []).append(info.start + offset)
+            by.setdefault(info.file, set()).add(threading.get_ident())
         real(self, info, offset, out)
 
     monkeypatch.setattr(SafetensorsFolder, "read_into", noted)
     report = examine(toy_flash)
     assert not report.findings and sum(map(len, read.values())) >= report.tensors
     assert all(places == sorted(places) for places in read.values())
+    assert all(len(threads) == 1 for threads in by.values())  # two in one file meet in order only by luck

@@ -91,6 +91,7 @@ def main() -> None:
 
 def _instead(message: str) -> str:
     """What is said of arguments that cannot be used, with what to do about them."""
+    message = re.sub(r"\s*\n\s*", " ", message).replace("Value error, ", "")  # choices come one a line
     if verb() not in _PLACE:
         message = re.sub(r"\.? Did you mean .*", "", message)  # of some releases of typer
         near = difflib.get_close_matches(verb(), _PLACE, 1)

@@ -142,7 +142,7 @@ def export_hf(
         )
     if encoding not in TARGETS:
         raise BridgeError(f"exporting {source}: encoding {encoding!r} is not one of {', '.join(TARGETS)}")
-    if encoding == "source" and like is None and not (source / "config.json").is_file():
+    if encoding == "source" and like is None and looks_megatron(source):
         raise BridgeError(
             f"exporting {source} in the source's encoding needs the source: --like HF (or --encoding bf16)"
         )

@@ -126,7 +126,8 @@ def check_fit(adapters: Adapters, lora: Lora, spec: ModelSpec, what: str) -> Non
     for name in ("rank", "alpha", "dora"):
         if getattr(lora, name) != getattr(adapters.lora, name):
             raise BridgeError(
-                f"{what}: theirs have {name} {getattr(adapters.lora, name)}, the model's {getattr(lora, name)}"
+                f"{what}: theirs have {name} {getattr(adapters.lora, name)}, the model's {getattr(lora, name)}; the "
+                f"model's must be the same (lora.{name} of a recipe)"
             )
     wanted = {target.name: target for target in targets(spec, lora.keys)}
     rows = {target.items[0].row.key for target in known.values()}
@@ -135,7 +136,10 @@ def check_fit(adapters: Adapters, lora: Lora, spec: ModelSpec, what: str) -> Non
         ("they have, and the model lacks", set(known) - set(wanted)),
     ):
         if names:
-            raise BridgeError(f"{what}: {len(names)} that {which} ({min(names)} …)")
+            raise BridgeError(
+                f"{what}: {len(names)} that {which} ({min(names)} …); theirs are of "
+                f"lora.targets='{' '.join(sorted(rows))}'"
+            )
 
 
 _MERGE = "`dsv4 merge` puts them into the base, and training may start from that"

@@ -64,6 +64,11 @@ def find_iteration(path: AnyPath) -> tuple[Path, int | None]:
     path = Path(path)
     if (path / ".metadata").is_file():
         return path, _iteration(path.name)
+    if not path.exists():
+        raise BridgeError(
+            f"opening {path}: no such folder; a Megatron checkpoint is wanted, as `dsv4 import` makes one of a "
+            "released folder"
+        )
     tracker = path / _TRACKER
     if not tracker.is_file() and (path / "config.json").is_file():
         raise BridgeError(
