@@ -16,12 +16,14 @@ import resource
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 _COMMAND = [sys.executable, "-W", "ignore", "-m", "dsv4_bridge"]
+_PIECE = 16 << 20
 _PROMPT = "0,5,77,1031,9,64021,3,128"
 
 
@@ -39,16 +41,25 @@ def run(*words: str) -> tuple[dict[str, Any], list[str], float]:
 
 
 def disk_rate(folder: Path, most: int = 4 << 30) -> float:
-    """Bytes a second of reading shards past the page cache."""
-    buffer, done, began = mmap.mmap(-1, 16 << 20), 0, time.perf_counter()
-    for shard in sorted(folder.glob("*.safetensors")):
-        fd = os.open(shard, os.O_RDONLY | os.O_DIRECT)
-        size, at = shard.stat().st_size, 0
-        while at < size and done < most:
-            count = os.preadv(fd, [buffer], at)
-            at, done = at + count, done + count
-        os.close(fd)
-    return done / (time.perf_counter() - began)
+    """Bytes a second of reading shards past the page cache, the best of one reader and of four, as the command has."""
+    shards = sorted(folder.glob("*.safetensors"))
+    places = [(shard, at) for shard in shards for at in range(0, shard.stat().st_size, _PIECE)][: most // _PIECE]
+
+    def read(some: list[tuple[Path, int]]) -> int:
+        buffer, done = mmap.mmap(-1, _PIECE), 0
+        for shard, at in some:
+            fd = os.open(shard, os.O_RDONLY | os.O_DIRECT)
+            done += os.preadv(fd, [buffer], at)
+            os.close(fd)
+        return done
+
+    rates = []
+    for readers in (1, 4):
+        began = time.perf_counter()
+        with ThreadPoolExecutor(readers) as pool:
+            done = sum(pool.map(read, [places[n::readers] for n in range(readers)]))
+        rates.append(done / (time.perf_counter() - began))
+    return max(rates)
 
 
 def memory_rate() -> float:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import BridgeError, files_named
+from ..errors import BridgeError, counted, files_named
 from ..files import AnyPath, local
 from ..spec.encodings import ENCODINGS, QUANTISED, TARGETS, TILE
 from ..spec.megatron import Naming, check_naming, naming_for
@@ -256,8 +256,8 @@ def _export_plan(
     lost = [i.name for i in plan.items if i.passenger and not (riders and i.name in riders.bound)]
     if lost:
         raise BridgeError(
-            f"exporting {megatron.path}: {len(lost)} tensors that Megatron has no place for ({lost[0]} …) did not "
-            "travel with it; name the released folder with --like, or leave them out with --drop-passengers"
+            f"exporting {megatron.path}: {counted(len(lost), 'tensor')} that Megatron has no place for ({lost[0]} …) "
+            "did not travel with it; name the released folder with --like, or leave them out with --drop-passengers"
         )
     return plan, frozenset()
 

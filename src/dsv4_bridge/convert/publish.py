@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from ..errors import BridgeError, files_named, short, some
+from ..errors import BridgeError, counted, files_named, short, some
 from ..files import every_file
 from ..progress import Progress
 from ..spec.variants import VARIANTS, known_variant
@@ -106,7 +106,7 @@ def prepare_push(
         report = inspect(folder)
         if report.findings:
             one = report.findings[0]
-            raise BridgeError(f"{doing}: {len(report.findings):,} faults, the first: {one}")
+            raise BridgeError(f"{doing}: {counted(len(report.findings), 'fault')}, the first: {one}")
         head, facts = _of_checkpoint(folder, report, base)
     if revision:
         facts.append(f"source revision: `{revision}`")

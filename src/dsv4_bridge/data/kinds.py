@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import BridgeError, files_named, short
+from ..errors import BridgeError, counted, files_named, short
 from ..files import every_file
 from .chat.others import PREFERENCES, is_chat
 from .packed import opened, packing
@@ -165,7 +165,7 @@ def find_chats(named: Sequence[Path], skip: bool = False) -> tuple[list[Path], l
                     raise
                 others.append((file, str(error).removeprefix(f"reading {file}: ")))
         if len(files) == before:
-            raise BridgeError(f"looking for conversations in {path}: none in {len(inside):,} files")
+            raise BridgeError(f"looking for conversations in {path}: none in {counted(len(inside), 'file')}")
     return files, others
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import BridgeError, short
+from ..errors import BridgeError, counted, short
 from ..files import every_file
 from .kinds import CONVERSATIONS, choose_shape, is_array, of_no_known_kind, refuse_others, unpacked
 from .packed import unwrapped
@@ -99,7 +99,7 @@ def find_sources(
         inside = [p for p in inside if not any(part.startswith(".") for part in p.parts)]
         taken = sorted((p for p in inside if not suffixes or p.suffix in suffixes), key=lambda p: p.parts)
         if not taken:
-            said = f"{len(inside)} files, none with {', '.join(suffixes)}" if suffixes else "no files"
+            said = f"{counted(len(inside), 'file')}, none with {', '.join(suffixes)}" if suffixes else "no files"
             raise BridgeError(f"looking for text in {path}: {said}")
         found += [(path / p, False) for p in taken]
     seen: set[Path] = set()

@@ -69,12 +69,12 @@ class ChatReport:
         if c.truncated or c.dropped or c.cut_tokens:
             found.append(
                 f"{counted(c.truncated, 'sample')} cut, {c.dropped:,} dropped without a learned token:"
-                f" {c.cut_tokens:,} tokens left out, {c.cut_learned:,} of them learned"
+                f" {counted(c.cut_tokens, 'token')} left out, {c.cut_learned:,} of them learned"
             )
         if c.split or c.too_long:
             found.append(f"{c.split:,} longer ones split, {c.too_long:,} left out")
         if c.lost_thoughts:
-            found.append(f"{c.lost_thoughts:,} thoughts left out: chat mode has none")
+            found.append(f"{counted(c.lost_thoughts, 'thought')} left out: chat mode has none")
         if c.empty_thoughts:
             found.append(f"{c.empty_thoughts:,} answers in thinking mode have no thoughts, and learn to have none")
         if c.straddling:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ...codec.tensors import as_tensor
-from ...errors import BridgeError, files_named
+from ...errors import BridgeError, counted, files_named
 from ...files import AnyPath
 from ...spec.encodings import TILE
 from ...spec.plan import Item
@@ -50,7 +50,7 @@ def _fill(model: DeepSeekV4Model, source: Values, there: set[str], path: Path, a
     plan, found = places(model)
     if lost := [i.name for i in plan.items if i.name in found and i.name not in there]:
         raise BridgeError(
-            f"loading {path}: it lacks {len(lost)} tensors of the model ({lost[0]} …); "
+            f"loading {path}: it lacks {counted(len(lost), 'tensor')} of the model ({lost[0]} …); "
             "where the checkpoint has no draft block, train by flash-finetune-no-mtp (model.mtp=false), or in Python "
             "build the model without MTP (spec.without_draft())"
         )
