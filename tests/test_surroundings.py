@@ -282,3 +282,17 @@ def test_a_removed_folder_is_told(tmp_path: Path) -> None:
     code = f"import os; os.chdir({str(folder)!r}); os.rmdir({str(folder)!r})"
     done = run("doctor", code=code, PYTHONPATH=str(ROOT))
     assert done.returncode == 2 and "it was removed" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_memory_that_was_freed_is_given_back() -> None:
+    code = """
+from dsv4_bridge.free_memory import give_back, held_memory
+several, above = [bytes(20_000) for _ in range(10_000)], []
+above.append(bytes(20_000))  # behind them: what they leave is no end that the C library gives back by itself
+del several
+held = held_memory()
+give_back()
+print(held - held_memory())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 100_000_000

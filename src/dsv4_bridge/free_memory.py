@@ -1,5 +1,7 @@
 """How much memory this process may still take: the machine's, its container's, its own limit, whichever is least."""
 
+import contextlib
+import ctypes
 import resource
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +27,12 @@ def held_memory(proc: Path = Path("/proc/self")) -> int:
     """Bytes of main memory that this process holds now."""
     pages = next(iter(_lines(proc / "statm")), "").split()
     return int(pages[1]) * resource.getpagesize() if len(pages) > 1 and pages[1].isdecimal() else 0
+
+
+def give_back() -> None:
+    """Have the C library give the system what was freed: glibc keeps much of it, by threads, for what may come."""
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _groups(home: Path, proc: Path) -> Iterator[int]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..codec.tensors import as_tensor
+from ..free_memory import give_back
 from ..mcore.layers.observe import watching
 from ..spec.megatron import live_names
 from ..spec.plan import Item, Plan, expand
@@ -64,6 +65,7 @@ def compare_drafts(
     ids, streams = ids[:, :MOST], streams[:, :MOST]
     with opened_whole(reference) as (spec, values), torch.no_grad():
         record, exact = _formula(spec, values, ids, streams)
+    give_back()
     watcher = Watcher(record, (ids.shape[0], ids.shape[1]), True, tolerance, 0)
     with held or nullcontext(), torch.no_grad(), watching(watcher):
         given = streams.transpose(0, 1).contiguous().to(device)

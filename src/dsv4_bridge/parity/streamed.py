@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..errors import counted, size
 from ..files import every_file
+from ..free_memory import give_back
 from ..spec.spec import ModelSpec
 from ..store.checkpoint import open_checkpoint
 from ..store.reading import kept_in_cache
@@ -52,10 +53,12 @@ def compare_streamed(
             runs = [(Run(tuple(w.sites), None), Run(tuple(w.replays), None) if w.replays else None) for w in state.ways]
         else:
             say("running the head and the output layer")
+            give_back()
             runs = walk.finish(state)
         drafts = ()
         if spec.mtp_layers and last == spec.num_hidden_layers - 1:
             say("running the MTP blocks, and the formula")
+            give_back()
             streams = state.ways[0].theirs.flatten(2).cpu()
             held = walk.ours.held("mtp.", "output_layer.")
             drafts = compare_drafts(walk.ours.model, asked.theirs, asked.ids, streams, tolerance, asked.device, held)
