@@ -20,6 +20,8 @@ for _name in (
 # Its optimizers look at gradients of tensors that are no leaves, and find none, as they expect.
 warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
 warnings.filterwarnings("ignore", "MimoModelConfig is experimental")
+# Experts are in one piece where only attention is cut, and their linear layers warn of it, each on every rank.
+warnings.filterwarnings("ignore", "`sequence_parallel` is set to `True`, but tensor model parallel size")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     install()
