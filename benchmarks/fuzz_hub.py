@@ -13,7 +13,7 @@ from dsv4_bridge.store.hub_limits import Limits, limited
 from fuzz_checkpoints import small
 from mutations import mutate_bytes, mutate_json, mutate_value, to_json
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "tools"))
 
 from fake_hub import REPO, Answer, FakeHub
 

@@ -1,5 +1,8 @@
 """A few hundred mutated inputs of each loader; benchmarks/fuzz.py runs as many as you like."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,3 +52,18 @@ def test_the_fuzzer_counts_what_it_is_there_for(monkeypatch: pytest.MonkeyPatch)
     assert counts == dict.fromkeys(fuzz.KINDS, 1)
     assert peak > fuzz.MEGABYTES
     assert [failure.splitlines()[0].rpartition(" ")[2] for failure in failures] == list(fuzz.KINDS[2:])
+
+
+def test_the_benchmarks_find_what_they_import_without_the_tests_paths() -> None:
+    names = sorted(path.stem for path in Path(fuzz.__file__).parent.glob("*.py"))
+    code = f"import sys, importlib; [importlib.import_module(name) for name in {names}]"
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=Path(fuzz.__file__).parent,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-1000:]
