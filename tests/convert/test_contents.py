@@ -1,6 +1,7 @@
 """`dsv4 inspect --deep`: what other tools leave in a checkpoint's values is found, and sound ones are clean."""
 
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,6 +63,41 @@ def found(report: ContentsReport) -> dict[str, set[str]]:
     for finding in report.findings:
         kinds.setdefault(finding.kind, set()).update(finding.names)
     return kinds
+
+
+@pytest.mark.parametrize(
+    ("change", "lost"),
+    [
+        (damage.replace("norm.weight", "F16"), "norm.weight"),
+        (damage.replace("norm.weight", shape=[3]), "norm.weight"),
+        (damage.replace(HASH, "U8"), HASH),
+        (damage.replace(f"{EXPERT}.scale", "U8"), f"{EXPERT}.weight"),
+        (damage.drop(f"{EXPERT}.scale"), f"{EXPERT}.weight"),
+        (damage.drop(f"{EXPERT}.scale", f"{EXPERT}.weight"), f"{EXPERT}.weight"),
+        (damage.add("norm.other"), None),
+    ],
+)
+def test_what_is_there_is_read_where_the_headers_have_findings(
+    change: Callable[[damage.Shards], None], lost: str | None, toys: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = damage.linked(toys["Flash"], tmp_path / "toy")
+    damage.edit(change)(folder)
+    assert examine(folder).tensors == examine(toys["Flash"]).tensors - (lost is not None)
+    done = CliRunner().invoke(app, ["inspect", str(folder), "--deep"])
+    assert done.exit_code == 1 and isinstance(done.exception, SystemExit), done.output
+    assert (lost or "norm.other").removesuffix(".weight").rpartition(".")[2] in done.output
+
+
+def test_what_is_there_is_read_where_a_key_of_megatron_is_gone(toys: dict[str, Path], tmp_path: Path) -> None:
+    import_hf(toys["Flash"], tmp_path / "megatron")
+    path = tmp_path / "megatron/iter_0000000/.metadata"
+    whole = examine(tmp_path / "megatron").tensors
+    table = pickle.loads(path.read_bytes())
+    gone = "decoder.final_layernorm.weight"
+    del table.state_dict_metadata[gone]
+    table.storage_data = {i: where for i, where in table.storage_data.items() if i.fqn != gone}
+    path.write_bytes(pickle.dumps(table, 2))
+    assert examine(tmp_path / "megatron").tensors == whole - 1
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -124,7 +124,11 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "no partner": (_state(lambda s: s.pop(f"{KV}.lora_B.weight")), "lacks .*layers.0.self_attn.kv_proj.lora_B.weight"),
     "shape": (_state(lambda s: s.update({f"{KV}.lora_B.weight": torch.ones(63, 3)})), r"is \[63, 3\], expected"),
     "nan": (_state(lambda s: s[f"{KV}.lora_B.weight"].fill_(float("nan"))), "not finite"),
-    "integers": (_state(lambda s: s.update({f"{KV}.lora_B.weight": torch.ones(64, 3).long()})), "torch.int64"),
+    "integers": (_state(lambda s: s.update({f"{KV}.lora_B.weight": torch.ones(64, 3).long()})), "is I64, expected F32"),
+    "unsigned": (
+        _state(lambda s: s.update({f"{KV}.lora_B.weight": torch.ones(64, 3).to(torch.uint32)})),
+        "is U32, expected F32",
+    ),
     "magnitude": (_config(use_dora=True), "lacks .*lora_magnitude_vector"),
 }
 

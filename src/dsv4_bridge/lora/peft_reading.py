@@ -227,9 +227,7 @@ def _check_shapes(
     for key, shape in zip(keys, wanted, strict=False):
         info = infos[ours[key]]
         if info.dtype not in _FLOATS:
-            raise BridgeError(
-                f"{where}: {ours[key]} is torch.{DTYPES[info.dtype].torch}, expected {', '.join(_FLOATS)}"
-            )
+            raise BridgeError(f"{where}: {ours[key]} is {info.dtype}, expected {', '.join(_FLOATS)}")
         if info.shape != shape:
             raise BridgeError(f"{where}: {ours[key]} is {list(info.shape)}, expected {list(shape)}: {why}")
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..errors import BridgeError, files_named, short
 from ..files import AnyPath
+from ..spec.megatron import regions
 from ..spec.plan import Item, Plan, stored
 from ..spec.spec import ModelSpec
 from .hf import HFCheckpoint, open_hf
@@ -91,6 +92,11 @@ class Checkpoint:
         return HFValues(self.along) if self.along else None
 
     @cached_property
+    def _wrong_keys(self) -> frozenset[str]:
+        """Keys of a Megatron checkpoint that were found to be missing or of another shape or type."""
+        return frozenset(name for finding in self.opened.findings for name in finding.names)
+
+    @cached_property
     def items(self) -> Mapping[str, Item]:
         """Released name -> item, of those that it holds."""
         return {name: item for name, item in self.plan.by_name.items() if self.source_of(item)}
@@ -145,9 +151,14 @@ class Checkpoint:
         return f"<Checkpoint {self.path}: {self.kind}, {self.variant}, {len(self.tensors):,} tensors>"
 
     def source_of(self, item: Item) -> Values | None:
-        """Where an item's values come from; None for what did not travel with a Megatron checkpoint."""
-        if not item.passenger or isinstance(self.opened, HFCheckpoint):
-            return self.source
+        """Where an item's values come from; None for what is not there, or is not what the model has."""
+        opened = self.opened
+        if isinstance(opened, HFCheckpoint):
+            return self.source if item.name in opened.bound else None
+        if not item.passenger:
+            wrong = self._wrong_keys
+            held = not wrong or all(r.key not in wrong for r in regions(item, opened.spec, opened.naming))
+            return self.source if held else None
         return self.passengers if self.along and item.name in self.along.bound else None
 
     def _tensor(self, item: Item) -> Tensor:
