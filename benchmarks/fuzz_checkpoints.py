@@ -23,8 +23,9 @@ from typing import Any
 
 from rich.console import Console
 
-from dsv4_bridge import BridgeError, export_hf, import_hf, inspect, make_toy
+from dsv4_bridge import BridgeError, examine, export_hf, import_hf, inspect, make_toy, verify
 from dsv4_bridge.cli.show.tables import inspect_table
+from dsv4_bridge.convert.verify import LEVELS
 from dsv4_bridge.spec.spec import DSparkSpec, ModelSpec, replace_spec
 from dsv4_bridge.spec.spec_v41 import V41Spec
 from dsv4_bridge.spec.variants import VARIANTS, tiny
@@ -99,6 +100,7 @@ class Bases:
         hf, megatron = {}, {}
         for name in variants:
             hf[name] = make_toy(folder / name, name, 1, spec=small(name))
+            examine(hf[name])
         if "Flash-Base" in hf:
             other = hf["Flash-Base/transformers"] = folder / "dialect"
             shutil.copytree(hf["Flash-Base"], other)
@@ -120,6 +122,7 @@ class Bases:
 # ---------------------------------------------------------------- one input
 
 FUZZED = ("Flash", "Flash-Base", "Flash-0731", "V4.1-Flash")
+_READ = 0.25  # of the inputs are read value by value, and compared with the sound ones
 _DRAFTS = ("Flash-0731", "V4.1-Flash")  # whose draft blocks travel beside a Megatron checkpoint
 
 
@@ -203,6 +206,10 @@ class Fuzzer:
         before, failed = _listing(checkpoint), len(self.outcome.failures)
         try:
             self._call(f"{where}: inspect", lambda: self._look(checkpoint, rng))
+            if rng.random() < _READ:
+                self._call(f"{where}: inspect --deep", lambda: examine(checkpoint))
+            if rng.random() < _READ:
+                self._call(f"{where}: verify", lambda: verify(checkpoint, source, rng.choice(LEVELS)))
             if rng.random() < target.convert:
                 self._convert(where, checkpoint, target, name, rng)
             if _listing(checkpoint) != before:
