@@ -4,6 +4,7 @@ import json
 import shlex
 import subprocess
 import sys
+from enum import StrEnum
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,19 @@ from typer.testing import CliRunner
 from conftest import dsv4, fresh_dsv4
 from dsv4_bridge import BridgeError, make_toy
 from dsv4_bridge.cli import app
-from dsv4_bridge.cli.app import QUIET, quiet
+from dsv4_bridge.cli.app import QUIET, ExportEncoding, NamingOption, quiet
+from dsv4_bridge.cli.check import Level, Payload, Width
+from dsv4_bridge.cli.convert import RepackEncoding
 from dsv4_bridge.cli.help import VERBS
+from dsv4_bridge.cli.lora import Names
+from dsv4_bridge.cli.plan import Mode
+from dsv4_bridge.convert.verify import LEVELS
+from dsv4_bridge.lora.peft import NAMES
+from dsv4_bridge.planning.memory import MODES
+from dsv4_bridge.spec.encodings import TARGETS
+from dsv4_bridge.spec.megatron import NAMINGS
+from dsv4_bridge.toy.checkpoint import WIDTHS
+from dsv4_bridge.toy.payloads import PAYLOADS
 
 
 def verbs() -> dict[str, object]:
@@ -33,6 +45,24 @@ def test_every_verb_has_a_line_an_example_and_described_arguments() -> None:
         assert all(w in options for w in words if w.startswith("--")), example
         arguments = [p for p in found[name].params if p.param_type_name == "argument"]  # type: ignore[attr-defined]
         assert all(p.help for p in arguments), name
+
+
+@pytest.mark.parametrize(
+    ("offered", "known"),
+    [
+        (NamingOption, NAMINGS),
+        (ExportEncoding, TARGETS),
+        (RepackEncoding, TARGETS[1:]),
+        (Payload, PAYLOADS),
+        (Width, WIDTHS),
+        (Level, LEVELS),
+        (Mode, MODES),
+        (Names, NAMES),
+    ],
+)
+def test_options_offer_what_the_package_takes(offered: type[StrEnum], known: tuple[str, ...]) -> None:
+    """Choices are spelt out in the command, which starts without the rooms that know them."""
+    assert tuple(offered) == known
 
 
 def test_help_is_short_and_whole() -> None:

@@ -16,9 +16,10 @@ import dsv4_bridge
 from dsv4_bridge.codec import CodecError, reference
 from dsv4_bridge.codec.multiply import EncodedMatrix, multiply
 from dsv4_bridge.errors import BridgeError
-from dsv4_bridge.spec.encodings import ENCODINGS
+from dsv4_bridge.spec.encodings import ALLOWED, ENCODINGS
 
-NAMES = ("mxfp4", "fp8", "fp8_f32", "bf16", "f32")
+# What the linear maps of a model that is computed may be stored as.
+NAMES = tuple(name for name in ENCODINGS if name in (*ALLOWED["linear"], *ALLOWED["expert"]))
 LEGAL = {"mxfp4": (0, 252), "fp8": (3, 246), "fp8_f32": (12, 240)}
 
 

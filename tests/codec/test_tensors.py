@@ -10,9 +10,10 @@ import torch
 
 from dsv4_bridge.codec import CODECS, CodecError, tensors
 from dsv4_bridge.spec.dtypes import DTYPES
-from dsv4_bridge.spec.encodings import ENCODINGS
+from dsv4_bridge.spec.encodings import ALLOWED, ENCODINGS, QUANTISED
 
-NAMES = ("mxfp4", "fp8", "fp8_f32")
+# What the linear maps of a model that is computed may be stored as.
+NAMES = tuple(name for name in ENCODINGS if name in QUANTISED and name in (*ALLOWED["linear"], *ALLOWED["expert"]))
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SHAPES = ((128, 128), (300, 416), (7, 32), (256, 1024))
 LEGAL = {"mxfp4": (0, 252), "fp8": (3, 246), "fp8_f32": (12, 240)}

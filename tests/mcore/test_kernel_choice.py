@@ -1,13 +1,19 @@
 """Torch or Triton: who computes is one setting, and what has no kernel is told."""
 
+from dataclasses import fields, replace
+
 import pytest
 import torch
 from kernel_tools import DEVICE, TORCH, TRITON
 
 from dsv4_bridge.errors import BridgeError
 from dsv4_bridge.mcore import build_model
-from dsv4_bridge.mcore.kernels.choice import AUTO, Choice, interpreted
+from dsv4_bridge.mcore.config import EXPERT_LAYOUTS
+from dsv4_bridge.mcore.indexer_phase import PHASES
+from dsv4_bridge.mcore.kernels.choice import AUTO, KERNELS, Choice, interpreted
 from dsv4_bridge.spec.variants import VARIANTS, tiny
+from dsv4_bridge.train.plan import run_of
+from dsv4_bridge.train.recipe import Recipe
 
 pytestmark = pytest.mark.megatron
 
@@ -33,6 +39,28 @@ def test_the_setting_reaches_the_layers() -> None:
     assert build_model(spec, kernels="torch", deterministic_mode=False).config.kernel_choice == Choice("torch")
     with pytest.raises(BridgeError, match="kernels='cuda': expected one of auto, torch, triton"):
         build_model(spec, kernels="cuda")
+
+
+def test_only_what_is_named_after_triton_or_chooses_it_does() -> None:
+    """A choice more is no other name of Triton, neither where it computes nor in the plan of its memory."""
+    narrow = torch.zeros(2, device=DEVICE)
+    taken = {name for name in KERNELS if Choice(name).fused(narrow)}
+    assert taken == ({"auto", "triton"} if DEVICE == "cuda" else {"triton"})
+    assert not Choice("another").fused(narrow)
+    model = Recipe().model
+    planned = {name: run_of(replace(Recipe(), model=replace(model, kernels=name)), 1) for name in (*KERNELS, "another")}
+    assert {name for name, run in planned.items() if run.fused} == {"auto", "triton"}
+
+
+def test_recipes_offer_what_the_model_takes() -> None:
+    for field, choices in (
+        (("model", "kernels"), KERNELS),
+        (("model", "experts"), EXPERT_LAYOUTS),
+        (("losses", "indexer"), PHASES),
+    ):
+        part = next(f for f in fields(Recipe) if f.name == field[0])
+        offered = next(f for f in fields(type(getattr(Recipe(), part.name))) if f.name == field[1])
+        assert offered.metadata["choices"] == choices, ".".join(field)
 
 
 @pytest.mark.skipif(not interpreted(), reason="Triton compiles here")

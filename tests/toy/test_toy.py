@@ -14,10 +14,13 @@ import dsv4_bridge
 from conftest import dsv4, same_files
 from dsv4_bridge import BridgeError, examine, inspect, make_toy
 from dsv4_bridge.cli.app import app
-from dsv4_bridge.spec.plan import layer_kinds
+from dsv4_bridge.codec import CODECS
+from dsv4_bridge.spec.encodings import ALLOWED, QUANTISED
+from dsv4_bridge.spec.plan import expand, layer_kinds
 from dsv4_bridge.spec.spec import replace_spec
 from dsv4_bridge.spec.variants import VARIANTS, shortened, tiny
 from dsv4_bridge.toy.checkpoint import toy_bytes, toy_spec
+from dsv4_bridge.toy.payloads import PAYLOADS, coded
 
 # V4.1 has tests of its own: it has one naming, and no shorter form.
 V4 = [name for name in VARIANTS if not name.startswith("V4.1")]
@@ -65,6 +68,17 @@ def test_the_same_bytes_from_any_number_of_threads_and_sound(name: str, tmp_path
     assert same_files(*made) == []
     assert inspect(made[0]).sound and examine(made[0]).findings == ()
     assert same_files(made[0], make_toy(tmp_path / "other", name, 4, spec=spec, width="full")) != []
+
+
+@pytest.mark.parametrize("payload", PAYLOADS)
+@pytest.mark.parametrize("encoding", sorted({e for found in ALLOWED.values() for e in found} & QUANTISED))
+def test_every_encoding_has_legal_codes_of_every_payload(encoding: str, payload: str) -> None:
+    item = next(i for i in expand(tiny(VARIANTS["Flash"], ragged=True)).items if i.row.key == "attn.wq_b")
+    for wide in (False, True):
+        for codes, scale in coded(item, encoding, 5, payload, wide=wide):
+            values = np.empty((len(codes), item.shape[1]), np.uint16)
+            CODECS[encoding].decode(codes, scale, values)
+            assert len(np.unique(values)) > 9
 
 
 @pytest.mark.parametrize("seed", [1, 2])

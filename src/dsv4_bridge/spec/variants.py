@@ -197,8 +197,8 @@ def recognise(spec: ModelSpec, encodings: Mapping[str, str], own_mtp_head: bool)
 
 
 def family_of(spec: ModelSpec) -> str | None:
-    """`Flash`, `Pro` or `V4.1-Flash` where every architectural number is theirs, else None."""
-    for name, known in (("Flash", _FLASH), ("Pro", _PRO), ("V4.1-Flash", _V41_FLASH)):
+    """Name of the first variant (`Flash`, `Pro`, `V4.1-Flash` …) that has every architectural number, else None."""
+    for name, known in ((v.name, v.spec) for v in VARIANTS.values()):
         layers = known.num_hidden_layers
         if (
             type(spec) is type(known)
@@ -359,6 +359,8 @@ def guess(config: dict[str, Any], spec: ModelSpec | None = None) -> Variant:
     # The launch config of the FP4 releases has no expert_dtype, nor have the FP8 repacks.
     encodings = BF16 if not quantised else {"fp8": BASE}.get(str(expert), FP4)
     family = [v for v in VARIANTS.values() if v.encodings == encodings or (v.encodings == FP8 and encodings is FP8)]
+    if spec:  # those of the very numbers first: a width alone may be that of several
+        family.sort(key=lambda variant: family_of(variant.spec) != family_of(spec))
     for variant in family:
         same = spec and variant.spec.hidden_size == spec.hidden_size and variant.spec.dspark == spec.dspark
         if same:

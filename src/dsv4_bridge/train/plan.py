@@ -40,7 +40,7 @@ def run_of(recipe: Recipe, dp: int) -> Run:
         optimizer=recipe.optimizer.name,
         moments_dtype=recipe.optimizer.moments_dtype if recipe.model.dtype == "bf16" else "float32",
         # Other layouts of experts keep what the definitions keep, and more than the fused activation.
-        fused=recipe.model.kernels != "torch" and recipe.model.experts == "grouped",
+        fused=recipe.model.kernels in ("auto", "triton") and recipe.model.experts == "grouped",
         loss_chunk=recipe.model.loss_chunk,
         indexer=recipe.losses.indexer != "frozen",
     )

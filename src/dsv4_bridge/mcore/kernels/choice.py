@@ -37,9 +37,9 @@ class Choice:
         Raises:
             BridgeError: `triton`, of tensors for which there is no kernel.
         """
-        if self.kernels == "torch" or (
-            self.kernels == "auto" and not any(t is not None and t.is_cuda for t in tensors)
-        ):
+        if self.kernels not in ("auto", "triton"):
+            return False
+        if self.kernels == "auto" and not any(t is not None and t.is_cuda for t in tensors):
             return False
         floats = [t for t in tensors if t is not None and t.is_floating_point()]
         typed = all(t.dtype in _TYPES for t in floats)
