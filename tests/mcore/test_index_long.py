@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dsv4_bridge.mcore.kernels import choice, index_long
+from dsv4_bridge.mcore.kernels import choice, index, index_long
 from dsv4_bridge.mcore.kernels.choice import AUTO, Choice
 from dsv4_bridge.mcore.kernels.index import IndexTerms, best_blocks, choose_blocks
 
@@ -74,7 +74,7 @@ def test_long_rows_alone_go_through_it() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_the_best_by_groups_are_the_best_of_all(seed: int) -> None:
+def test_the_best_by_groups_are_the_best_of_all(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many columns for each that is wanted: the definition looks at groups first. A stable sort has the same."""
     make = torch.Generator().manual_seed(seed)
     count, topk = (int(torch.randint(1, most, (), generator=make)) for most in (3000, 30))
@@ -90,3 +90,6 @@ def test_the_best_by_groups_are_the_best_of_all(seed: int) -> None:
     best = order.sort(dim=-1, descending=True, stable=True).indices[..., :topk]
     expected = torch.where(best < seen.unsqueeze(-1), best, -1)
     assert same(best_blocks(scores.clone(), seen, topk), expected)
+    for many in (index._MANY, 0):  # a step of decoding: few are looked at one by one
+        monkeypatch.setattr(index, "_MANY", many)
+        assert same(best_blocks(scores[:, 3:4].clone(), seen[:, 3:4], topk), expected[:, 3:4])

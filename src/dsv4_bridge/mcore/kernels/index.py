@@ -11,8 +11,9 @@ from .choice import AUTO, Choice
 # Scores held and queries scored at a time: what stays in a core's cache, and more for a GPU.
 _BUDGET, _CHUNK = 1 << 18, 64
 _GPU_TIMES = 16
-# Queries scored at a time at least, however long the row; and blocks a wanted one from which they are grouped.
-_LEAST, _GROUPED = 64, 16
+# Queries scored at a time at least, however long the row; and blocks a wanted one from which they are grouped, of one
+# query a row (a step of decoding) if there are many: the calls themselves take longer than to look at few.
+_LEAST, _GROUPED, _MANY = 64, 16, 1 << 15
 
 
 class IndexTerms(NamedTuple):
@@ -115,7 +116,7 @@ def best_blocks(scores: Tensor, visible: Tensor, topk: int) -> Tensor:
     # The best blocks lie in the groups with the best blocks in front, no more of them than blocks are wanted: most
     # are looked at once, by the maximum of their group.
     size = int((count / max(1, topk)) ** 0.5) if count >= _GROUPED * topk else 1
-    if size > 1:
+    if size > 1 and (scores.shape[-2] > 1 or scores.numel() >= _MANY):
         whole = count // size * size
         most = scores[..., :whole].unflatten(-1, (-1, size)).amax(-1)
         if whole < count:
