@@ -1,6 +1,8 @@
 """What stands in for CUDA leaves the rest of torch, and whoever uses it, alone."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,3 +60,27 @@ assert torch.compile.__module__ == "torch" and torch.compile.__name__ == "compil
 def test_megatron_keeps_no_compiler_and_others_do(tmp_path: Path) -> None:
     """To load it takes longer than all else of a start; nothing that runs here is compiled."""
     assert Warm("-c", UNCOMPILED, out=tmp_path / "said").wait(60) == 0, (tmp_path / "said").read_text()
+
+
+LARGE_PAGES = """
+import re
+import torch
+from dsv4_bridge import mcore
+assert mcore.initialize
+tensor = torch.ones(64 << 20, dtype=torch.uint8)
+inside, address = False, tensor.data_ptr() + (32 << 20)
+for line in open("/proc/self/smaps"):
+    if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+        inside = int(found[1], 16) <= address < int(found[2], 16)
+    elif inside and line.startswith("AnonHugePages:"):
+        print(line.split()[1])
+"""
+_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(not _PAGES.exists() or "[never]" in _PAGES.read_text(), reason="a system without large pages")
+def test_large_tensors_lie_in_large_pages() -> None:
+    """In a process of its own: torch reads the setting once, at its first tensor."""
+    command = [sys.executable, "-W", "ignore", "-c", LARGE_PAGES]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert int(done.stdout) > 10_000, done.stderr
