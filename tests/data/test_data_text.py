@@ -210,7 +210,7 @@ def test_unusable_arguments_are_refused(toy_flash: Path, tmp_path: Path) -> None
     cases: list[tuple[tuple[str | Path, ...], str]] = [
         ((text,), "only"),
         ((tmp_path / "none", "out"), "no such file or folder"),
-        ((text.parent, "out", "--suffix", ".py"), "1 files, none with .py"),
+        ((text.parent, "out", "--suffix", ".py"), "1 file, none with .py"),
         ((text, text.parent, "out"), "is named twice"),
         ((text, tmp_path / "out.bin"), "OUT is a prefix"),
         ((text.parent, text.parent / "out"), "would be read as text"),
