@@ -78,6 +78,7 @@ for line in open("/proc/self/smaps"):
 _PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="megatron-core computes on the GPU here")
 @pytest.mark.skipif(not _PAGES.exists() or "[never]" in _PAGES.read_text(), reason="a system without large pages")
 def test_large_tensors_lie_in_large_pages() -> None:
     """In a process of its own: torch reads the setting once, at its first tensor."""
